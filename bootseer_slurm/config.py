@@ -1,0 +1,223 @@
+"""The configuration: TOML into frozen dataclasses, one table for each room.
+
+Owns every key, its default and its meaning; `conf/bootseer.toml` is written from here (`bootseer config
+template`). A value comes from the default, the file, the environment (BOOTSEER_<TABLE>_<KEY>) or the
+command line, the later one winning. Every unknown key and every bad value is reported, all at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from bootseer_slurm.errors import BootseerError, ConfigError
+from bootseer_slurm.units import parse_bytes, parse_duration
+
+DEFAULT_PATH = Path("/etc/bootseer/bootseer.toml")
+
+
+def _absolute(value: str) -> Path:
+    if not value.startswith("/"):
+        raise ValueError("must be an absolute path")
+    return Path(value)
+
+
+def _uri(value: str) -> str:
+    if "://" not in value:
+        raise ValueError('must be a URI such as "file:///lustre/bootseer"')
+    return value.rstrip("/")
+
+
+def _roots(value: object) -> tuple[Path, ...]:
+    if isinstance(value, str):
+        value = value.split(":")
+    if not isinstance(value, list):
+        raise ValueError("must be a list of absolute paths")
+    roots = tuple(_absolute(str(each)) for each in value)
+    if Path("/") in roots:
+        raise ValueError("may not hold /: a shadow over /etc or /usr would be a way to become root")
+    return roots
+
+
+def _count(value: object) -> int:
+    number = int(str(value))
+    if not 1 <= number <= 256:
+        raise ValueError("must be between 1 and 256")
+    return number
+
+
+def _level(value: str) -> str:
+    if value not in ("debug", "info", "warning", "error"):
+        raise ValueError("must be debug, info, warning or error")
+    return value
+
+
+def _setting(default: str | int | list[str], parse: Callable[[Any], Any], meaning: str) -> Any:
+    return field(
+        default_factory=lambda: parse(default),
+        metadata={"default": default, "parse": parse, "meaning": meaning},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """[store]: where blobs, names and events live, shared by all nodes."""
+
+    uri: str = _setting(
+        "file:///var/lib/bootseer/store",
+        _uri,
+        "any pyarrow file system: file:// (NFS, Lustre …), hdfs://, s3://",
+    )
+    timeout_s: float = _setting("30s", parse_duration, "a read that takes longer has failed")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """[cache]: the node's own copy of blocks."""
+
+    path: Path = _setting("/var/lib/bootseer/cache", _absolute, "on a local disk; made 0700, owned by root")
+    max_bytes: int = _setting(
+        "200GiB", parse_bytes, "blobs that no job uses are removed, oldest first, above this"
+    )
+    min_free_bytes: int = _setting("10GiB", parse_bytes, "and when the disk has less than this left")
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """[agent]: the node agent."""
+
+    socket: Path = _setting(
+        "/run/bootseer/agent.sock", _absolute, "where prolog, plugin and `bootseer mark` find it"
+    )
+    blobs: Path = _setting("/run/bootseer/blobs", _absolute, "where the node's FUSE file system is mounted")
+    log_level: str = _setting("info", _level, "debug, info, warning or error")
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchConfig:
+    """[prefetch]: how data is brought to the node."""
+
+    streams: int = _setting(8, _count, "parallel reads of one job on one node")
+    attach_wait_s: float = _setting(
+        "1s", parse_duration, "a step waits at most this long for names to be looked up"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowConfig:
+    """[shadow]: showing blobs at the paths that jobs use."""
+
+    roots: tuple[Path, ...] = _setting(
+        ["/home", "/shared", "/scratch", "/lustre", "/gpfs", "/fsx", "/mnt", "/data"],
+        _roots,
+        "only below these; never a place where programs of root read their files",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All tables, and where each value came from ("table.key" → "default", a file or a variable)."""
+
+    store: StoreConfig = field(default_factory=StoreConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    prefetch: PrefetchConfig = field(default_factory=PrefetchConfig)
+    shadow: ShadowConfig = field(default_factory=ShadowConfig)
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+
+_TABLES: dict[str, type] = {
+    "store": StoreConfig,
+    "cache": CacheConfig,
+    "agent": AgentConfig,
+    "prefetch": PrefetchConfig,
+    "shadow": ShadowConfig,
+}
+
+
+def load(path: Path | None = None, *, environ: Mapping[str, str] = os.environ) -> Config:
+    """The configuration of this machine.
+
+    path: the file; without it $BOOTSEER_CONFIG, else /etc/bootseer/bootseer.toml, which may be absent.
+    Raises ConfigError that names every unknown key and every bad value.
+    """
+    named = path or (Path(environ["BOOTSEER_CONFIG"]) if environ.get("BOOTSEER_CONFIG") else None)
+    source = named or DEFAULT_PATH
+    problems: list[str] = []
+    content = _read(source, required=named is not None)
+    for table in content.keys() - _TABLES.keys():
+        problems.append(f"{source}: {table}: unknown table")
+    tables: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, cls in _TABLES.items():
+        given = content.get(name, {})
+        if not isinstance(given, dict):
+            problems.append(f"{source}: {name}: must be a table")
+            given = {}
+        tables[name] = cls(**_values(name, cls, given, str(source), environ, origins, problems))
+    if problems:
+        raise ConfigError(
+            "\n".join(problems), hint="`bootseer config template` shows every key with its default"
+        )
+    return Config(**tables, origins=origins)
+
+
+def template() -> str:
+    """The text of conf/bootseer.toml: every key, commented, with its default."""
+    lines = ["# bootseer-slurm. Every key with its default; remove the # to change one."]
+    for name, cls in _TABLES.items():
+        lines += ["", f"# {(cls.__doc__ or '').split(': ', 1)[1]}", f"[{name}]"]
+        for key in fields(cls):
+            default = key.metadata["default"]
+            value = str(default) if isinstance(default, int) else str(default).replace("'", '"')
+            value = f'"{value}"' if isinstance(default, str) else value
+            lines.append(f"#{key.name.removesuffix('_s').removesuffix('_bytes')} = {value}")
+            lines[-1] += f"  # {key.metadata['meaning']}"
+    return "\n".join(lines) + "\n"
+
+
+def _read(path: Path, *, required: bool) -> dict[str, Any]:
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if required:
+            raise ConfigError(f"{path}: no such file") from None
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except tomli.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def _values(
+    table: str,
+    cls: type,
+    given: dict[str, Any],
+    source: str,
+    environ: Mapping[str, str],
+    origins: dict[str, str],
+    problems: list[str],
+) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    keys = {key.name.removesuffix("_s").removesuffix("_bytes"): key for key in fields(cls)}
+    for unknown in given.keys() - keys.keys():
+        problems.append(f"{source}: {table}.{unknown}: unknown key")
+    for name, key in keys.items():
+        variable = f"BOOTSEER_{table}_{name}".upper()
+        origin, raw = "default", key.metadata["default"]
+        if name in given:
+            origin, raw = source, given[name]
+        if variable in environ:
+            origin, raw = f"${variable}", environ[variable]
+        origins[f"{table}.{name}"] = origin
+        try:
+            values[key.name] = key.metadata["parse"](raw)
+        except (BootseerError, ValueError, TypeError, AttributeError) as error:
+            problems.append(f"{origin}: {table}.{name}: {error}")
+            values[key.name] = key.metadata["parse"](key.metadata["default"])
+    return values

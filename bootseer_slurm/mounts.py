@@ -1,0 +1,196 @@
+"""Mounts: the few system calls around them that Python does not offer.
+
+Owns: mount(2), umount2(2), unshare(2), the descriptor-based calls open_tree(2), mount_setattr(2) and
+move_mount(2), and the reading of /proc/self/mountinfo. Does not own: what is mounted where, and when; the
+callers decide that.
+
+A *detached* mount is one that hangs in no mount namespace: only the descriptor holds it. It can be sent to
+another process (SCM_RIGHTS) and attached there, in that process's namespace, and it goes away with its last
+descriptor.
+
+Threads and processes: no state, safe from any thread. `unshare_mount_namespace` changes the calling thread
+only. Every failure is an OSError with the kernel's errno, its text and the path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+# linux/mount.h
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_BIND = 1 << 12
+MS_REC = 1 << 14
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+_MNT_FORCE = 1
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_MOUNT_ATTR_RDONLY = 1
+_MOUNT_ATTR_NOSUID = 2
+_MOUNT_ATTR_NODEV = 4
+# linux/fcntl.h, linux/sched.h
+_AT_FDCWD = -100
+_AT_SYMLINK_NOFOLLOW = 0x100
+_AT_EMPTY_PATH = 0x1000
+_CLONE_NEWNS = 0x20000
+# asm-generic/unistd.h: calls this young have one number on x86_64 and aarch64
+_SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
+_SYS_MOUNT_SETATTR = 442
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class _MountAttr(ctypes.Structure):
+    """struct mount_attr of linux/mount.h."""
+
+    _fields_ = (
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
+
+    mount_id: int
+    device: str  # "major:minor", also the name under /sys/class/bdi
+    root: str  # which part of the file system is seen here
+    point: Path
+    fstype: str
+    source: str
+
+
+def _check(result: int, path: Path | str) -> int:
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))
+    return result
+
+
+def _syscall(path: Path | str, number: int, *arguments: object) -> int:
+    return _check(_LIBC.syscall(ctypes.c_long(number), *arguments), path)
+
+
+def mount(
+    source: str | None, target: Path | str, fstype: str | None, flags: int, data: str | None = None
+) -> None:
+    """Mount a file system, or change a mount, as mount(2) does; flags are the MS_* of this module."""
+    arguments = [None if text is None else os.fsencode(text) for text in (source, target, fstype, data)]
+    _check(_LIBC.mount(*arguments[:3], ctypes.c_ulong(flags), arguments[3]), target)
+
+
+def unmount(path: Path | str, *, detach: bool = True, force: bool = False) -> None:
+    """Unmount what is on top at path (umount2(2)); a symbolic link is not followed.
+
+    detach: take it out of the tree at once, and let it end when it is no longer in use.
+    force: for FUSE, also break the connection to its server: what waits for it gets an error.
+    """
+    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if detach else 0) | (_MNT_FORCE if force else 0)
+    _check(_LIBC.umount2(os.fsencode(path), flags), path)
+
+
+def open_tree_clone(path: Path | str) -> int:
+    """Return a new detached mount that shows path, a file or folder (open_tree(2), Linux 5.2).
+
+    Mounts beneath a folder are not taken along; a symbolic link is not followed. The caller closes it.
+    """
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_SYMLINK_NOFOLLOW
+    return _syscall(path, _SYS_OPEN_TREE, ctypes.c_int(_AT_FDCWD), os.fsencode(path), ctypes.c_uint(flags))
+
+
+def set_attributes(fd: int, *, read_only: bool = True, nosuid: bool = True, nodev: bool = True) -> None:
+    """Set attributes of the mount that fd stands for, and make it private (mount_setattr(2), Linux 5.12).
+
+    Private, so that what someone mounts on it later never travels to the tree it was cloned from.
+    """
+    wanted = (
+        (_MOUNT_ATTR_RDONLY if read_only else 0)
+        | (_MOUNT_ATTR_NOSUID if nosuid else 0)
+        | (_MOUNT_ATTR_NODEV if nodev else 0)
+    )
+    attributes = _MountAttr(attr_set=wanted, propagation=MS_PRIVATE)
+    _syscall(
+        f"/proc/self/fd/{fd}",
+        _SYS_MOUNT_SETATTR,
+        ctypes.c_int(fd),
+        b"",
+        ctypes.c_uint(_AT_EMPTY_PATH),
+        ctypes.byref(attributes),
+        ctypes.c_size_t(ctypes.sizeof(attributes)),
+    )
+
+
+def bind_clone(path: Path | str) -> int:
+    """Return the descriptor of a detached mount of path that is read-only, nosuid, nodev and private."""
+    fd = open_tree_clone(path)
+    try:
+        set_attributes(fd)
+    except OSError as error:
+        os.close(fd)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return fd
+
+
+def move_mount(fd: int, target: Path | str) -> None:
+    """Attach the detached mount fd at target, in the caller's mount namespace (move_mount(2), Linux 5.2)."""
+    _syscall(
+        target,
+        _SYS_MOVE_MOUNT,
+        ctypes.c_int(fd),
+        b"",
+        ctypes.c_int(_AT_FDCWD),
+        os.fsencode(target),
+        ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH),
+    )
+
+
+def unshare_mount_namespace() -> None:
+    """Give the calling thread a mount namespace of its own, in which nothing it mounts is seen outside.
+
+    Later mounts and unmounts of the host still arrive (unshare(2); MS_SLAVE: mount_namespaces(7)).
+    """
+    _check(_LIBC.unshare(ctypes.c_int(_CLONE_NEWNS)), "/")
+    mount(None, "/", None, MS_REC | MS_SLAVE)
+
+
+def _unescape(text: str) -> str:
+    """Undo mountinfo's octal escapes of space, tab, newline and backslash."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def _parse(line: str) -> Mount:
+    head, _, tail = line.partition(" - ")
+    mount_id, _parent, device, root, point = head.split(" ")[:5]
+    fstype, source = tail.split(" ")[:2]
+    return Mount(int(mount_id), device, _unescape(root), Path(_unescape(point)), fstype, _unescape(source))
+
+
+def mounts_below(path: Path | str) -> list[Mount]:
+    """Return the mounts at path and beneath it, what is on top last (proc_pid_mountinfo(5)).
+
+    path is taken as it is written: absolute, without symbolic links.
+    """
+    lines = Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape").splitlines()
+    return [entry for entry in map(_parse, lines) if entry.point.is_relative_to(path)]
+
+
+def mounts_at(path: Path | str) -> list[Mount]:
+    """Return the mounts exactly at path, the one on top last; unlike os.path.ismount it never asks them."""
+    return [entry for entry in mounts_below(path) if entry.point == Path(path)]
+
+
+def is_mountpoint(path: Path | str) -> bool:
+    """Tell whether something is mounted exactly at path."""
+    return bool(mounts_at(path))

@@ -1,0 +1,275 @@
+"""The shared store: where blobs, names and events live.
+
+Owns the layout below and the only use of pyarrow.fs. Does not know what a blob is. Everything in the store
+belongs to one user and is read and written with that user's rights: the node agent, which is root, never
+touches it itself but asks the job's fetch process (fetch/child.py), so root_squash and quotas hold.
+
+    <uri>/users/                         made by the admin (`bootseer store init`), mode 1777 like /tmp
+    <uri>/users/<uid>/                   made by the user, 0700
+        blobs/<id>/manifest, 0, 1, …     blob/manifest.py: the stripe objects, and the manifest written last
+        names/<digest>.json              blob/names.py: which blob stands for which path
+        events/<job>.<restart>/<node>.jsonl
+
+A file:// store is used with plain system calls: parallel preads of a file are as fast as the file system
+lets them be, and pyarrow (0.3 s to import) is then never loaded on the way of a starting job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+from bootseer_slurm.errors import NotFound, StoreError
+
+
+class ObjectReader(Protocol):
+    """An open object of the store; `read_into` may be called from several threads at once."""
+
+    size_bytes: int
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        """Fill `view` from `offset` on; gives the number of bytes, short only at the end of the object."""
+
+    def close(self) -> None: ...
+
+
+class Store(Protocol):
+    """A folder of objects. Paths are relative, with "/" between their parts."""
+
+    def open(self, path: str) -> ObjectReader:
+        """Open an object. Raises NotFound or StoreError."""
+
+    def read(self, path: str, *, limit_bytes: int) -> bytes:
+        """A whole small object. Raises NotFound, or StoreError when it is larger than `limit_bytes`."""
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write an object whole, or not at all; its folder is made when missing. Raises StoreError."""
+
+    def writer(self, path: str) -> contextlib.AbstractContextManager[Any]:
+        """A file to write a large object to; it appears when the block ends without an error."""
+
+    def list(self, path: str) -> list[str]:
+        """Names in a folder, sorted; a missing folder is empty. Raises StoreError."""
+
+    def remove(self, path: str) -> None:
+        """Remove an object or a whole folder; nothing happens when it is missing. Raises StoreError."""
+
+
+def open_store(uri: str) -> Store:
+    """The store at a URI that pyarrow knows, such as file:///lustre/bootseer or hdfs://nn:8020/bootseer.
+
+    Raises StoreError when the URI is of no known kind or its file system cannot be reached.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme == "file":
+        return FileStore(Path(unquote(parts.path)))
+    return ArrowStore(uri)
+
+
+class FileReader:
+    """A file that is read in ranges."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Open for reading. Raises NotFound or StoreError, the latter also when it is no regular file."""
+        try:
+            # O_NONBLOCK: a FIFO under an innocent name must not hold the reader for ever.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise NotFound(f"{path}: no such file") from None
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._fd)
+            raise StoreError(f"{path}: not a regular file")
+        self.size_bytes = status.st_size
+        self._path = path
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        done = 0
+        try:
+            while done < len(view):
+                count = os.preadv(self._fd, [view[done:]], offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            raise StoreError(f"{self._path}: cannot be read: {error.strerror}") from error
+        return done
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class FileStore:
+    """A store in a folder that every node mounts."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def open(self, path: str) -> FileReader:
+        return FileReader(self._root / path)
+
+    def read(self, path: str, *, limit_bytes: int) -> bytes:
+        reader = self.open(path)
+        try:
+            return _read_whole(reader, path, limit_bytes)
+        finally:
+            reader.close()
+
+    def write(self, path: str, content: bytes) -> None:
+        with self.writer(path) as file:
+            file.write(content)
+
+    @contextlib.contextmanager
+    def writer(self, path: str) -> Iterator[Any]:
+        target = self._root / path
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+        try:
+            self._make_folder(target.parent)
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(target)
+        except OSError as error:
+            raise StoreError(f"{target}: cannot be written: {error.strerror or error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def _make_folder(self, folder: Path) -> None:
+        """Folders below the store's root are the user's own: made 0700."""
+        if folder == self._root or folder.is_dir():
+            return
+        if not self._root.is_dir():
+            raise StoreError(
+                f"{self._root}: no such folder", hint="an admin makes it with `bootseer store init`"
+            )
+        self._make_folder(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+    def list(self, path: str) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self._root / path) if not name.startswith("."))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StoreError(f"{self._root / path}: cannot be listed: {error.strerror}") from error
+
+    def remove(self, path: str) -> None:
+        target = self._root / path
+        try:
+            for folder, _, files in os.walk(target, topdown=False):
+                for name in files:
+                    (Path(folder) / name).unlink()
+                Path(folder).rmdir()
+            if not target.is_dir():
+                target.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"{target}: cannot be removed: {error.strerror}") from error
+
+
+class ArrowReader:
+    """An object of a pyarrow file system, read in ranges."""
+
+    def __init__(self, file: Any, path: str) -> None:
+        self._file = file
+        self._path = path
+        self.size_bytes = int(file.size())
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        wanted = min(len(view), max(0, self.size_bytes - offset))
+        try:
+            content = self._file.read_at(wanted, offset)
+        except OSError as error:
+            raise StoreError(f"{self._path}: cannot be read: {error}") from error
+        view[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ArrowStore:
+    """A store on any other file system that pyarrow knows."""
+
+    def __init__(self, uri: str) -> None:
+        from pyarrow import ArrowException, fs
+
+        self._fs = fs
+        try:
+            self._filesystem, self._root = fs.FileSystem.from_uri(uri)
+        except (ArrowException, OSError, ValueError) as error:
+            raise StoreError(f"{uri}: cannot be used as a store: {error}") from error
+
+    def _path(self, path: str) -> str:
+        return f"{self._root.rstrip('/')}/{path}"
+
+    def open(self, path: str) -> ArrowReader:
+        full = self._path(path)
+        try:
+            return ArrowReader(self._filesystem.open_input_file(full), full)
+        except FileNotFoundError:
+            raise NotFound(f"{full}: no such object") from None
+        except OSError as error:
+            raise StoreError(f"{full}: cannot be opened: {error}") from error
+
+    def read(self, path: str, *, limit_bytes: int) -> bytes:
+        reader = self.open(path)
+        try:
+            return _read_whole(reader, path, limit_bytes)
+        finally:
+            reader.close()
+
+    def write(self, path: str, content: bytes) -> None:
+        with self.writer(path) as file:
+            file.write(content)
+
+    @contextlib.contextmanager
+    def writer(self, path: str) -> Iterator[Any]:
+        full = self._path(path)
+        folder, _, name = full.rpartition("/")
+        temporary = f"{folder}/.{name}.{secrets.token_hex(6)}"
+        try:
+            self._filesystem.create_dir(folder, recursive=True)
+            with self._filesystem.open_output_stream(temporary) as file:
+                yield file
+            self._filesystem.move(temporary, full)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._filesystem.delete_file(temporary)
+            raise StoreError(f"{full}: cannot be written: {error}") from error
+
+    def list(self, path: str) -> list[str]:
+        selector = self._fs.FileSelector(self._path(path), allow_not_found=True)
+        try:
+            names = (info.base_name for info in self._filesystem.get_file_info(selector))
+            return sorted(name for name in names if not name.startswith("."))
+        except OSError as error:
+            raise StoreError(f"{self._path(path)}: cannot be listed: {error}") from error
+
+    def remove(self, path: str) -> None:
+        full = self._path(path)
+        try:
+            kind = self._filesystem.get_file_info(full).type
+            if kind == self._fs.FileType.Directory:
+                self._filesystem.delete_dir(full)
+            elif kind != self._fs.FileType.NotFound:
+                self._filesystem.delete_file(full)
+        except OSError as error:
+            raise StoreError(f"{full}: cannot be removed: {error}") from error
+
+
+def _read_whole(reader: ObjectReader, path: str, limit_bytes: int) -> bytes:
+    if reader.size_bytes > limit_bytes:
+        raise StoreError(f"{path}: {reader.size_bytes} bytes, more than the {limit_bytes} expected of it")
+    content = bytearray(reader.size_bytes)
+    count = reader.read_into(0, memoryview(content))
+    return bytes(content[:count])

@@ -1,0 +1,87 @@
+"""Names: which blob stands for which path, and whether it still does.
+
+One small JSON object in the store for each path or URI, under the sha256 of that name:
+
+    {"version": 1, "kind": "image", "name": "/lustre/img/train.sqsh", "fingerprint": "…",
+     "blob": "<id>", "folder": "blobs/<token>", "made_ns": 1764000000000000000}
+
+A fingerprint says what the original was when the blob was made. It must mean the same on every node, so it
+holds no device, no inode and no part of a second: SFTP, for one, has none of them. To make whole seconds
+safe, no blob is made of what was changed less than SETTLE_S ago. Compare git's "racy" index entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bootseer_slurm.errors import IntegrityError, NotFound
+from bootseer_slurm.store import Store
+
+SETTLE_S = 2.0  # more than the whole second that a fingerprint can tell apart
+_LIMIT_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """What the store knows of one path or URI."""
+
+    kind: str
+    name: str
+    fingerprint: str
+    blob: str
+    folder: str
+    made_ns: int
+
+
+def user_folder(uid: int) -> str:
+    """Where in the store everything of a user lies."""
+    return f"users/{uid}"
+
+
+def file_fingerprint(status: os.stat_result) -> str:
+    """The fingerprint of a regular file."""
+    return f"{status.st_size}@{int(status.st_mtime)}"
+
+
+def wait_until_settled(status: os.stat_result) -> None:
+    """Wait until a later change of this file would show in its fingerprint (2 s at most)."""
+    age_s = time.time() - status.st_mtime
+    if 0 <= age_s < SETTLE_S:
+        time.sleep(SETTLE_S - age_s)
+
+
+def write_name(store: Store, uid: int, name: Name) -> None:
+    """Put a name into the store, in place of an older one for the same path."""
+    content = json.dumps({"version": 1, **asdict(name)}, sort_keys=True).encode()
+    store.write(_path(uid, name.name), content)
+
+
+def read_name(store: Store, uid: int, name: str) -> Name | None:
+    """What the store knows of a path or URI of this user, or None.
+
+    Raises IntegrityError when the record is damaged, StoreError when the store cannot be read.
+    """
+    try:
+        content = store.read(_path(uid, name), limit_bytes=_LIMIT_BYTES)
+    except NotFound:
+        return None
+    try:
+        record: Any = json.loads(content)
+        if record.pop("version") != 1 or record["name"] != name or not isinstance(record["made_ns"], int):
+            raise ValueError("it is not of this name or version")
+        if not all(isinstance(record[key], str) for key in ("kind", "fingerprint", "blob", "folder")):
+            raise ValueError("a value is not text")
+        if ".." in record["folder"].split("/"):
+            raise ValueError("its folder is not below the user's")
+        return Name(**record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(f"the store's record of {name} is damaged: {error}") from error
+
+
+def _path(uid: int, name: str) -> str:
+    return f"{user_folder(uid)}/names/{hashlib.sha256(os.fsencode(name)).hexdigest()}.json"

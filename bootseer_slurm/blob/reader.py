@@ -1,0 +1,201 @@
+"""Reading a blob through the cache: the chain of sources, the checks, and what was read.
+
+A Reader serves the blob's file in the FUSE file system and takes the prefetch's runs. One block is fetched
+once, whoever asks; its bytes are shown only after their digest agreed. Sources are tried in order: the store,
+then the original file, which has the same bytes. Threads: any number may call at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from bootseer_slurm.blob.cache import MISSING, PRESENT, CachedBlob
+from bootseer_slurm.blob.manifest import DIGEST_BYTES
+from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
+
+_log = logging.getLogger(__name__)
+
+_DEMAND_PATIENCE_S = 60.0  # a shared file system that stalls holds its readers too; after this, EIO
+_RETRY_PAUSE_S = 0.5
+_NO_DIGEST = bytes(DIGEST_BYTES)
+
+
+class Source(Protocol):
+    """Where a blob's bytes come from: "store" or "origin"."""
+
+    name: str
+
+    def read(self, offset: int, size_bytes: int, *, demand: bool) -> AbstractContextManager[memoryview]:
+        """Bytes of the blob, a range within one chunk. Raises StoreError."""
+
+
+@dataclass(slots=True)
+class Usage:
+    """What readers did with a blob, and where its bytes came from."""
+
+    reads: int = 0
+    read_bytes: int = 0
+    miss_bytes: int = 0
+    blocked_s: float = 0.0
+    first_ns: int = 0
+    last_ns: int = 0
+    store_bytes: int = 0
+    origin_bytes: int = 0
+
+
+class Reader:
+    """One blob as a file (fuse.File) and as a target of prefetch."""
+
+    def __init__(self, blob: CachedBlob, *, mtime_ns: int, on_fault: Callable[[str, str], None]) -> None:
+        """mtime_ns: the time shown. on_fault(name, message): told of damage, a full disk, a lost store."""
+        self.blob = blob
+        self.size_bytes = blob.layout.size_bytes
+        self.uid, self.gid = blob.uid, blob.gid
+        self.mtime_ns = mtime_ns
+        self.usage = Usage()
+        self._on_fault = on_fault
+        self._told: set[str] = set()
+        self._sources: list[Source] = []
+        self._lock = threading.Lock()
+
+    def add_sources(self, sources: list[Source]) -> None:
+        """Use these too; those named "store" before those named "origin"."""
+        with self._lock:
+            self._sources = sorted([*self._sources, *sources], key=lambda source: source.name != "store")
+
+    def remove_sources(self, sources: list[Source]) -> None:
+        with self._lock:
+            self._sources = [source for source in self._sources if source not in sources]
+
+    def ready(self, offset: int, size: int) -> int | None:
+        """The cache file's descriptor when the whole range is there and checked (fuse.File)."""
+        usage = self.usage
+        usage.reads += 1
+        usage.read_bytes += size
+        usage.last_ns = time.time_ns()
+        usage.first_ns = usage.first_ns or usage.last_ns
+        block_bytes = self.blob.layout.block_bytes
+        if self.blob.has(offset // block_bytes, (offset + size - 1) // block_bytes):
+            return self.blob.fd
+        return None
+
+    def fetch(self, offset: int, size: int) -> bytes:
+        """The range, fetched first where it is not there (fuse.File). Raises OSError (EIO)."""
+        start = time.monotonic()
+        layout = self.blob.layout
+        end = min(offset + size, self.size_bytes)
+        unkept: dict[int, bytes] = {}
+        try:
+            for block in range(offset // layout.block_bytes, -(-end // layout.block_bytes)):
+                self._demand(block, unkept)
+        except BootseerError as error:
+            self._tell("read_failed", error.message)
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+        finally:
+            self.usage.blocked_s += time.monotonic() - start
+        if not unkept:
+            return self.blob.read(offset, end - offset)
+        first = offset // layout.block_bytes
+        last = (end - 1) // layout.block_bytes
+        parts = [
+            unkept.get(block) or self.blob.read(block * layout.block_bytes, layout.block_size(block))
+            for block in range(first, last + 1)
+        ]
+        within = offset - first * layout.block_bytes
+        return b"".join(parts)[within : within + end - offset]
+
+    def prefetch_run(self, start: int) -> int:
+        """Fetch the next blocks that nobody has, from block `start` on; gives where to go on, -1 at the end.
+
+        A run stays within one chunk. Raises BootseerError when no source has the bytes.
+        """
+        blob = self.blob
+        first = blob.next_missing(start)
+        if first < 0 or blob.full:
+            return -1
+        per_chunk = blob.layout.chunk_bytes // blob.layout.block_bytes
+        last = min((first // per_chunk + 1) * per_chunk, blob.layout.blocks) - 1
+        count = blob.claim(first, last)
+        if count:
+            self._fetch_claimed(first, count, demand=False, unkept=None)
+        return first + max(count, 1)
+
+    def _demand(self, block: int, unkept: dict[int, bytes]) -> None:
+        """See that a block is in the cache, or in `unkept` when the disk is full."""
+        deadline = time.monotonic() + _DEMAND_PATIENCE_S
+        while self.blob.states[block] != PRESENT:
+            if self.blob.claim(block, block) == 0:
+                self.blob.wait(block, 1.0)
+            else:
+                try:
+                    self.usage.miss_bytes += self.blob.layout.block_size(block)
+                    self._fetch_claimed(block, 1, demand=True, unkept=unkept)
+                    return
+                except StoreError:
+                    if time.monotonic() > deadline or not self._sources:
+                        raise
+                    time.sleep(_RETRY_PAUSE_S)
+
+    def _fetch_claimed(
+        self, first: int, count: int, *, demand: bool, unkept: dict[int, bytes] | None
+    ) -> None:
+        """Fetch claimed blocks from the first source whose bytes are right, and end the claim."""
+        layout = self.blob.layout
+        offset = first * layout.block_bytes
+        size_bytes = min(count * layout.block_bytes, self.size_bytes - offset)
+        failure: BootseerError = StoreError("no source is left: its job is over")
+        kept = False
+        try:
+            for source in tuple(self._sources):
+                try:
+                    with source.read(offset, size_bytes, demand=demand) as view:
+                        self._check(first, count, view)
+                        kept = self.blob.write(offset, view)
+                        if not kept and unkept is not None:
+                            for number in range(count):
+                                start = number * layout.block_bytes
+                                unkept[first + number] = bytes(view[start : start + layout.block_bytes])
+                except BootseerError as error:
+                    name = "corrupt_block" if isinstance(error, IntegrityError) else "source_failed"
+                    self._tell(name, f"{source.name}: {error.message}")
+                    failure = error
+                    continue
+                if source.name == "store":
+                    self.usage.store_bytes += size_bytes
+                else:
+                    self.usage.origin_bytes += size_bytes
+                if not kept:
+                    self._tell("cache_full", "the cache's disk is full: blocks are served, not kept")
+                return
+            raise failure
+        finally:
+            self.blob.settle(first, count, PRESENT if kept else MISSING)
+
+    def _check(self, first: int, count: int, view: memoryview) -> None:
+        layout = self.blob.layout
+        for number in range(count):
+            block = first + number
+            start = number * layout.block_bytes
+            digest = hashlib.sha256(view[start : start + layout.block_bytes]).digest()
+            place = slice(block * DIGEST_BYTES, (block + 1) * DIGEST_BYTES)
+            expected = bytes(self.blob.digests[place])
+            if self.blob.adopted and expected == _NO_DIGEST:
+                self.blob.digests[place] = digest
+            elif digest != expected:
+                raise IntegrityError(f"block {block} has not the digest that was promised")
+
+    def _tell(self, name: str, message: str) -> None:
+        """Report a fault, the first of each name only: a lost store fails thousands of reads."""
+        if name not in self._told:
+            self._told.add(name)
+            _log.warning("blob %s: %s: %s", self.blob.id[:12], name, message)
+            self._on_fault(name, message)

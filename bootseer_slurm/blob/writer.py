@@ -1,0 +1,99 @@
+"""Making a blob of a file: hash its blocks, write its stripe objects, then its manifest.
+
+Runs as the user who owns the file, on any node. Threads: one for each object, four at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bootseer_slurm.blob.manifest import DIGEST_BYTES, Layout, Manifest
+from bootseer_slurm.blob.names import Name, user_folder, wait_until_settled, write_name
+from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.store import FileReader, Store
+
+_THREADS = 4
+
+
+def store_file(
+    store: Store,
+    path: Path,
+    *,
+    kind: str,
+    name: str,
+    fingerprint: str,
+    objects: int = 1,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Name:
+    """Put the bytes of `path` into the store as a blob of this user, known under `name`.
+
+    kind: image, environment or checkpoint. objects: stripe objects to spread the bytes over.
+    progress: called with the number of bytes just stored, from several threads.
+    Raises BootseerError when the file changed while it was read, StoreError when the store fails.
+    """
+    before = path.stat()
+    wait_until_settled(before)
+    layout = Layout(size_bytes=before.st_size, objects=max(1, objects))
+    folder = f"{user_folder(os.getuid())}/blobs/{secrets.token_hex(12)}"
+    source = FileReader(path)
+    digests = bytearray(layout.blocks * DIGEST_BYTES)
+    try:
+        with ThreadPoolExecutor(_THREADS, "bootseer-write") as pool:
+            jobs = [
+                pool.submit(
+                    _write_object, store, f"{folder}/{index}", index, layout, source, digests, progress
+                )
+                for index in range(layout.objects)
+            ]
+            for job in jobs:
+                job.result()
+        after = path.stat()
+        if (after.st_size, after.st_mtime_ns, after.st_ino) != (
+            before.st_size,
+            before.st_mtime_ns,
+            before.st_ino,
+        ):
+            raise BootseerError(
+                f"{path}: was changed while it was read", hint="try again when it is complete"
+            )
+        manifest = Manifest(kind, layout, bytes(digests))
+        store.write(f"{folder}/manifest", manifest.encode())
+    except BaseException:
+        store.remove(folder)
+        raise
+    finally:
+        source.close()
+    record = Name(kind, name, fingerprint, manifest.id, folder, time.time_ns())
+    write_name(store, os.getuid(), record)
+    return record
+
+
+def _write_object(
+    store: Store,
+    path: str,
+    index: int,
+    layout: Layout,
+    source: FileReader,
+    digests: bytearray,
+    progress: Callable[[int], None],
+) -> None:
+    buffer = memoryview(bytearray(layout.chunk_bytes))
+    with store.writer(path) as target:
+        for offset in range(
+            index * layout.chunk_bytes, layout.size_bytes, layout.objects * layout.chunk_bytes
+        ):
+            chunk = buffer[: min(layout.chunk_bytes, layout.size_bytes - offset)]
+            if source.read_into(offset, chunk) != len(chunk):
+                raise BootseerError("the file became shorter while it was read", hint="try again")
+            for start in range(0, len(chunk), layout.block_bytes):
+                block = (offset + start) // layout.block_bytes
+                digest = hashlib.sha256(chunk[start : start + layout.block_bytes]).digest()
+                digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES] = digest
+            target.write(chunk)
+            progress(len(chunk))

@@ -1,0 +1,196 @@
+"""The fetch process: everything that is done with the rights of a job's user.
+
+The agent starts one for each job and node, as that user. It looks names up, reads ranges of files and store
+objects into memory shared with the agent, and writes the job's events. It holds no secret and decides
+nothing: the agent believes no byte of it unless a digest agrees, or unless the bytes are shown to this user
+alone. When a file system hangs, the agent kills this process and stays well itself.
+
+    python -I -m bootseer_slurm.fetch.child <socket fd> <ring fd> <slot bytes> <threads> <store uri>
+
+One SEQPACKET message is one JSON object; requests carry an "id" that the reply repeats. The process ends
+when the agent's end of the socket is closed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import queue
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, decode
+from bootseer_slurm.blob.names import Name, file_fingerprint, read_name, user_folder
+from bootseer_slurm.env.fingerprint import tree_fingerprint
+from bootseer_slurm.errors import BootseerError, InputError, IntegrityError
+from bootseer_slurm.image.squashfs import check_squashfs
+from bootseer_slurm.store import FileReader, ObjectReader, Store, open_store
+
+_PR_SET_DUMPABLE = 4
+_MESSAGE_BYTES = 64 * 1024
+
+
+class Child:
+    """Answers the agent's requests; one thread for each slot of the ring."""
+
+    def __init__(self, link: socket.socket, ring: mmap.mmap, slot_bytes: int, store_uri: str) -> None:
+        self._link = link
+        self._ring = memoryview(ring)
+        self._slot_bytes = slot_bytes
+        self._store_uri = store_uri
+        self._store: Store | None = None
+        self._handles: list[list[ObjectReader]] = []
+        self._lock = threading.Lock()
+        self._requests: queue.SimpleQueue[tuple[dict[str, Any], list[int]]] = queue.SimpleQueue()
+        self._operations: dict[
+            str, Callable[[dict[str, Any], list[int]], tuple[dict[str, Any], list[int]]]
+        ] = {
+            "resolve": self._resolve,
+            "read": self._read,
+            "same": self._same,
+            "write": self._write,
+        }
+
+    def run(self, threads: int) -> None:
+        """Serve until the agent goes away."""
+        for number in range(threads):
+            threading.Thread(target=self._work, name=f"fetch-{number}", daemon=True).start()
+        while True:
+            message, fds, _, _ = socket.recv_fds(self._link, _MESSAGE_BYTES, 1)
+            if not message:
+                return
+            self._requests.put((json.loads(message), fds))
+
+    def _work(self) -> None:
+        while True:
+            request, received = self._requests.get()
+            reply: dict[str, Any]
+            fds: list[int] = []
+            try:
+                reply, fds = self._operations[request["op"]](request, received)
+            except BootseerError as error:
+                reply = {"error": error.message, "class": type(error).__name__}
+            except Exception as error:
+                reply = {"error": f"{type(error).__name__}: {error}", "class": "StoreError"}
+            try:
+                socket.send_fds(self._link, [json.dumps({**reply, "id": request["id"]}).encode()], fds)
+            except OSError:
+                os._exit(0)  # the agent is gone
+            for fd in (*fds, *received):
+                os.close(fd)
+
+    def _open_store(self) -> Store:
+        with self._lock:
+            if self._store is None:
+                self._store = open_store(self._store_uri)
+            return self._store
+
+    def _keep(self, readers: list[ObjectReader]) -> int:
+        with self._lock:
+            self._handles.append(readers)
+            return len(self._handles) - 1
+
+    def _resolve(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Look a target up: what the user named, what the store has of it, and handles to read both."""
+        kind, name = request["kind"], request["name"]
+        reply: dict[str, Any] = {}
+        fds: list[int] = []
+        if "://" in name:
+            fingerprint, original = "", None
+        else:
+            name, fingerprint, original = _look_at(kind, name)
+            fds.append(os.open(name, os.O_PATH | os.O_CLOEXEC))
+            reply["path"] = name
+        if original is not None:
+            reply |= {"size_bytes": original.size_bytes, "origin": self._keep([original])}
+        reply["fingerprint"] = fingerprint
+        try:
+            record = read_name(self._open_store(), os.getuid(), name)
+            if record and record.kind == kind and record.fingerprint == fingerprint:
+                reply["blob"], manifest = self._open_blob(record)
+                fds.append(_memory_file(manifest))
+            elif record:
+                reply["warning"] = f"{name} was changed since it was put into the store"
+        except BootseerError as error:
+            reply["warning"] = error.message
+        return reply, fds
+
+    def _open_blob(self, record: Name) -> tuple[dict[str, Any], bytes]:
+        store = self._open_store()
+        content = store.read(f"{record.folder}/manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
+        manifest = decode(content)
+        if manifest.id != record.blob:
+            raise IntegrityError(f"{record.name}: the manifest in the store is not the one it was saved with")
+        readers: list[ObjectReader] = []
+        for index in range(manifest.layout.objects):
+            reader = store.open(f"{record.folder}/{index}")
+            readers.append(reader)
+            if reader.size_bytes != manifest.layout.object_size(index):
+                for each in readers:
+                    each.close()
+                raise IntegrityError(f"{record.name}: stripe {index} in the store is not whole")
+        return {"id": record.blob, "handle": self._keep(readers)}, content
+
+    def _read(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
+        start = request["slot"] * self._slot_bytes
+        view = self._ring[start : start + request["size_bytes"]]
+        reader = self._handles[request["handle"]][request["object"]]
+        return {"count": reader.read_into(request["offset"], view)}, []
+
+    def _same(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Whether the original is still what it was."""
+        _, fingerprint, _ = _look_at(request["kind"], request["name"], open_original=False)
+        return {"same": fingerprint == request["fingerprint"]}, []
+
+    def _write(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Write a small object of the user: events, traces."""
+        content = os.pread(received[0], os.fstat(received[0]).st_size, 0)
+        self._open_store().write(f"{user_folder(os.getuid())}/{request['path']}", content)
+        return {}, []
+
+
+def _look_at(kind: str, name: str, *, open_original: bool = True) -> tuple[str, str, ObjectReader | None]:
+    """The real path of what a user named, its fingerprint, and the file when it is one."""
+    try:
+        path = os.path.realpath(name, strict=True)
+        status = os.stat(path)
+        if kind == "environment":
+            if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
+                raise PermissionError(0, "Permission denied")
+            return path, tree_fingerprint(path), None
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{kind} {name}: {reason}") from error
+    if not open_original:
+        return path, file_fingerprint(status), None
+    reader = FileReader(path)
+    if kind == "image":
+        check_squashfs(reader, path)
+    return path, file_fingerprint(status), reader
+
+
+def _memory_file(content: bytes) -> int:
+    fd = os.memfd_create("bootseer-manifest", os.MFD_CLOEXEC)
+    os.write(fd, content)
+    return fd
+
+
+def main() -> None:
+    """The process the agent starts; see the module's first lines for its arguments."""
+    # An exec makes a process dumpable again: without this the user's other processes could ptrace it.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    os.umask(0o077)
+    link_fd, ring_fd, slot_bytes, threads = (int(text) for text in sys.argv[1:5])
+    link = socket.socket(fileno=link_fd)
+    ring = mmap.mmap(ring_fd, 0)
+    Child(link, ring, slot_bytes, sys.argv[5]).run(threads)
+    os._exit(0)  # threads may hang in a file system that does not answer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Mounting a snapshot: squashfuse, run as the job's user over a mount that the agent made.
+
+A user's squashfs is never given to the kernel's driver. squashfuse cannot mount without privilege either, so
+the agent mounts with an open /dev/fuse and hands that descriptor over as the mount point "/dev/fd/N"
+(libfuse 3.3, fuse_session_mount). The mount point lies in a folder that only root may enter; jobs see the
+mount through their shadow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from bootseer_slurm import mounts
+from bootseer_slurm.errors import BootseerError
+
+_PROGRAMS = ("squashfuse_ll", "squashfuse")
+_PATH = "/usr/local/bin:/usr/bin:/bin"
+_STOP_TIMEOUT_S = 2.0
+
+
+class Snapshot:
+    """A mounted snapshot."""
+
+    def __init__(self, image: Path, target: Path, *, uid: int, gid: int) -> None:
+        """Mount the squashfs `image`, a file that this user may open, at the new folder `target`.
+
+        Raises BootseerError when squashfuse is missing or the mount fails.
+        """
+        self.path = target
+        program = next(filter(None, (shutil.which(name, path=_PATH) for name in _PROGRAMS)), None)
+        if program is None:
+            raise BootseerError("squashfuse is not installed on this node", hint="apt-get install squashfuse")
+        options = f"rootmode=40000,user_id={uid},group_id={gid},allow_other,default_permissions"
+        flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
+        try:
+            target.mkdir(mode=0o700, parents=True)
+            fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                mounts.mount("squashfuse", target, "fuse.squashfuse", flags, f"fd={fd},{options}")
+                self._process = subprocess.Popen(
+                    [program, "-f", str(image), f"/dev/fd/{fd}"],
+                    pass_fds=(fd,),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd="/",
+                    env={"LANG": "C.UTF-8"},
+                    user=uid,
+                    group=gid,
+                    extra_groups=[],
+                    start_new_session=True,
+                )
+            finally:
+                os.close(fd)
+            os.listdir(target)  # waits for squashfuse; fails when the image is none
+        except (OSError, subprocess.SubprocessError) as error:
+            self.close()
+            raise BootseerError(f"snapshot cannot be mounted: {error}") from error
+
+    def close(self) -> None:
+        """Unmount, and end squashfuse when the last step that uses it is gone (at once if it has to)."""
+        with contextlib.suppress(OSError):
+            mounts.unmount(self.path)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+        process = getattr(self, "_process", None)
+        if process is not None:
+            try:
+                process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -1,0 +1,1 @@
+"""Images: squashfs files that containers start from."""

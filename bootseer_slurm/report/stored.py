@@ -1,0 +1,56 @@
+"""The events of the shared store, as collect wants them.
+
+Owns the paths of the event files (docs/events.md) on the reading side. What this person may not read is left
+out with a log line: of a job's report the rest is still true, and the nodes concerned show as silent.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+
+from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.report.collect import MAX_TEXT
+from bootseer_slurm.store import Store
+
+log = logging.getLogger(__name__)
+
+_RUN = re.compile(r"([0-9]{1,10})\.([0-9]{1,7})")
+_SUFFIX = ".jsonl"
+
+
+class StoredEvents:
+    """The EventStore of a store. Raises nothing for what is missing or unreadable."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def users(self) -> list[int]:
+        """The uids that have a folder."""
+        return sorted(int(name) for name in self._list("users") if name.isascii() and name.isdecimal())
+
+    def restarts(self, uid: int, job: int) -> list[int]:
+        """The restart counts under which this user's job has events."""
+        runs = (_RUN.fullmatch(name) for name in self._list(f"users/{uid}/events"))
+        return sorted(int(run[2]) for run in runs if run and int(run[1]) == job)
+
+    def event_files(self, uid: int, job: int, restart: int) -> Iterator[tuple[str, str]]:
+        """(node, text of its file) for each node that sent events."""
+        folder = f"users/{uid}/events/{job}.{restart}"
+        for name in self._list(folder):
+            if not name.endswith(_SUFFIX):
+                continue
+            try:
+                content = self._store.read(f"{folder}/{name}", limit_bytes=MAX_TEXT)
+            except BootseerError as error:
+                log.warning("job=%d events left out: %s", job, error)
+                continue
+            yield name[: -len(_SUFFIX)], content.decode("utf-8", errors="replace")
+
+    def _list(self, path: str) -> list[str]:
+        try:
+            return self._store.list(path)
+        except BootseerError as error:
+            log.warning("events left out: %s", error)
+            return []

@@ -1,0 +1,1 @@
+"""What Slurm says: node lists and accounting."""

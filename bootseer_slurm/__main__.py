@@ -1,0 +1,24 @@
+"""The command `bootseer`."""
+
+from __future__ import annotations
+
+import sys
+
+from bootseer_slurm.errors import BootseerError
+
+
+def main() -> None:
+    """Run the command line; a BootseerError becomes one clear line and an exit status."""
+    from bootseer_slurm.cli import app
+
+    try:
+        app()
+    except BootseerError as error:
+        print(f"bootseer: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  hint: {error.hint}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+if __name__ == "__main__":
+    main()

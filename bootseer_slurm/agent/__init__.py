@@ -1,0 +1,1 @@
+"""The node agent, and the client of it that jobs, hooks and people use."""

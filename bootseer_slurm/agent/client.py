@@ -1,0 +1,68 @@
+"""Asking the node agent. Standard library only, for a training job imports this."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+from bootseer_slurm.agent import protocol
+from bootseer_slurm.errors import AgentUnavailable, BootseerError
+
+_MARK_TIMEOUT_S = 1.0
+
+
+def request(
+    op: str, fields: protocol.Message | None = None, *, socket_path: str | None = None, timeout_s: float = 5.0
+) -> protocol.Message:
+    """Send one request and give the reply's entries.
+
+    Raises AgentUnavailable when no agent answers within `timeout_s`, BootseerError with what it refused.
+    """
+    paths = [
+        socket_path or os.environ.get("BOOTSEER_AGENT_SOCKET") or protocol.SOCKET,
+        protocol.ABSTRACT_SOCKET,
+    ]
+    message = protocol.encode([("OP", op), *(fields or [])])
+    failure: Exception | None = None
+    for path in paths:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+                link.settimeout(timeout_s)
+                link.connect(path)
+                link.sendall(message)
+                link.shutdown(socket.SHUT_WR)
+                reply, fds = protocol.receive(link)
+        except (OSError, ValueError) as error:
+            failure = error
+            continue
+        for fd in fds:
+            os.close(fd)
+        if protocol.first(reply, "STATUS") != "ok":
+            raise BootseerError(protocol.first(reply, "MESSAGE", "the agent refused without a reason"))
+        return reply
+    raise AgentUnavailable(
+        f"no agent answers on this node: {failure}",
+        hint="an admin looks with `systemctl status bootseer-agent`",
+    )
+
+
+def mark(name: str) -> bool:
+    """Tell Bootseer where the job is, for instance mark("training_started").
+
+    name: image_loaded, environment_loaded, checkpoint_loaded, training_started (which ends the start), or
+    any other of up to 64 letters, digits, "_", "." and "-".
+    Gives False, and never raises, when there is no job or no agent: a job must not fail of being measured.
+    """
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if not job_id:
+        return False
+    fields = [("JOB_ID", job_id), ("NAME", name), ("TIME_NS", str(time.time_ns()))]
+    for key, variable in (("STEP_ID", "SLURM_STEP_ID"), ("PROC_ID", "SLURM_PROCID")):
+        if variable in os.environ:
+            fields.append((key, os.environ[variable]))
+    try:
+        request("mark", fields, timeout_s=_MARK_TIMEOUT_S)
+    except Exception:
+        return False
+    return True

@@ -1,0 +1,132 @@
+"""What a job asked for, as the prolog or the plugin hands it over.
+
+Every value here was typed by the job's user and is read by root: all is checked, nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import tomli
+
+from bootseer_slurm.agent.protocol import Message, first
+from bootseer_slurm.errors import InputError
+
+_VALUE_LIMIT = 4096
+_TARGET_LIMIT = 16
+_URI = re.compile(r"[a-z][a-z0-9+.-]*://[^\s]+")
+_PROFILE_KEYS = {"images": "image", "environments": "environment", "checkpoints": "checkpoint"}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One start of one job on this node."""
+
+    job_id: int
+    restart: int
+    uid: int
+    gid: int
+    nodelist: str = ""
+    partition: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """One thing a job starts from: its kind, and the path or URI as the user wrote it."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """All that one job wishes. observe: only measure."""
+
+    observe: bool
+    wishes: tuple[Wish, ...] = field(default=())
+
+
+def parse_job(message: Message) -> Job:
+    """The job of a prolog, attach or epilog message. Raises InputError."""
+    return Job(
+        job_id=number(message, "JOB_ID"),
+        restart=number(message, "RESTART", "0"),
+        uid=number(message, "UID"),
+        gid=number(message, "GID", first(message, "UID")),
+        nodelist=first(message, "NODELIST")[:_VALUE_LIMIT],
+        partition=first(message, "PARTITION")[:256],
+        name=first(message, "JOB_NAME")[:256],
+    )
+
+
+def parse_request(message: Message) -> Request | None:
+    """What the job wishes; None when it did not ask for Bootseer. Raises InputError."""
+    mode = first(message, "BOOTSEER")
+    if not mode:
+        return None
+    wishes: list[Wish] = []
+    profile = first(message, "PROFILE")
+    if profile:
+        request = parse_profile(profile)
+        mode = "observe" if request.observe else mode
+        wishes += request.wishes
+    for key, kind in (("IMAGE", "image"), ("ENV", "environment"), ("CHECKPOINT", "checkpoint")):
+        value = first(message, key)
+        if value:
+            wishes.append(Wish(kind, _checked(key.lower(), value)))
+    image = first(message, "CONTAINER_IMAGE")
+    if image.startswith("/") and not any(wish.kind == "image" for wish in wishes):
+        wishes.append(Wish("image", _checked("container image", image)))
+    return Request(mode == "observe", tuple(dict.fromkeys(wishes))[:_TARGET_LIMIT])
+
+
+def parse_profile(text: str) -> Request:
+    """A profile, the TOML file given as --bootseer=PROFILE.toml; see docs/users.md.
+
+    Raises InputError that names every unknown key and every bad value.
+    """
+    try:
+        content: dict[str, Any] = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        raise InputError(f"profile: not valid TOML: {error}") from error
+    problems: list[str] = []
+    wishes: list[Wish] = []
+    for key, value in content.items():
+        if key == "observe" and isinstance(value, bool):
+            continue
+        if key not in _PROFILE_KEYS:
+            problems.append(f"{key}: {'must be true or false' if key == 'observe' else 'unknown key'}")
+            continue
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            problems.append(f"{key}: must be a path, or a list of paths")
+            continue
+        for name in names:
+            try:
+                wishes.append(Wish(_PROFILE_KEYS[key], _checked(key, name)))
+            except InputError as error:
+                problems.append(error.message)
+    if len(wishes) > _TARGET_LIMIT:
+        problems.append(f"names {len(wishes)} things, at most {_TARGET_LIMIT} can be")
+    if problems:
+        raise InputError("profile: " + "; ".join(problems), hint=f"keys: {', '.join(_PROFILE_KEYS)}, observe")
+    return Request(content.get("observe") is True, tuple(wishes))
+
+
+def number(message: Message, key: str, default: str = "") -> int:
+    """A natural number of a message. Raises InputError."""
+    text = first(message, key, default)
+    if not re.fullmatch(r"[0-9]{1,19}", text, re.ASCII):
+        raise InputError(f"{key}: not a number: {text[:40]!r}")
+    return int(text)
+
+
+def _checked(key: str, value: str) -> str:
+    if len(value) > _VALUE_LIMIT or any(ord(character) < 32 for character in value):
+        raise InputError(f"{key}: too long, or holds a control character")
+    if value.startswith("/") or (_URI.fullmatch(value) and key not in ("env", "environments")):
+        return value.removeprefix("file://") if value.startswith("file:///") else value
+    raise InputError(f"{key}: {value[:80]!r} is neither an absolute path nor a URI")

@@ -1,0 +1,180 @@
+"""One thing that a job starts from, on this node: looked up, kept on the shelf, ready to be shown.
+
+Owns the blob's sources and the descriptor of the original. All reading is done by the job's fetch process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bootseer_slurm import mounts
+from bootseer_slurm.agent.request import Job, Wish
+from bootseer_slurm.agent.shelf import Shelf
+from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
+from bootseer_slurm.blob.reader import Reader, Source, Usage
+from bootseer_slurm.env.attach import Snapshot
+from bootseer_slurm.errors import InputError, NotFound, StoreError
+from bootseer_slurm.fetch.process import FetchProcess, Reply
+
+_SAME_TIMEOUT_S = 1.0  # a step waits for this
+
+
+class FetchSource:
+    """The objects behind one handle of a fetch process, as a source of the blob (blob.reader.Source)."""
+
+    def __init__(self, name: str, process: FetchProcess, handle: int, layout: Layout) -> None:
+        self.name = name
+        self._process = process
+        self._handle = handle
+        self._layout = layout
+
+    @contextlib.contextmanager
+    def read(self, offset: int, size_bytes: int, *, demand: bool) -> Iterator[memoryview]:
+        extent = self._layout.extent(offset, size_bytes)
+        read = self._process.read(
+            self._handle, extent.object, extent.offset, extent.size_bytes, demand=demand
+        )
+        with read as view:
+            yield view
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """A mount to be shown over the original: the plugin checks that it still is this file."""
+
+    fd: int
+    device: int
+    inode: int
+    path: str
+
+
+class Target:
+    """A wish that was looked up."""
+
+    def __init__(
+        self,
+        wish: Wish,
+        job: Job,
+        process: FetchProcess,
+        shelf: Shelf,
+        *,
+        roots: tuple[Path, ...],
+        on_fault: Callable[[str, str], None],
+    ) -> None:
+        """Look it up. on_fault: told of faults of the data path, see Reader. Raises BootseerError."""
+        self.wish = wish
+        self.path: str | None = None
+        self.warning: str | None = None
+        self._process = process
+        self._shelf = shelf
+        self._original: int | None = None
+        self._sources: list[Source] = []
+        self._snapshot: Snapshot | None = None
+        reply = process.call("resolve", kind=wish.kind, name=wish.name)
+        fds = list(reply.fds)
+        try:
+            if "path" in reply.fields:
+                self._original = fds.pop(0)
+                self.path = self._shown_path(roots)
+            self.reader = self._take(reply, fds, job, on_fault)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self.cached_bytes = self.reader.blob.present_bytes
+        self.before = _copy(self.reader.usage)
+        self.begin_ns = time.time_ns()
+
+    def _shown_path(self, roots: tuple[Path, ...]) -> str:
+        """The original's path, as the kernel has it: what the fetch process says of it is not believed."""
+        path = os.readlink(f"/proc/self/fd/{self._original}")
+        if not any(Path(path).is_relative_to(root) and Path(path) != root for root in roots):
+            listed = ", ".join(str(root) for root in roots)
+            raise InputError(
+                f"{self.wish.kind} {path}: not below {listed}, where this site allows it to be shown"
+            )
+        return path
+
+    def _take(self, reply: Reply, fds: list[int], job: Job, on_fault: Callable[[str, str], None]) -> Reader:
+        fields = reply.fields
+        self._fingerprint = str(fields.get("fingerprint", ""))
+        self.warning = fields.get("warning")
+        if "blob" in fields:
+            content = os.pread(fds[0], min(os.fstat(fds[0]).st_size, MANIFEST_LIMIT_BYTES), 0)
+            manifest = decode(content)
+            blob_id, layout, digests = manifest.id, manifest.layout, manifest.digests
+            self._sources.append(FetchSource("store", self._process, fields["blob"]["handle"], layout))
+        elif "origin" in fields and self._original is not None:
+            status = os.fstat(self._original)
+            layout, digests = Layout(int(fields["size_bytes"])), None
+            identity = (self.path, status.st_dev, status.st_ino, layout.size_bytes, status.st_mtime_ns)
+            blob_id = "file-" + hashlib.sha256(repr((*identity, status.st_ctime_ns)).encode()).hexdigest()
+        elif self.warning:
+            raise StoreError(self.warning)
+        elif self.wish.kind == "environment":
+            raise NotFound(
+                f"environment {self.wish.name}: no snapshot of it in the store (`bootseer env save`)"
+            )
+        else:
+            raise NotFound(f"{self.wish.kind} {self.wish.name}: not in the store")
+        if layout.size_bytes == 0:
+            raise InputError(f"{self.wish.kind} {self.wish.name}: empty")
+        if "origin" in fields and self.wish.kind != "environment":
+            flat = Layout(layout.size_bytes, layout.block_bytes, layout.chunk_bytes, 1)
+            self._sources.append(FetchSource("origin", self._process, fields["origin"], flat))
+        return self._shelf.take(
+            blob_id,
+            layout,
+            digests,
+            uid=job.uid,
+            gid=job.gid,
+            mtime_ns=os.fstat(self._original).st_mtime_ns if self._original is not None else 0,
+            sources=self._sources,
+            on_fault=on_fault,
+        )
+
+    def mount_snapshot(self, folder: Path, job: Job) -> None:
+        """Mount an environment's snapshot at a new folder. Raises BootseerError."""
+        self._snapshot = Snapshot(self._shelf.served_path(self.reader), folder, uid=job.uid, gid=job.gid)
+
+    def served_path(self) -> Path:
+        """Where the blob can be opened by its user, for targets that have no path of their own."""
+        return self._shelf.served_path(self.reader)
+
+    def bind(self) -> Bind:
+        """A fresh mount of the blob for one step; the caller closes its descriptor.
+
+        Raises InputError when the original changed, BootseerError or OSError when it cannot be made.
+        """
+        if self.path is None or self._original is None:
+            raise NotFound(f"{self.wish.name}: has no path to be shown at")
+        fields: dict[str, Any] = {"kind": self.wish.kind, "name": self.path, "fingerprint": self._fingerprint}
+        if not self._process.call("same", timeout_s=_SAME_TIMEOUT_S, **fields).fields.get("same"):
+            raise InputError(f"{self.path}: was changed after it was looked up")
+        status = os.fstat(self._original)
+        source = self._snapshot.path if self._snapshot else self._shelf.path(self.reader)
+        return Bind(mounts.bind_clone(source), status.st_dev, status.st_ino, self.path)
+
+    def close(self) -> None:
+        """Let go of the blob, the mount and the original."""
+        if self._snapshot:
+            self._snapshot.close()
+            self._snapshot = None
+        if hasattr(self, "reader"):
+            self._shelf.give_back(self.reader, self._sources)
+        if self._original is not None:
+            os.close(self._original)
+            self._original = None
+
+
+def _copy(usage: Usage) -> Usage:
+    return Usage(**{name: getattr(usage, name) for name in Usage.__slots__})

@@ -1,0 +1,239 @@
+"""The command line. Owns what is shown and asked; every command's work is done by another room.
+
+Rooms are imported inside the commands: `bootseer mark` runs in jobs and must not load pyarrow or the agent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
+
+from bootseer_slurm import config as configuration
+from bootseer_slurm.errors import InputError, StoreError
+
+if TYPE_CHECKING:
+    from bootseer_slurm.store import Store
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+config_app = typer.Typer(no_args_is_help=True, help="The configuration of this machine.")
+env_app = typer.Typer(no_args_is_help=True, help="Snapshots of Python environments.")
+image_app = typer.Typer(no_args_is_help=True, help="Container images in the store.")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Striped checkpoints in the store.")
+profile_app = typer.Typer(no_args_is_help=True, help="Profiles, the files given as --bootseer=PROFILE.toml.")
+store_app = typer.Typer(no_args_is_help=True, help="The shared store.")
+for name, group in (("config", config_app), ("env", env_app), ("image", image_app), ("profile", profile_app),
+                    ("checkpoint", checkpoint_app), ("store", store_app)):  # fmt: skip
+    app.add_typer(group, name=name)
+
+_settings: dict[str, Path | None] = {"path": None}
+
+
+@app.callback()
+def _root(
+    config: Annotated[
+        Path | None, typer.Option(help="Configuration file, instead of /etc/bootseer/bootseer.toml.")
+    ] = None,
+) -> None:
+    """Faster job starts on Slurm: prefetch in the prolog, and reports of what a start cost."""
+    _settings["path"] = config
+
+
+def _config() -> configuration.Config:
+    return configuration.load(_settings["path"])
+
+
+def _store() -> Store:
+    from bootseer_slurm.store import open_store
+
+    return open_store(_config().store.uri)
+
+
+@app.command()
+def agent() -> None:
+    """Run the node agent (root; started by systemd)."""
+    from bootseer_slurm import log
+    from bootseer_slurm.agent.server import Agent
+
+    config = _config()
+    log.set_up(config.agent.log_level)
+    if os.geteuid() != 0:
+        raise InputError("the agent must run as root")
+    Agent(config).run()
+
+
+@app.command()
+def status() -> None:
+    """Show the agent of this node and the jobs it knows, as JSON."""
+    from bootseer_slurm.agent import client, protocol
+
+    reply = client.request("status", socket_path=str(_config().agent.socket))
+    print(json.dumps(json.loads(protocol.first(reply, "STATUS_JSON")), indent=2))
+
+
+@app.command()
+def mark(
+    name: Annotated[str, typer.Argument(help="For instance training_started, which ends the start.")],
+) -> None:
+    """Tell where a job is. Never fails a job: exit status 0 also without an agent, with a line on stderr."""
+    from bootseer_slurm.agent import client
+
+    if not client.mark(name):
+        print(
+            f"bootseer: mark {name} was not taken: no agent, or no job that asked for Bootseer",
+            file=sys.stderr,
+        )
+
+
+@app.command()
+def report(
+    job_id: Annotated[
+        str, typer.Argument(help="As sacct shows it: 1234, 1234_5 of an array, 1234+1 of a het job.")
+    ],
+    format: Annotated[str, typer.Option(help="terminal or json.")] = "terminal",
+    restart: Annotated[
+        int | None, typer.Option(help="Restart count of a requeued job; the last without it.")
+    ] = None,
+) -> None:
+    """Show what a job's start cost, stage by stage, joined with sacct."""
+    from bootseer_slurm.report.analyse import analyse
+    from bootseer_slurm.report.collect import collect
+    from bootseer_slurm.report.render import to_json, to_terminal
+    from bootseer_slurm.report.stored import StoredEvents
+
+    result = analyse(collect(job_id, store=StoredEvents(_store()), restart=restart))
+    if format == "json":
+        print(to_json(result))
+    elif format == "terminal":
+        to_terminal(result, Console())
+    else:
+        raise InputError(f"format {format!r} is not known", hint="terminal or json")
+
+
+@config_app.command("show")
+def config_show() -> None:
+    """Print every value and where it came from."""
+    config = _config()
+    for key, origin in config.origins.items():
+        table, name = key.split(".")
+        values = getattr(config, table)
+        field = next(field for field in values.__slots__ if field in (name, f"{name}_s", f"{name}_bytes"))
+        value = getattr(values, field)
+        shown = ":".join(map(str, value)) if isinstance(value, tuple) else value
+        print(f"{table}.{field} = {shown}  ({origin})")
+
+
+@config_app.command("template")
+def config_template() -> None:
+    """Print a configuration file with every key and its default."""
+    print(configuration.template(), end="")
+
+
+@profile_app.command("check")
+def profile_check(path: Path) -> None:
+    """See whether a profile is usable: exit status 0, or 2 with one line."""
+    from bootseer_slurm.agent.request import parse_profile
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    parse_profile(text)
+
+
+@store_app.command("init")
+def store_init() -> None:
+    """Make the folders of a file:// store (an admin, once)."""
+    uri = _config().store.uri
+    if not uri.startswith("file://"):
+        raise InputError(f"{uri}: only a file:// store needs this")
+    users = Path(uri.removeprefix("file://")) / "users"
+    try:
+        users.mkdir(parents=True, exist_ok=True)
+        users.chmod(0o1777)
+    except OSError as error:
+        raise StoreError(f"{users}: cannot be made: {error.strerror}") from error
+    print(f"{users} is ready")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+               TransferSpeedColumn(), TimeElapsedColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield progress
+
+
+def _store_file(path: Path, kind: str, *, objects: int, name: str) -> None:
+    from bootseer_slurm.blob.names import file_fingerprint
+    from bootseer_slurm.blob.writer import store_file
+
+    with _progress() as progress:
+        task = progress.add_task(name, total=path.stat().st_size)
+        record = store_file(
+            _store(), path, kind=kind, name=name, objects=objects, fingerprint=file_fingerprint(path.stat()),
+            progress=lambda count: progress.advance(task, count),
+        )  # fmt: skip
+    print(f"{name}  {record.blob[:16]}")
+
+
+@image_app.command("push")
+def image_push(source: Annotated[Path, typer.Argument(help="A squashfs file.", exists=True)]) -> None:
+    """Put a squashfs image into the store; jobs that use it at this path are served from there."""
+    from bootseer_slurm.image.squashfs import check_squashfs
+    from bootseer_slurm.store import FileReader
+
+    real = source.resolve(strict=True)
+    reader = FileReader(real)
+    try:
+        check_squashfs(reader, str(real))
+    finally:
+        reader.close()
+    _store_file(real, "image", objects=1, name=str(real))
+
+
+@checkpoint_app.command("stripe")
+def checkpoint_stripe(
+    source: Annotated[Path, typer.Argument(help="A checkpoint file.", exists=True)],
+    stripes: Annotated[int, typer.Option(min=1, max=256, help="Objects to spread it over.")] = 8,
+) -> None:
+    """Put a checkpoint file into the store, spread over several objects."""
+    real = source.resolve(strict=True)
+    if not real.is_file():
+        raise InputError(f"{real}: not a file")
+    _store_file(real, "checkpoint", objects=stripes, name=str(real))
+
+
+@env_app.command("save")
+def env_save(
+    folder: Annotated[Path, typer.Argument(help="A venv, or a `pip install --target` folder.")],
+) -> None:
+    """Save an environment; jobs that use it at this path are served from the snapshot."""
+    from bootseer_slurm.env.snapshot import save
+
+    if not folder.is_dir():
+        raise InputError(f"{folder}: not a directory")
+    with _progress() as progress:
+        task = progress.add_task("fingerprint", total=None)
+        name, size_bytes = save(
+            _store(),
+            folder,
+            stage=lambda text: progress.update(task, description=text),
+            progress=lambda count: progress.advance(task, count),
+        )
+    print(f"{name.name}  {name.blob[:16]}  {size_bytes} bytes")

@@ -1,0 +1,246 @@
+"""Starts the daemons of the cluster and waits until each really answers.
+
+On the controller munged, MariaDB, slurmdbd, slurmctld (and sshd, see storage); on each node slurmd and the
+node agent (and sshfs). All run in the foreground below their machine's first process. munged serves all
+machines through its socket in the state folder.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from . import namespaces
+from .layout import CONTROLLER, REPO, ClusterError, State, poll
+from .settings import GROUP, USERS
+
+SLURMDBD_PORT = 6819
+AGENT = REPO / ".venv" / "bin" / "bootseer"
+AGENT_STOP_S = 15.0
+# Durability is of no use to a database that is deleted with its cluster.
+MARIADB_OPTIONS = [
+    "--skip-networking",
+    "--skip-name-resolve",
+    "--skip-log-bin",
+    "--performance-schema=OFF",
+    "--innodb-buffer-pool-size=64M",
+    "--innodb-log-file-size=32M",
+    "--innodb-lock-wait-timeout=900",
+    "--innodb-flush-log-at-trx-commit=0",
+    "--innodb-doublewrite=0",
+]
+DATABASE_SQL = (
+    "CREATE DATABASE IF NOT EXISTS slurm_acct;\n"
+    "CREATE USER IF NOT EXISTS slurm@localhost IDENTIFIED VIA unix_socket;\n"
+    "GRANT ALL ON slurm_acct.* TO slurm@localhost;\n"
+)
+
+
+def make_machine(state: State, node: str) -> None:
+    """Make the namespaces and root file system of the controller or of a node; record its first process."""
+    layout = state.layout
+    home = layout.dir / node
+    for name in ("root", "writes", "spool", "database" if node == CONTROLLER else "bootseer"):
+        (home / name).mkdir(parents=True, exist_ok=True)
+
+    def prepare() -> None:
+        namespaces.build_root(home / "root", home / "writes", needed=[layout.dir, REPO])
+        for name in ("passwd", "group", "shadow", "hosts"):
+            Path("/etc", name).write_bytes((layout.etc / name).read_bytes())
+        Path("/etc/hostname").write_text(f"{node}\n")
+        namespaces.bind(layout.etc / "slurm", "/etc/slurm")
+        namespaces.bind(layout.etc / "bootseer", "/etc/bootseer")
+        namespaces.bind(layout.munge_socket.parent, "/run/munge")
+        Path("/run/lock").mkdir(mode=0o1777)
+        if node == CONTROLLER:
+            namespaces.bind(layout.shared, "/shared")
+            for folder, owner in (("mysqld", "mysql"), ("slurm", "slurm"), ("sshd", "root")):
+                _give(Path("/run", folder), owner)
+        else:
+            namespaces.bind(home / "spool", "/var/spool/slurmd")
+            namespaces.bind(home / "bootseer", "/var/lib/bootseer")
+        # Last: a bind of a shared mount would share with it.
+        namespaces.share_mounts()
+
+    log = layout.log(node, "init")
+    namespaces.create(node, prepare, lambda process: state.add(node, "init", process), log)
+
+
+def _give(folder: Path, owner: str) -> None:
+    folder.mkdir(exist_ok=True)
+    account = pwd.getpwnam(owner)
+    os.chown(folder, account.pw_uid, account.pw_gid)
+
+
+def _start(
+    state: State,
+    node: str,
+    name: str,
+    argv: list[str],
+    user: str | None = None,
+    env: dict[str, str] | None = None,
+) -> None:
+    account = pwd.getpwnam(user) if user else None
+    rights = (account.pw_uid, account.pw_gid) if account else None
+    log = state.layout.log(node, name)
+    state.add(node, name, namespaces.spawn(state.init(node), argv, log, uid_gid=rights, env=env))
+
+
+def _await(state: State, node: str, name: str, ready: Callable[[], bool], timeout_s: float) -> None:
+    """Wait until a daemon is ready; raises ClusterError when it ends or takes too long."""
+    process = state.process(node, name)
+    assert process
+    done = poll(lambda: ready() or not process.alive, timeout_s)
+    where = "" if node == CONTROLLER else f" on {node}"
+    if not process.alive:
+        raise ClusterError(f"{name}{where} ended", state.layout.log(node, name))
+    if not done:
+        raise ClusterError(f"{name}{where} was not ready after {timeout_s:g} s", state.layout.log(node, name))
+
+
+def install_database(state: State) -> subprocess.Popen[bytes]:
+    """Begin to write MariaDB's system tables (a second or more of work that needs no other daemon)."""
+    layout = state.layout
+    folder = layout.dir / CONTROLLER / "database"
+    _give(folder, "mysql")
+    argv = ["mariadb-install-db", "--no-defaults", "--user=mysql", f"--datadir={folder}", "--skip-test-db"]
+    with layout.log(CONTROLLER, "mariadb").open("wb") as log:
+        command = namespaces.entering(state.init(CONTROLLER), argv)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+
+def start_munged(state: State) -> None:
+    """Start munged. It runs as root, and so does not mind who owns the folders above its socket."""
+    layout = state.layout
+    key, pid_file = layout.etc / "munge.key", "/run/munged.pid"
+    argv = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={layout.munge_socket}"]
+    argv += [f"--pid-file={pid_file}", "--log-file=/run/munged.log", "--seed-file=/run/munged.seed"]
+    _start(state, CONTROLLER, "munged", argv)
+    _await(state, CONTROLLER, "munged", lambda: _accepts(str(layout.munge_socket)), timeout_s=15)
+
+
+def start_database(state: State, installation: subprocess.Popen[bytes]) -> None:
+    """Start MariaDB when its tables are there, with an account for slurmdbd."""
+    layout = state.layout
+    log = layout.log(CONTROLLER, "mariadb")
+    if installation.wait(timeout=120) != 0:
+        raise ClusterError("mariadb-install-db failed", log)
+    script = layout.dir / CONTROLLER / "accounts.sql"
+    script.write_text(DATABASE_SQL)
+    argv = ["mariadbd", "--no-defaults", "--user=mysql", f"--datadir={layout.dir / CONTROLLER / 'database'}"]
+    argv += ["--socket=/run/mysqld/mysqld.sock", "--pid-file=/run/mysqld/mysqld.pid", f"--init-file={script}"]
+    _start(state, CONTROLLER, "mariadb", argv + MARIADB_OPTIONS)
+    socket_path = f"/proc/{state.init(CONTROLLER)}/root/run/mysqld/mysqld.sock"
+    _await(state, CONTROLLER, "mariadb", lambda: _accepts(socket_path), timeout_s=60)
+
+
+def start_slurmdbd(state: State) -> None:
+    """Start slurmdbd and enter the cluster, its account and its users."""
+    layout, pid = state.layout, state.init(CONTROLLER)
+    spool = layout.dir / CONTROLLER / "spool"
+    _give(spool, "slurm")
+    # It takes the configuration's folder from SLURM_CONF alone.
+    _start(state, CONTROLLER, "slurmdbd", ["slurmdbd", "-D"], "slurm", {"SLURM_CONF": str(layout.slurm_conf)})
+    address = (layout.address(CONTROLLER), SLURMDBD_PORT)
+    _await(state, CONTROLLER, "slurmdbd", lambda: _accepts(address), timeout_s=60)
+    namespaces.run(pid, ["sacctmgr", "-i", "add", "cluster", "bootseer"])
+    namespaces.run(pid, ["sacctmgr", "-i", "add", "account", GROUP])
+    namespaces.run(pid, ["sacctmgr", "-i", "add", "user", *USERS, "root", f"account={GROUP}"])
+
+
+def start_slurmctld(state: State) -> None:
+    """Start slurmctld."""
+    pid = state.init(CONTROLLER)
+    _start(state, CONTROLLER, "slurmctld", ["slurmctld", "-D"], "slurm")
+    _await(state, CONTROLLER, "slurmctld", lambda: _succeeds(pid, ["scontrol", "ping"]), timeout_s=30)
+
+
+def start_slurmd(state: State, node: str) -> None:
+    """Start a node's slurmd; `wait_idle` tells when it has registered."""
+    _start(state, node, "slurmd", ["slurmd", "-D", "-N", node])
+
+
+def wait_idle(state: State, timeout_s: float = 30) -> None:
+    """Wait until all nodes are idle; raises ClusterError with what sinfo says of them."""
+    pid = state.init(CONTROLLER)
+    output = ""
+
+    def idle() -> bool:
+        nonlocal output
+        output = namespaces.run(pid, ["sinfo", "--noheader", "--Node", "--format=%N %T"])
+        return {line.strip() for line in output.splitlines()} == {f"{node} idle" for node in state.nodes}
+
+    if not poll(idle, timeout_s, interval_s=0.1):
+        first = next((node for node in state.nodes if f"{node} idle" not in output), state.nodes[0])
+        raise ClusterError(
+            f"nodes are not idle after {timeout_s:g} s:\n{output}", state.layout.log(first, "slurmd")
+        )
+
+
+def agent_installed() -> bool:
+    """True when the node agent is there to be started."""
+    try:
+        return (
+            subprocess.run([str(AGENT), "agent", "--help"], capture_output=True, check=False).returncode == 0
+        )
+    except OSError:
+        return False
+
+
+def start_agent(state: State, node: str) -> None:
+    """Start a node's agent and wait for its socket; one that was stopped by `hang` is continued."""
+    process = state.process(node, "agent")
+    if process and process.alive:
+        process.signal(signal.SIGCONT, group=True)
+        return
+    argv = [str(AGENT), "--config", "/etc/bootseer/bootseer.toml", "agent"]
+    _start(state, node, "agent", argv)
+    socket_path = f"/proc/{state.init(node)}/root/run/bootseer/agent.sock"
+    _await(state, node, "agent", lambda: _accepts(socket_path), timeout_s=20)
+
+
+def stop_agent(state: State, node: str) -> None:
+    """Ask a node's agent to end, and wait; raises ClusterError when it does not."""
+    process = state.process(node, "agent")
+    if process is None or not process.alive:
+        return
+    process.signal(signal.SIGCONT, group=True)
+    process.signal(signal.SIGTERM)
+    if not process.wait(AGENT_STOP_S):
+        raise ClusterError(
+            f"the agent on {node} did not end in {AGENT_STOP_S:g} s", state.layout.log(node, "agent")
+        )
+
+
+def signal_agent(state: State, node: str, number: int) -> None:
+    """Send a signal to a node's agent and its process group; raises ClusterError when it does not run."""
+    process = state.process(node, "agent")
+    if process is None or not process.alive:
+        raise ClusterError(f"no agent runs on {node}")
+    process.signal(number, group=True)
+    if number == signal.SIGKILL:
+        process.wait(5)
+
+
+def _accepts(address: str | tuple[str, int]) -> bool:
+    """True when something listens there."""
+    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as connection:
+        connection.settimeout(2)
+        try:
+            connection.connect(address)
+        except OSError:
+            return False
+        return True
+
+
+def _succeeds(pid: int, argv: list[str]) -> bool:
+    try:
+        namespaces.run(pid, argv)
+    except ClusterError:
+        return False
+    return True

@@ -1,0 +1,114 @@
+"""Shared storage that is really remote: sshd on the controller, sshfs over each node's own link.
+
+On the controller /shared is the folder of the state. The nodes mount it as root with allow_other and
+default_permissions: the kernel checks permissions by the true owners. sshfs alone would leave what a user
+creates to root, so owner.c hands it over (see there). Like NFS it shows others' changes after 2 seconds at
+most, and the time stamps of SFTP have whole seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from .layout import CONTROLLER, ClusterError, Layout, State, poll
+from .namespaces import run, spawn
+from .settings import GROUP_ID, USERS
+
+# noforget: a file keeps its inode number, as on any shared file system, also after its caches were dropped.
+SSHFS_OPTIONS = (
+    "allow_other,default_permissions,noforget,dcache_timeout=1,"
+    "reconnect,ServerAliveInterval=15,ServerAliveCountMax=3"
+)
+
+
+def prepare(layout: Layout) -> None:
+    """Make the shared folder with the users' homes and the store, and compile what sshfs lacks."""
+    layout.shared.mkdir(mode=0o755)
+    home = layout.shared / "home"
+    home.mkdir(mode=0o755)
+    for user, number in USERS.items():
+        (home / user).mkdir(mode=0o700)
+        os.chown(home / user, number, number)
+    for name, group, mode in (("bootseer", 0, 0o755), ("data", GROUP_ID, 0o2775)):
+        folder = layout.shared / name
+        folder.mkdir()
+        os.chown(folder, 0, group)
+        folder.chmod(mode)
+    source, library = Path(__file__).with_name("owner.c"), _owner_library(layout)
+    library.parent.mkdir()
+    command = [
+        "gcc",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-shared",
+        "-fPIC",
+        "-I/usr/include/fuse3",
+        "-o",
+        str(library),
+    ]
+    done = subprocess.run([*command, str(source), "-ldl"], stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise ClusterError(f"{source.name} does not compile:\n{done.stderr[-2000:]}")
+
+
+def serve(state: State) -> None:
+    """Start sshd on the controller."""
+    layout = state.layout
+    log = layout.log(CONTROLLER, "sshd")
+    # sshd runs itself again for each connection and wants its full path.
+    argv = ["/usr/sbin/sshd", "-D", "-e", "-f", str(layout.etc / "ssh/sshd_config")]
+    state.add(CONTROLLER, "sshd", spawn(state.init(CONTROLLER), argv, log))
+
+
+def mount(state: State, node: str) -> None:
+    """Mount /shared on a node."""
+    layout, pid = state.layout, state.init(node)
+    log = layout.log(node, "sshfs")
+    source = f"root@{layout.address(CONTROLLER)}:/shared"
+    options = f"{SSHFS_OPTIONS}{_symlink_option()}"
+    argv = ["sshfs", "-f", "-F", str(layout.etc / "ssh/ssh_config"), "-o", options, source, "/shared"]
+    process = spawn(pid, argv, log, env={"LD_PRELOAD": str(_owner_library(layout))})
+    state.add(node, "sshfs", process)
+
+
+def wait_mounted(state: State, node: str) -> None:
+    """Wait until a node's /shared answers; raises ClusterError."""
+    process, pid = state.process(node, "sshfs"), state.init(node)
+    assert process
+    mounts = Path(f"/proc/{pid}/mounts")
+    if not poll(lambda: " /shared fuse.sshfs " in mounts.read_text() or not process.alive, timeout_s=20) or (
+        not process.alive
+    ):
+        raise ClusterError(f"{node}: /shared could not be mounted", state.layout.log(node, "sshfs"))
+    run(pid, ["stat", "/shared/home"], timeout_s=20)
+
+
+def drop_caches() -> None:
+    """Forget all cached pages and names, of all nodes at once: they share the kernel."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
+
+
+def empty(folder: Path) -> None:
+    """Delete what is in a folder."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+
+def _owner_library(layout: Layout) -> Path:
+    return layout.dir / "lib" / "owner.so"
+
+
+def _symlink_option() -> str:
+    """Newer versions of sshfs refuse absolute links unless told otherwise; a venv's python is one."""
+    usage = subprocess.run(["sshfs", "--help"], capture_output=True, text=True, check=False)
+    return ",no_contain_symlinks" if "no_contain_symlinks" in usage.stdout + usage.stderr else ""

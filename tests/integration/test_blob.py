@@ -1,0 +1,264 @@
+"""A blob's way: writer, store, a real fetch process, cache, reader; and what goes wrong on it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bootseer_slurm.agent.target import FetchSource
+from bootseer_slurm.blob.cache import Cache, CachedBlob
+from bootseer_slurm.blob.manifest import Manifest, decode
+from bootseer_slurm.blob.names import file_fingerprint, read_name, user_folder
+from bootseer_slurm.blob.reader import Reader
+from bootseer_slurm.blob.writer import store_file
+from bootseer_slurm.errors import BootseerError, InputError, StoreError
+from bootseer_slurm.fetch.process import FetchProcess, Reply, User
+from bootseer_slurm.store import FileStore
+
+SIZE_BYTES = 9 * 2**20 + 12345
+
+
+class Scene:
+    """A file, its striped blob in a store, and a fetch process of this user."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store_folder = folder / "store"
+        self.store_folder.mkdir()
+        self.store = FileStore(self.store_folder)
+        self.file = folder / "model.bin"
+        self.content = os.urandom(SIZE_BYTES)
+        self.file.write_bytes(self.content)
+        os.utime(self.file, (1_700_000_000, 1_700_000_000))
+        fingerprint = file_fingerprint(self.file.stat())
+        self.name = store_file(
+            self.store, self.file, kind="checkpoint", name=str(self.file), fingerprint=fingerprint, objects=3
+        )
+        self.blob_folder = self.store_folder / self.name.folder
+        user = User(os.getuid(), os.getgid(), ())
+        self.process = FetchProcess(user, f"file://{self.store_folder}", streams=4, timeout_s=5)
+        self.cache = Cache(folder / "cache", max_bytes=2**40, min_free_bytes=0)
+        self.faults: list[str] = []
+
+    def resolve(self, kind: str = "checkpoint", name: str = "") -> Reply:
+        return self.process.call("resolve", kind=kind, name=name or str(self.file))
+
+    def reader(self, *, origin: bool = True) -> Reader:
+        reply = self.resolve()
+        manifest = self.manifest(reply)
+        blob = self.cache.acquire(manifest.id, manifest.layout, manifest.digests, os.getuid(), os.getgid())
+        reader = Reader(blob, mtime_ns=0, on_fault=lambda name, message: self.faults.append(name))
+        flat = type(manifest.layout)(manifest.layout.size_bytes)
+        sources = [FetchSource("store", self.process, reply.fields["blob"]["handle"], manifest.layout)]
+        if origin:
+            sources.append(FetchSource("origin", self.process, reply.fields["origin"], flat))
+        reader.add_sources(list(sources))
+        return reader
+
+    def manifest(self, reply: Reply) -> Manifest:
+        manifest = decode(os.pread(reply.fds[1], 2**20, 0))
+        for fd in reply.fds:
+            os.close(fd)
+        return manifest
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    made = Scene(tmp_path)
+    yield made
+    made.process.kill()
+
+
+def prefetch(reader: Reader) -> None:
+    cursor = 0
+    while cursor >= 0:
+        cursor = reader.prefetch_run(cursor)
+
+
+def corrupt(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_prefetch_brings_every_byte_once(scene: Scene) -> None:
+    reader = scene.reader()
+    threads = [threading.Thread(target=prefetch, args=(reader,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert reader.blob.complete
+    assert reader.blob.path.read_bytes() == scene.content
+    assert reader.usage.store_bytes == SIZE_BYTES, "one fetch for each block, whoever asks"
+    assert reader.usage.origin_bytes == 0 and scene.faults == []
+
+
+def test_demand_reads_give_the_right_bytes(scene: Scene) -> None:
+    reader = scene.reader()
+    for offset, size in ((0, 1), (262143, 2), (5_000_000, 1_000_000), (SIZE_BYTES - 10, 100)):
+        assert reader.ready(offset, size) is None
+        assert bytes(reader.fetch(offset, size)) == scene.content[offset : offset + size]
+    assert reader.ready(5_000_000, 1_000_000) == reader.blob.fd
+
+
+def test_a_corrupt_stripe_is_never_shown(scene: Scene) -> None:
+    corrupt(scene.blob_folder / "1", 77)
+    reader = scene.reader()
+    prefetch(reader)
+    assert reader.blob.path.read_bytes() == scene.content
+    assert scene.faults == ["corrupt_block"]
+    assert 0 < reader.usage.origin_bytes < SIZE_BYTES
+
+
+def test_corrupt_everywhere_is_an_error_not_wrong_bytes(scene: Scene) -> None:
+    corrupt(scene.blob_folder / "0", 5)
+    reader = scene.reader(origin=False)
+    with pytest.raises(OSError) as caught:
+        reader.fetch(0, 100)
+    assert caught.value.errno == 5
+    assert "read_failed" in scene.faults
+    assert bytes(reader.fetch(5_000_000, 10)) == scene.content[5_000_000:5_000_010], "the rest is still served"
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "manifest", "record"])
+def test_a_damaged_blob_gives_a_warning_and_the_original(scene: Scene, damage: str) -> None:
+    if damage == "missing":
+        (scene.blob_folder / "2").unlink()
+    elif damage == "truncated":
+        os.truncate(scene.blob_folder / "2", 100)
+    elif damage == "manifest":
+        corrupt(scene.blob_folder / "manifest", 200)
+    else:
+        record = next((scene.store_folder / user_folder(os.getuid()) / "names").iterdir())
+        record.write_text('{"version": 1}')
+    reply = scene.resolve()
+    assert "blob" not in reply.fields and "origin" in reply.fields
+    assert reply.fields["warning"]
+    for fd in reply.fds:
+        os.close(fd)
+
+
+def test_a_changed_original_is_not_the_blob(scene: Scene) -> None:
+    with scene.file.open("ab") as file:
+        file.write(b"more")
+    reply = scene.resolve()
+    assert "blob" not in reply.fields
+    assert "was changed" in reply.fields["warning"]
+    fields = {"kind": "checkpoint", "name": str(scene.file), "fingerprint": scene.name.fingerprint}
+    assert scene.process.call("same", **fields).fields["same"] is False
+    for fd in reply.fds:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "message"),
+    [
+        ("image", lambda path: None, "No such file"),
+        ("image", lambda path: path.write_bytes(b"x" * 4096), "not a squashfs"),
+        ("image", lambda path: path.write_bytes(b"hsqs"), "too short"),
+        ("environment", lambda path: path.mkdir(), "not a Python environment"),
+        ("environment", lambda path: path.write_text(""), "not a directory"),
+        ("checkpoint", lambda path: os.mkfifo(path), "not a regular file"),
+        ("image", lambda path: path.symlink_to(path), "symbolic links|Symlink loop"),
+    ],
+)
+def test_what_cannot_be_used_is_said(
+    scene: Scene, tmp_path: Path, kind: str, make: Callable[[Path], object], message: str
+) -> None:
+    path = tmp_path / "thing"
+    make(path)
+    with pytest.raises(BootseerError, match=message):
+        scene.resolve(kind, str(path))
+
+
+@pytest.mark.skipif(shutil.which("mksquashfs") is None, reason="no mksquashfs")
+def test_a_truncated_image_is_said(scene: Scene, tmp_path: Path) -> None:
+    image = tmp_path / "i.sqsh"
+    os.system(f"mksquashfs {scene.store_folder} {image} -quiet -no-progress >/dev/null")
+    os.truncate(image, image.stat().st_size // 2)
+    with pytest.raises(InputError, match="truncated"):
+        scene.resolve("image", str(image))
+
+
+def test_a_full_disk_keeps_serving(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = scene.reader()
+    monkeypatch.setattr(CachedBlob, "write", lambda blob, offset, view: False)
+    assert bytes(reader.fetch(262_000, 600_000)) == scene.content[262_000:862_000]
+    assert scene.faults == ["cache_full"]
+    assert not reader.blob.has(0, 0)
+
+
+def test_the_process_killed_fails_reads_and_nothing_hangs(scene: Scene) -> None:
+    reader = scene.reader()
+    scene.process.kill()
+    start = time.monotonic()
+    with pytest.raises(StoreError):
+        reader.prefetch_run(0)
+    assert time.monotonic() - start < 5
+
+
+def test_state_survives_a_restart(scene: Scene) -> None:
+    reader = scene.reader()
+    reader.fetch(0, 2**20)
+    scene.cache.release(reader.blob)
+    again = scene.reader()
+    assert again.ready(0, 2**20) is not None
+    assert os.pread(again.blob.fd, 2**20, 0) == scene.content[: 2**20]
+    assert not again.blob.complete
+
+
+def test_unused_blobs_go_when_there_is_no_room_and_used_ones_stay(scene: Scene, tmp_path: Path) -> None:
+    reader = scene.reader()
+    prefetch(reader)
+    small = Cache(tmp_path / "cache", max_bytes=1000, min_free_bytes=0)
+    used = small.acquire(reader.blob.id, reader.blob.layout, bytes(reader.blob.digests), os.getuid(), os.getgid())
+    small.make_room(0)
+    assert used.folder.exists()
+    small.release(used)
+    assert not used.folder.exists()
+
+
+def test_a_file_changed_while_it_is_stored_is_refused(scene: Scene, tmp_path: Path) -> None:
+    path = tmp_path / "growing"
+    path.write_bytes(b"x" * 10_000_000)
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+
+    def touch(_: int) -> None:
+        os.utime(path)
+
+    with pytest.raises(BootseerError, match="changed while"):
+        store_file(scene.store, path, kind="image", name="n", fingerprint="f", progress=touch)
+    assert read_name(scene.store, os.getuid(), "n") is None
+    assert scene.store.list(f"{user_folder(os.getuid())}/blobs") == [scene.name.folder.split("/")[-1]]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_the_process_has_only_its_users_rights(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x" * 5000)
+    secret.chmod(0o600)
+    for folder in (tmp_path, *tmp_path.parents):
+        if not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o011)
+    process = FetchProcess(User(20001, 20001, ()), f"file://{tmp_path}", streams=1, timeout_s=5)
+    try:
+        with pytest.raises(StoreError, match="Permission denied"):
+            process.call("resolve", kind="checkpoint", name=str(secret))
+        pid = process._process.pid
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert "Uid:\t20001\t20001\t20001\t20001" in status
+        assert Path(f"/proc/{pid}/mem").stat().st_uid == 0, "not dumpable: its user cannot trace it"
+    finally:
+        process.kill()
+
+
+def test_digests_are_sha256_of_the_blocks(scene: Scene) -> None:
+    manifest = scene.manifest(scene.resolve())
+    assert manifest.digest(1) == hashlib.sha256(scene.content[262144:524288]).digest()

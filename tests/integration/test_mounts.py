@@ -1,0 +1,159 @@
+"""Mounts by descriptor, in real mount namespaces."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bootseer_slurm import mounts
+
+pytestmark = [
+    pytest.mark.fuse,
+    pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root"),
+]
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system of our own, at a path that mountinfo has to escape."""
+    point = tmp_path / "a b\\c\td"
+    point.mkdir()
+    mounts.mount("bootseer-test", point, "tmpfs", mounts.MS_NOSUID, "size=1m")
+    yield point
+    while mounts.is_mountpoint(point):
+        mounts.unmount(point)
+
+
+def _in_namespace(code: str, *arguments: object, fds: tuple[int, ...] = ()) -> str:
+    """Run code in a child with a mount namespace of its own; return what it printed."""
+    program = "import os, sys\nfrom bootseer_slurm import mounts\nmounts.unshare_mount_namespace()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program + textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        pass_fds=fds,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_mountinfo_is_unescaped(tmpfs: Path) -> None:
+    assert mounts.is_mountpoint(tmpfs)
+    assert not mounts.is_mountpoint(tmpfs.parent)
+    (entry,) = mounts.mounts_below(tmpfs.parent)
+    assert (entry.point, entry.fstype, entry.source, entry.root) == (tmpfs, "tmpfs", "bootseer-test", "/")
+    device = tmpfs.stat().st_dev
+    assert entry.device == f"{os.major(device)}:{os.minor(device)}"
+    mounts.unmount(tmpfs)
+    assert mounts.mounts_below(tmpfs.parent) == []
+
+
+def test_what_is_on_top_comes_last(tmpfs: Path) -> None:
+    mounts.mount("on-top", tmpfs, "tmpfs", 0)
+    assert [entry.source for entry in mounts.mounts_at(tmpfs)] == ["bootseer-test", "on-top"]
+    mounts.unmount(tmpfs, detach=False)
+    assert [entry.source for entry in mounts.mounts_at(tmpfs)] == ["bootseer-test"]
+
+
+def test_a_file_is_shown_in_a_private_namespace_only(tmpfs: Path) -> None:
+    source, target = tmpfs / "blob", tmpfs.parent / "train.sqsh"
+    source.write_bytes(b"blob")
+    target.write_bytes(b"original")
+    fd = mounts.bind_clone(source)
+    try:
+        output = _in_namespace(
+            """
+            fd, target, source = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+            mounts.move_mount(fd, target)
+            print(open(target).read(), mounts.is_mountpoint(target))
+            print(os.stat(target).st_ino == os.stat(source).st_ino)
+            flags = os.statvfs(target).f_flag
+            print(bool(flags & os.ST_RDONLY), bool(flags & os.ST_NOSUID), bool(flags & os.ST_NODEV))
+            writes = [lambda: open(target, "r+"), lambda: os.chmod(target, 0), lambda: os.truncate(target, 0)]
+            for what in writes:
+                try:
+                    what()
+                    print("written")
+                except OSError as error:
+                    print(error.strerror)
+            """,
+            *(fd, target, source),
+            fds=(fd,),
+        )
+    finally:
+        os.close(fd)
+    assert output.split("\n") == ["blob True", "True", "True True True", *["Read-only file system"] * 3]
+    assert target.read_bytes() == b"original"
+    assert not mounts.is_mountpoint(target)
+    source.write_bytes(b"the source itself is still writable")
+
+
+def test_a_folder_and_chosen_attributes(tmpfs: Path) -> None:
+    (tmpfs / "file").write_bytes(b"1")
+    fd = mounts.open_tree_clone(tmpfs)
+    try:
+        mounts.set_attributes(fd, read_only=False, nosuid=True, nodev=False)
+        output = _in_namespace(
+            """
+            mounts.move_mount(int(sys.argv[1]), sys.argv[2])
+            open(sys.argv[2] + "/file", "w").write("2")
+            print(bool(os.statvfs(sys.argv[2]).f_flag & os.ST_NODEV))
+            """,
+            *(fd, tmpfs.parent),
+            fds=(fd,),
+        )
+    finally:
+        os.close(fd)
+    assert output == "False"
+    assert (tmpfs / "file").read_bytes() == b"2"
+
+
+def test_a_detached_mount_ends_with_its_descriptor(tmpfs: Path) -> None:
+    fd = mounts.open_tree_clone(tmpfs)
+    with pytest.raises(OSError) as raised:
+        mounts.unmount(tmpfs / "missing")
+    assert raised.value.errno == errno.ENOENT
+    mounts.unmount(tmpfs, detach=False)
+    assert list(Path(f"/proc/self/fd/{fd}").iterdir()) == []
+    os.close(fd)
+
+
+def test_errors_name_the_path(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    file = tmp_path / "file"
+    file.touch()
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        attempts = [
+            (lambda: mounts.bind_clone(missing), errno.ENOENT),
+            (lambda: mounts.open_tree_clone(missing), errno.ENOENT),
+            (lambda: mounts.mount("x", missing, "tmpfs", 0), errno.ENOENT),
+            (lambda: mounts.mount("x", tmp_path, "no-such-type", 0), errno.ENODEV),
+            (lambda: mounts.unmount(tmp_path), errno.EINVAL),
+            (lambda: mounts.set_attributes(fd), errno.EINVAL),
+            (lambda: mounts.move_mount(fd, missing), errno.ENOENT),
+        ]
+        for attempt, number in attempts:
+            with pytest.raises(OSError) as raised:
+                attempt()
+            assert raised.value.errno == number
+            assert raised.value.strerror == os.strerror(number)
+            assert raised.value.filename
+    finally:
+        os.close(fd)
+
+
+def test_a_symbolic_link_is_not_followed_by_unmount(tmpfs: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmpfs)
+    with pytest.raises(OSError):
+        mounts.unmount(link)
+    assert mounts.is_mountpoint(tmpfs)

@@ -1,0 +1,47 @@
+"""The configuration file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bootseer_slurm import config
+from bootseer_slurm.errors import ConfigError
+
+
+def test_defaults_without_a_file() -> None:
+    loaded = config.load(environ={})
+    assert loaded.prefetch.streams == 8
+    assert loaded.store.timeout_s == 30
+    assert loaded.origins["store.uri"] == "default"
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "b.toml"
+    path.write_text('[prefetch]\nstreams = 3\n[cache]\nmax = "1GiB"\n')
+    loaded = config.load(path, environ={"BOOTSEER_PREFETCH_STREAMS": "5"})
+    assert loaded.prefetch.streams == 5
+    assert loaded.cache.max_bytes == 2**30
+    assert loaded.origins["prefetch.streams"] == "$BOOTSEER_PREFETCH_STREAMS"
+    assert loaded.origins["cache.max"] == str(path)
+
+
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "b.toml"
+    path.write_text('[store]\nurl = "x"\nuri = "no"\n[colour]\n[shadow]\nroots = ["/"]\n[cache]\nmax = "many"\n')
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, environ={})
+    for part in ("store.url: unknown key", "store.uri", "colour: unknown table", "shadow.roots", "cache.max"):
+        assert part in caught.value.message
+
+
+def test_a_named_file_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        config.load(tmp_path / "none", environ={})
+
+
+def test_the_shipped_file_is_the_template() -> None:
+    shipped = Path(__file__).parents[2] / "conf" / "bootseer.toml"
+    assert shipped.read_text() == config.template()
+    assert config.load(shipped, environ={}).store == config.load(environ={}).store

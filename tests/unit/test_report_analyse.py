@@ -1,0 +1,251 @@
+"""Analyse: stages, transfers, problems and cost, from hand-made events."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bootseer_slurm.events import Event, EventLog
+from bootseer_slurm.report.analyse import Report, Transfer, analyse
+from bootseer_slurm.report.collect import NodeEvents, Run
+from bootseer_slurm.slurm.jobs import JobRecord
+
+SECOND = 1_000_000_000
+START = 1_800_000_000 * SECOND
+
+RECORD = JobRecord(
+    job=5,
+    shown_id="5",
+    array_task=None,
+    het_offset=None,
+    restart=0,
+    user="alice",
+    uid=1000,
+    account="ml",
+    partition="gpu",
+    name="train",
+    state="COMPLETED",
+    submit_ns=START - 20 * SECOND,
+    eligible_ns=START - 12 * SECOND,
+    start_ns=START,
+    end_ns=START + 1000 * SECOND,
+    nodes=("n1", "n2", "n3"),
+    cpus=48,
+    gpus=24,
+)
+
+
+class Node:
+    """Hand-made events of one node; times are seconds after the allocation."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.log = EventLog(5, 0, name)
+
+    def at(self, t_s: float, kind: str, name: str, **fields: str | int | float | None) -> Node:
+        self.log.emit(kind, name, t_ns=START + round(t_s * SECOND), **fields)
+        return self
+
+    def started(self, hook_s: float = 0.5, attach_s: float = 2, task_s: float = 3) -> Node:
+        self.at(hook_s, "hook", "begin").at(hook_s + 0.1, "hook", "received")
+        return self.at(attach_s, "step", "attach", step="0").at(
+            task_s, "step", "task_start", step="0", task=0
+        )
+
+    def sent(self) -> NodeEvents:
+        def stamp(event: Event) -> int:
+            return event.t_ns
+
+        return NodeEvents(self.name, tuple(sorted(self.log.events(), key=stamp)), 0)
+
+
+def report_of(*nodes: Node, record: JobRecord | None = RECORD) -> Report:
+    sent = tuple(node.sent() for node in nodes)
+    return analyse(Run(5, 0, (0,), 1000, record, sent, (), ("a note of collect",)))
+
+
+def mark(node: Node, t_s: float, name: str, task: int = 0, step: str = "0") -> Node:
+    return node.at(t_s, "mark", name, step=step, task=task)
+
+
+def test_every_stage_ends_at_its_stamp_and_together_they_are_the_whole() -> None:
+    node = Node("n1").started()
+    mark(node, 7, "image_loaded")
+    mark(node, 9, "environment_loaded")
+    mark(node, 19, "checkpoint_loaded")
+    mark(node, 20, "training_started")
+    report = report_of(node)
+    start = report.starts[0]
+    assert start.stages == pytest.approx(
+        {"prolog": 1.5, "launch": 1, "image": 4, "environment": 2, "checkpoint": 10, "program": 1}
+    )
+    assert list(start.stages) == ["prolog", "launch", "image", "environment", "checkpoint", "program"]
+    assert sum(start.stages.values()) == pytest.approx(start.total_s)
+    assert report.start_to_training_s == 20
+    assert report.queue_s == 12
+    assert report.lost_gpu_s == 24 * 20
+    assert report.lost_cpu_s == 48 * 20
+    assert report.notes == ("a note of collect",)
+
+
+def test_marks_that_were_not_made_collapse_into_program() -> None:
+    report = report_of(mark(Node("n1").started(), 20, "training_started"))
+    assert report.starts[0].stages == pytest.approx({"prolog": 1.5, "launch": 1, "program": 17})
+
+
+def test_the_last_task_of_the_slowest_node_counts() -> None:
+    fast, slow = Node("n1").started(), Node("n2").started()
+    for task, t_s in ((0, 10), (1, 14), (2, 12)):
+        mark(fast, t_s, "training_started", task)
+    mark(slow, 30, "training_started", 3)
+    report = report_of(fast, slow)
+    assert [start.total_s for start in report.starts] == [13.5, 29.5]
+    assert report.start_to_training_s == 30
+    assert report.total is not None
+    assert (report.total.slowest_node, report.total.slowest_s, report.total.median_s) == ("n2", 29.5, 21.5)
+
+
+def test_rows_give_median_slowest_and_ratio_over_the_nodes() -> None:
+    nodes = [
+        mark(Node(f"n{number}").started(task_s=task_s), 40, "training_started")
+        for number, task_s in ((1, 3), (2, 4), (3, 12))
+    ]
+    launch = next(row for row in report_of(*nodes).stages if row.stage == "launch")
+    assert (launch.node_count, launch.median_s, launch.slowest_s, launch.slowest_node) == (3, 2, 10, "n3")
+    assert launch.ratio == 5
+
+
+def test_a_task_that_marks_again_and_a_later_step_do_not_move_the_start() -> None:
+    node = Node("n1").started()
+    for t_s in (10, 50, 90):
+        mark(node, t_s, "training_started")
+    mark(node, 500, "training_started", step="1")
+    mark(node, 499, "image_loaded", step="1")
+    report = report_of(node)
+    assert report.start_to_training_s == 10
+    assert "image" not in report.starts[0].stages
+
+
+def test_start_not_marked_gives_what_is_known() -> None:
+    node = mark(Node("n1").started(), 7, "image_loaded")
+    report = report_of(node)
+    assert report.starts[0].stages == pytest.approx({"prolog": 1.5, "launch": 1, "image": 4})
+    assert (report.training_ns, report.start_to_training_s, report.lost_gpu_s, report.total) == (None,) * 4
+    assert any("start not marked" in note for note in report.notes)
+
+
+def test_only_rank_0_marks() -> None:
+    first = mark(Node("n1").started(), 10, "training_started")
+    report = report_of(first, Node("n2").started())
+    assert report.start_to_training_s == 10
+    assert [start.training_ns is None for start in report.starts] == [False, True]
+    assert "training_started was marked on 1 of 2 nodes" in report.notes
+
+
+def test_without_hook_or_steps_the_rest_still_counts() -> None:
+    no_hook = Node("n1").at(2, "step", "attach", step="0").at(3, "step", "task_start", step="0")
+    mark(no_hook, 10, "training_started")
+    no_plugin = Node("n2").at(0.5, "hook", "begin").at(0.6, "hook", "received")
+    mark(no_plugin, 10, "training_started")
+    nothing = Node("n3").at(5, "fault", "x", message="broken")
+    report = report_of(no_hook, no_plugin, nothing)
+    assert {start.node: start.stages for start in report.starts} == {
+        "n1": pytest.approx({"launch": 1, "program": 7}),
+        "n2": pytest.approx({"prolog": 0.1, "program": 9.4}),
+    }
+
+
+def test_the_extern_step_launches_no_task() -> None:
+    node = Node("n1").at(0, "hook", "begin").at(1, "step", "attach", step="extern")
+    node.at(1.1, "step", "task_start", step="extern").at(5, "step", "task_start", step="0", task=0)
+    assert report_of(node).starts[0].stages == pytest.approx({"prolog": 1, "launch": 4})
+
+
+def test_stamps_out_of_order_never_give_a_negative_stage() -> None:
+    node = Node("n1").started(hook_s=5, attach_s=4, task_s=3)
+    mark(node, 8, "checkpoint_loaded")
+    mark(node, 9, "environment_loaded")
+    mark(node, 2, "image_loaded")
+    mark(node, 10, "training_started")
+    stages = report_of(node).starts[0].stages
+    assert min(stages.values()) >= 0
+    assert sum(stages.values()) == pytest.approx(5)
+
+
+def test_without_accounting_the_first_stamp_stands_for_the_allocation() -> None:
+    report = report_of(mark(Node("n1").started(), 20, "training_started"), record=None)
+    assert report.start_to_training_s == 19.5
+    assert (report.queue_s, report.lost_gpu_s, report.lost_cpu_s) == (None, None, None)
+    assert any("first stamp" in note for note in report.notes)
+
+
+def test_a_job_without_gpus_has_lost_cpu_time_only() -> None:
+    report = report_of(mark(Node("n1").started(), 20, "training_started"), record=replace(RECORD, gpus=0))
+    assert (report.lost_gpu_s, report.lost_cpu_s) == (None, 960)
+
+
+def test_a_clock_that_is_ahead_of_the_allocation_is_noted() -> None:
+    early = Node("n1").started(hook_s=-2.5)
+    in_the_same_second = Node("n2").started(hook_s=-0.9)
+    notes = report_of(early, in_the_same_second).notes
+    assert any("1 of 2 nodes began up to 2.5 s before" in note for note in notes)
+    assert not any("clocks differ" in note for note in report_of(in_the_same_second).notes)
+
+
+def test_transfers_join_prefetch_and_reads() -> None:
+    node = mark(Node("n1").started(), 20, "training_started")
+    about = {"what": "image", "target": "/img/a.sqsh"}
+    node.at(1, "prefetch", "begin", bytes=1000, **about)
+    node.at(5, "prefetch", "end", bytes=600, bytes_cached=400, dur_s=4.0, **about)
+    for _ in range(2):
+        node.at(
+            30,
+            "access",
+            "summary",
+            reads=5,
+            read_bytes=80,
+            hit_bytes=60,
+            miss_bytes=20,
+            blocked_s=0.5,
+            **about,
+        )
+    node.at(2, "prefetch", "begin", bytes=5000, what="checkpoint", target="/ckpt")
+    node.at(25, "prefetch", "end", bytes=5000, dur_s=23.0, what="checkpoint", target="/ckpt")
+    node.at(2, "prefetch", "begin", bytes=7, what="environment", target="/venv")
+    image, checkpoint, environment = report_of(node).transfers
+    assert image == Transfer("n1", "image", "/img/a.sqsh", 1000, 600, 400, 4.0, True, 10, 160, 120, 40, 1.0)
+    assert image.rate == 150
+    assert (checkpoint.in_time, checkpoint.cached_bytes, checkpoint.reads) == (False, 0, None)
+    assert environment.in_time is False
+    assert (environment.fetched_bytes, environment.dur_s, environment.rate) == (None, None, None)
+
+
+def test_a_problem_of_several_nodes_is_one_and_errors_come_first() -> None:
+    nodes = [Node(f"n{number}").started() for number in (1, 2, 3)]
+    for node in nodes:
+        node.at(1, "shadow", "failed", what="image", target="/a", message="the original has changed")
+        node.at(1, "shadow", "shown", what="checkpoint", target="/c")
+    nodes[1].at(2, "fault", "store", level="error", message="store cannot be reached")
+    nodes[1].at(3, "fault", "store", level="error", message="store cannot be reached")
+    problems = report_of(*nodes).problems
+    assert [(problem.level, problem.nodes) for problem in problems] == [
+        ("error", ("n2",)),
+        ("warning", ("n1", "n2", "n3")),
+    ]
+    assert problems[1].message == "not shown: the original has changed"
+
+
+def test_a_thousand_nodes_take_little_time() -> None:
+    nodes = [
+        mark(Node(f"n{number}").started(), 20 + number / 100, "training_started") for number in range(1000)
+    ]
+    report = report_of(*nodes)
+    assert report.total is not None
+    assert (report.total.slowest_node, report.total.node_count) == ("n999", 1000)
+
+
+def test_a_run_without_events_has_no_stages() -> None:
+    report = report_of()
+    assert (report.starts, report.stages, report.total, report.transfers) == ((), (), None, ())
+    assert report.queue_s == 12

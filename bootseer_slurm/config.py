@@ -104,7 +104,7 @@ class PrefetchConfig:
 
     streams: int = _setting(8, _count, "parallel reads of one job on one node")
     attach_wait_s: float = _setting(
-        "1s", parse_duration, "a step waits at most this long for names to be looked up"
+        "5s", parse_duration, "a step waits at most this long for names to be looked up"
     )
 
 

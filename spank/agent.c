@@ -168,6 +168,16 @@ static bool keep_fds(struct msghdr *header, struct agent_reply *reply)
 	return all_kept;
 }
 
+/* An agent that is well but has to wait for a file system says so first: WAIT=milliseconds it may take in all. */
+static int64_t extended_deadline_ns(const struct agent_reply *reply, int64_t start_ns, int64_t deadline_ns)
+{
+	long wait_ms = strncmp(reply->data, "WAIT=", 5) == 0 ? strtol(reply->data + 5, NULL, 10) : 0;
+
+	if (wait_ms <= 0 || wait_ms > AGENT_WAIT_MAX_MS || start_ns + wait_ms * 1000000 < deadline_ns)
+		return deadline_ns;
+	return start_ns + wait_ms * 1000000;
+}
+
 /* Reads until the agent closes. */
 static int receive_all(int sock, int64_t deadline_ns, struct agent_reply *reply)
 {
@@ -175,6 +185,7 @@ static int receive_all(int sock, int64_t deadline_ns, struct agent_reply *reply)
 		struct cmsghdr align;
 		char bytes[CMSG_SPACE(AGENT_FDS_MAX * sizeof(int))];
 	} control;
+	int64_t start_ns = agent_now_ns();
 
 	for (;;) {
 		char *data = realloc(reply->data, reply->size_bytes + READ_BYTES + 1);
@@ -200,6 +211,7 @@ static int receive_all(int sock, int64_t deadline_ns, struct agent_reply *reply)
 			return -EBADMSG;
 		reply->size_bytes += (size_t)n;
 		data[reply->size_bytes] = '\0';
+		deadline_ns = extended_deadline_ns(reply, start_ns, deadline_ns);
 		if (reply->size_bytes > AGENT_MESSAGE_MAX_BYTES)
 			return -EBADMSG;
 		if (n == 0)

@@ -13,6 +13,8 @@
 
 #define AGENT_MESSAGE_MAX_BYTES ((size_t)1 << 20)
 #define AGENT_FDS_MAX 64
+/* What an agent may ask for with WAIT; a step starts without it after that. */
+#define AGENT_WAIT_MAX_MS 60000
 
 struct agent_message {
 	char *data;
@@ -41,7 +43,7 @@ void agent_message_free(struct agent_message *message);
 
 /*
  * Sends the request and reads the whole reply. Returns 0, or -errno: -ENOENT or -ECONNREFUSED without an agent,
- * -ETIMEDOUT at the deadline, -EPERM when the peer is not root, -EBADMSG when the reply is none. After 0, and only
+ * -ETIMEDOUT at the deadline (or at the later one that a reply beginning with WAIT=milliseconds sets), -EPERM when the peer is not root, -EBADMSG when the reply is none. After 0, and only
  * then, agent_reply_free is due.
  */
 int agent_call(const char *socket_path, const struct agent_message *request, int64_t deadline_ns,

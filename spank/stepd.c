@@ -226,7 +226,7 @@ void stepd_attach(spank_t spank)
 	if (status != NULL && strcmp(status, "ok") == 0) {
 		step.attached = true;
 		set_environment(spank, &reply);
-		show_binds(&reply, &user, deadline_ns);
+		show_binds(&reply, &user, agent_now_ns() + (int64_t)plugin_config.timeout_ms * 1000000);
 	} else {
 		const char *message = agent_reply_get(&reply, "MESSAGE");
 		slurm_error("bootseer: the step starts without the agent: %.400s",

@@ -3,7 +3,8 @@
 One connection carries one request and one reply. A message is a sequence of KEY=VALUE entries, each ended by
 a NUL, like the environment block of a process (environ(7)): C and Python write and read it in a few lines,
 and no value needs quoting. A key may stand several times. The client ends its request with
-shutdown(SHUT_WR), the agent its reply by closing. Descriptors travel with the reply (SCM_RIGHTS, unix(7)).
+shutdown(SHUT_WR), the agent its reply by closing; a reply that may take long begins with WAIT=milliseconds.
+Descriptors travel with the reply (SCM_RIGHTS, unix(7)).
 Standard library only, and as few modules as can be: every `bootseer mark` loads this.
 """
 

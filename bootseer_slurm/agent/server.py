@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 _BACKLOG = 256  # prolog, steps and marks of a full node at once
 _CONNECTIONS = 64
 _REQUEST_TIMEOUT_S = 2.0
+_ATTACH_MARGIN_S = 5.0  # for seeing that the originals are the same, and making the mounts
 _PUBLIC = ("mark", "status")
 
 
@@ -135,6 +136,9 @@ class Agent:
             if op not in _PUBLIC and (public or uid != 0):
                 raise InputError(f"{op[:40]!r} is for root on this node")
             if op == "attach":
+                # So that the plugin can tell an agent that waits for a file system from a hung one.
+                wait_ms = int((self._config.prefetch.attach_wait_s + _ATTACH_MARGIN_S) * 1000)
+                link.sendall(protocol.encode([("WAIT", str(wait_ms))]))
                 return [("STATUS", "ok"), *self._attach(message, fds)]
             if op == "status":
                 return [("STATUS", "ok"), ("STATUS_JSON", json.dumps(self._status()))]

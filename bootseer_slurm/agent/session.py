@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop_after_delay, wait_exponential
 
 from bootseer_slurm.agent.request import Job, Request, Wish
 from bootseer_slurm.agent.shelf import Shelf
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 _PUBLISH_DELAY_S = 2.0  # the other tasks' marks come within it
 _PREFETCH_ATTEMPTS = 5
-_PUBLISH_ATTEMPTS = 4
+_PUBLISH_PATIENCE_S = 15.0  # a shared file system may show others' new folders seconds later
 
 
 class Session:
@@ -299,7 +299,7 @@ class Session:
             # All nodes of a job write at once; the rights of the folder that the first makes may come later.
             for attempt in Retrying(
                 retry=retry_if_exception_type(StoreError),
-                stop=stop_after_attempt(_PUBLISH_ATTEMPTS),
+                stop=stop_after_delay(_PUBLISH_PATIENCE_S),
                 wait=wait_exponential(multiplier=0.2, max=2),
                 reraise=True,
             ):

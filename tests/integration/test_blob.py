@@ -124,7 +124,9 @@ def test_corrupt_everywhere_is_an_error_not_wrong_bytes(scene: Scene) -> None:
         reader.fetch(0, 100)
     assert caught.value.errno == 5
     assert "read_failed" in scene.faults
-    assert bytes(reader.fetch(5_000_000, 10)) == scene.content[5_000_000:5_000_010], "the rest is still served"
+    assert bytes(reader.fetch(5_000_000, 10)) == scene.content[5_000_000:5_000_010], (
+        "the rest is still served"
+    )
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "manifest", "record"])
@@ -218,7 +220,9 @@ def test_unused_blobs_go_when_there_is_no_room_and_used_ones_stay(scene: Scene, 
     reader = scene.reader()
     prefetch(reader)
     small = Cache(tmp_path / "cache", max_bytes=1000, min_free_bytes=0)
-    used = small.acquire(reader.blob.id, reader.blob.layout, bytes(reader.blob.digests), os.getuid(), os.getgid())
+    used = small.acquire(
+        reader.blob.id, reader.blob.layout, bytes(reader.blob.digests), os.getuid(), os.getgid()
+    )
     small.make_room(0)
     assert used.folder.exists()
     small.release(used)

@@ -84,7 +84,10 @@ class Inputs:
         """The report, when all nodes have written their events (their epilogs do)."""
         folder = self.cluster.shared / f"bootseer/users/20001/events/{job_id}.0"
         deadline = time.monotonic() + 30
-        while sum('"kind":"session","name":"end"' in path.read_text() for path in folder.glob("*.jsonl")) < nodes:
+        while (
+            sum('"kind":"session","name":"end"' in path.read_text() for path in folder.glob("*.jsonl"))
+            < nodes
+        ):
             assert time.monotonic() < deadline, f"{folder} is not complete"
             time.sleep(0.2)
         done = self.cluster.exec("login", BOOTSEER, "report", "--format", "json", str(job_id), user="alice")
@@ -171,13 +174,15 @@ def test_an_agent_that_is_not_there_costs_no_job(inputs: Inputs, state: str) -> 
     assert set(lines) == with_shadow
 
 
-
-
 @pytest.mark.parametrize(
     ("prepare", "option", "message"),
     [
         ("true", f"--bootseer-image={HOME}/none.sqsh", "No such file"),
-        (f"head -c 9000 /dev/zero > {HOME}/zero.sqsh", f"--bootseer-image={HOME}/zero.sqsh", "not a squashfs"),
+        (
+            f"head -c 9000 /dev/zero > {HOME}/zero.sqsh",
+            f"--bootseer-image={HOME}/zero.sqsh",
+            "not a squashfs",
+        ),
         (f"head -c 9000 {HOME}/img.sqsh > {HOME}/cut.sqsh", f"--bootseer-image={HOME}/cut.sqsh", "truncated"),
         (f"mkdir -p {HOME}/noenv", f"--bootseer-env={HOME}/noenv", "not a Python environment"),
         ("true", "--bootseer-image=/etc/hostname", "too short"),

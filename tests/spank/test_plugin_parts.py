@@ -7,6 +7,7 @@ tested in tests/slurm/test_plugin.py.
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import shutil
 import socket
@@ -272,6 +273,39 @@ def test_replies(
 ) -> None:
     with answering(tmp_path / "s", reply, fd_count):
         assert drive("call", tmp_path / "s", 5000, "OP=attach").splitlines()[-1] == printed
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("said", "printed"),
+    [
+        (b"WAIT=5000\0", "WAIT=5000\nSTATUS=ok\n0 descriptors\n"),
+        (b"WAIT=50\0", "ETIMEDOUT\n"),
+        (b"WAIT=99999999999999999999\0", "ETIMEDOUT\n"),
+        (b"WAIT=-1\0", "ETIMEDOUT\n"),
+        (b"X=1\0WAIT=5000\0", "ETIMEDOUT\n"),
+    ],
+)
+def test_agent_that_asks_for_patience(
+    drive: Callable[..., str], tmp_path: Path, said: bytes, printed: str
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+
+        def answer_late() -> None:
+            link, _ = listener.accept()
+            with link:
+                link.recv(65536)
+                link.sendall(said)
+                time.sleep(0.6)
+                with contextlib.suppress(ConnectionError):
+                    link.sendall(b"STATUS=ok\0")
+
+        thread = threading.Thread(target=answer_late)
+        thread.start()
+        assert drive("call", tmp_path / "s", 200, "OP=attach") == printed
+        thread.join()
 
 
 def test_no_agent(drive: Callable[..., str], tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "b.toml"
-    path.write_text('[store]\nurl = "x"\nuri = "no"\n[colour]\n[shadow]\nroots = ["/"]\n[cache]\nmax = "many"\n')
+    path.write_text(
+        '[store]\nurl = "x"\nuri = "no"\n[colour]\n[shadow]\nroots = ["/"]\n[cache]\nmax = "many"\n'
+    )
     with pytest.raises(ConfigError) as caught:
         config.load(path, environ={})
     for part in ("store.url: unknown key", "store.uri", "colour: unknown table", "shadow.roots", "cache.max"):

@@ -103,8 +103,8 @@ def test_a_requeued_job_has_two_runs_and_the_report_takes_the_last(cluster: Any)
     job_id = cluster.sbatch('[ "${SLURM_RESTART_COUNT:-0}" = 1 ] || sleep 600\n', "--requeue")
     wait_for(job_id, "RUNNING")
     assert cluster.exec("login", "scontrol", "requeue", str(job_id)).returncode == 0
-    # Slurm holds a requeued job back for a while.
-    cluster.exec("login", "scontrol", "update", f"job={job_id}", "starttime=now")
+    # Slurm holds a requeued job back for two minutes; in the second of its requeue a node would refuse it.
+    cluster.exec("login", "scontrol", "update", f"job={job_id}", "starttime=now+2")
     cluster.wait(job_id, timeout_s=180)
     first, second = jobs.records(str(job_id))
     assert (first.restart, second.restart) == (0, 1)

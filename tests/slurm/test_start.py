@@ -272,7 +272,7 @@ def test_a_requeued_job_is_two_starts(inputs: Inputs) -> None:
     assert inputs.cluster.exec("login", "scontrol", "requeue", str(job_id)).returncode == 0
     while inputs.cluster.exec("login", "squeue", "-hj", str(job_id), "-o", "%T").stdout.strip() == "RUNNING":
         time.sleep(0.2)
-    inputs.cluster.exec("login", "scontrol", "update", f"JobId={job_id}", "StartTime=now")
+    inputs.cluster.exec("login", "scontrol", "update", f"JobId={job_id}", "StartTime=now+2")
     assert inputs.cluster.wait(job_id, 200) == "COMPLETED"
     events = inputs.cluster.shared / "bootseer/users/20001/events"
     deadline = time.monotonic() + 20

@@ -6,7 +6,7 @@ host is left out (a node would keep it busy), but for what the state folder and 
 has of its own:
 
     /etc /var/lib /var/spool   the host's, under an overlay that takes the writes (in memory)
-    /run /dev/shm              empty tmpfs
+    /run /dev/shm              empty tmpfs; /dev/fuse is everybody's
     /proc                      of its PID namespace
     /shared                    empty, for the shared storage
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import stat
 import subprocess
 import sys
 import traceback
@@ -90,6 +91,11 @@ def build_root(new_root: Path, writes: Path, needed: Sequence[Path]) -> None:
     mount("proc", new_root / "proc", "proc")
     mount("tmpfs", new_root / "run", "tmpfs", data="mode=0755")
     mount("tmpfs", new_root / "dev/shm", "tmpfs", data="mode=1777")
+    # Everybody's, as udev makes it; a container may have given this machine one that is root's.
+    fuse = new_root / "run" / "fuse"
+    os.mknod(fuse, 0o666 | stat.S_IFCHR, os.stat("/dev/fuse").st_rdev)
+    fuse.chmod(0o666)
+    mount(fuse, new_root / "dev/fuse", flags=MS_BIND)
     mount("tmpfs", writes, "tmpfs", data="mode=0700")
     for name in OVERLAID_DIRS:
         upper, work = (writes / name.replace("/", "-") / part for part in ("upper", "work"))

@@ -1,0 +1,137 @@
+"""A running cluster as an object: what tests, demo and benchmarks do with scripts/cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .layout import DEFAULT_DIR, REPO, ClusterError
+
+SCRIPT = REPO / "scripts" / "cluster"
+ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The cluster below `state_dir`. Machines: "n1" ... and "login"; users: alice and bob (None: root)."""
+
+    state_dir: Path
+    node_count: int = 3
+
+    @classmethod
+    def default(cls) -> Cluster:
+        """The one that scripts/cluster uses."""
+        return cls(Path(os.environ.get("BOOTSEER_CLUSTER_DIR", DEFAULT_DIR)))
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the compute nodes."""
+        return [f"n{number}" for number in range(1, self.node_count + 1)]
+
+    @property
+    def shared(self) -> Path:
+        """The folder on this host that is /shared in the cluster."""
+        return self.state_dir / "shared"
+
+    @property
+    def logs(self) -> Path:
+        """The folder of the daemons' logs: slurmctld.log, n1.slurmd.log, n1.agent.log, ..."""
+        return self.state_dir / "log"
+
+    @property
+    def up(self) -> bool:
+        """Whether it runs."""
+        return self.script("env", check=False).returncode == 0
+
+    def script(
+        self, *args: str, timeout_s: float = 120, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run scripts/cluster itself. Raises ClusterError with what it printed, unless check is off."""
+        done = subprocess.run(
+            [SCRIPT, *args],
+            env=self._environ(),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        if check and done.returncode != 0:
+            raise ClusterError(
+                f"scripts/cluster {' '.join(args)} failed ({done.returncode}):\n{done.stdout}{done.stderr}"
+            )
+        return done
+
+    def exec(
+        self, node: str, *command: str, user: str | None = None, input_text: str = "", timeout_s: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in a machine; whoever calls looks at the exit status."""
+        argv = [str(SCRIPT), "exec", *(["--user", user] if user else []), node, *command]
+        return subprocess.run(
+            argv,
+            env=self._environ(),
+            input=input_text,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def show(self, node: str, *command: str, user: str | None = None) -> None:
+        """Run a command that a person watches. Raises ClusterError when it fails."""
+        argv = [str(SCRIPT), "exec", *(["--user", user] if user else []), node, *command]
+        if subprocess.run(argv, env=self._environ(), check=False).returncode != 0:
+            raise ClusterError(f"{' '.join(command)} failed on {node}")
+
+    def sbatch(self, script_text: str, *args: str, user: str = "alice") -> int:
+        """Submit a batch script on the login node, from the user's home, and return the job id."""
+        if not script_text.startswith("#!"):
+            script_text = f"#!/bin/bash\n{script_text}"
+        done = self.exec("login", "sbatch", "--parsable", *args, user=user, input_text=script_text)
+        match = re.match(r"\d+", done.stdout)
+        if done.returncode != 0 or not match:
+            raise ClusterError(f"sbatch failed ({done.returncode}): {done.stdout}{done.stderr}")
+        return int(match[0])
+
+    def wait(self, job_id: int, timeout_s: float = 60) -> str:
+        """Wait until sacct has the end of a job and return its state, of an array as "COMPLETED,FAILED"."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            done = self.exec("login", "sacct", "-nPX", "-j", str(job_id), "-o", "State,End,JobName")
+            rows = [line.split("|", 2) for line in done.stdout.splitlines()]
+            # "CANCELLED by 0" is a state too.
+            states = {state.split()[0] for state, _, _ in rows}
+            # slurmctld tells slurmdbd of started jobs every 5 s. One that ended sooner is "allocation" until
+            # then.
+            if (
+                rows
+                and states <= ENDED
+                and all(end != "Unknown" and name != "allocation" for _, end, name in rows)
+            ):
+                return ",".join(sorted(states))
+            if time.monotonic() > deadline:
+                queue = self.exec("login", "scontrol", "show", "job", str(job_id)).stdout
+                raise ClusterError(
+                    f"job {job_id} did not end in {timeout_s:g} s: {done.stdout}{done.stderr}\n{queue}"
+                )
+            time.sleep(0.2)
+
+    def agent(self, node: str, action: str) -> None:
+        """Start, stop, kill or hang the agent of a node."""
+        self.script("agent", node, action)
+
+    def _environ(self) -> dict[str, str]:
+        return os.environ | {"BOOTSEER_CLUSTER_DIR": str(self.state_dir)}

@@ -27,6 +27,8 @@ from urllib.parse import unquote, urlsplit
 
 from bootseer_slurm.errors import NotFound, StoreError
 
+_DIRECT_ALIGN_BYTES = 4096  # what no file system's O_DIRECT asks more than
+
 
 class ObjectReader(Protocol):
     """An open object of the store; `read_into` may be called from several threads at once."""
@@ -42,8 +44,12 @@ class ObjectReader(Protocol):
 class Store(Protocol):
     """A folder of objects. Paths are relative, with "/" between their parts."""
 
-    def open(self, path: str) -> ObjectReader:
-        """Open an object. Raises NotFound or StoreError."""
+    def open(self, path: str, *, bulk: bool = False) -> ObjectReader:
+        """Open an object. Raises NotFound or StoreError.
+
+        bulk: its ranges are large and read once, so they go past the page cache: faster from a shared file
+        system, and the memory stays the job's.
+        """
 
     def read(self, path: str, *, limit_bytes: int) -> bytes:
         """A whole small object. Raises NotFound, or StoreError when it is larger than `limit_bytes`."""
@@ -75,8 +81,11 @@ def open_store(uri: str) -> Store:
 class FileReader:
     """A file that is read in ranges."""
 
-    def __init__(self, path: Path | str) -> None:
-        """Open for reading. Raises NotFound or StoreError, the latter also when it is no regular file."""
+    def __init__(self, path: Path | str, *, bulk: bool = False) -> None:
+        """Open for reading. bulk: see Store.open.
+
+        Raises NotFound or StoreError, the latter also when it is no regular file.
+        """
         try:
             # O_NONBLOCK: a FIFO under an innocent name must not hold the reader for ever.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -90,8 +99,15 @@ class FileReader:
             raise StoreError(f"{path}: not a regular file")
         self.size_bytes = status.st_size
         self._path = path
+        self._direct_fd = _open_direct(path, status) if bulk else -1
 
     def read_into(self, offset: int, view: memoryview) -> int:
+        if self._direct_fd >= 0 and not (offset | len(view)) % _DIRECT_ALIGN_BYTES:
+            try:
+                if os.preadv(self._direct_fd, [view], offset) == len(view):
+                    return len(view)
+            except OSError:
+                pass  # another alignment is wanted, or the file cannot be read: the read below tells
         done = 0
         try:
             while done < len(view):
@@ -105,6 +121,21 @@ class FileReader:
 
     def close(self) -> None:
         os.close(self._fd)
+        if self._direct_fd >= 0:
+            os.close(self._direct_fd)
+
+
+def _open_direct(path: Path | str, status: os.stat_result) -> int:
+    """The file of this status past the page cache, or -1 where its file system does not have that."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_DIRECT)
+    except OSError:
+        return -1
+    again = os.fstat(fd)
+    if (again.st_dev, again.st_ino) != (status.st_dev, status.st_ino):
+        os.close(fd)
+        return -1
+    return fd
 
 
 class FileStore:
@@ -113,8 +144,8 @@ class FileStore:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def open(self, path: str) -> FileReader:
-        return FileReader(self._root / path)
+    def open(self, path: str, *, bulk: bool = False) -> FileReader:
+        return FileReader(self._root / path, bulk=bulk)
 
     def read(self, path: str, *, limit_bytes: int) -> bytes:
         reader = self.open(path)
@@ -212,7 +243,7 @@ class ArrowStore:
     def _path(self, path: str) -> str:
         return f"{self._root.rstrip('/')}/{path}"
 
-    def open(self, path: str) -> ArrowReader:
+    def open(self, path: str, *, bulk: bool = False) -> ArrowReader:
         full = self._path(path)
         try:
             return ArrowReader(self._filesystem.open_input_file(full), full)

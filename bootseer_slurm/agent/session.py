@@ -1,6 +1,6 @@
 """One job on this node, from its prolog to its epilog.
 
-Owns the job's fetch process, its targets, its events and the prefetch threads. Everything slow happens in
+Owns the job's fetch process, its targets, its prefetch and its events. Everything slow happens in
 threads of the session's own: `begin` and `mark` return at once, `attach` waits `attach_wait_s` at most.
 """
 
@@ -12,10 +12,10 @@ import pwd
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop_after_delay, wait_exponential
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
+from bootseer_slurm.agent.prefetch import Prefetch
 from bootseer_slurm.agent.request import Job, Request, Wish
 from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.target import Bind, Target
@@ -27,7 +27,7 @@ from bootseer_slurm.fetch.process import FetchProcess, User
 _log = logging.getLogger(__name__)
 
 _PUBLISH_DELAY_S = 2.0  # the other tasks' marks come within it
-_PREFETCH_ATTEMPTS = 5
+_JOIN_S = 5.0  # for threads whose fetch process was killed
 _PUBLISH_PATIENCE_S = 15.0  # a shared file system may show others' new folders seconds later
 
 
@@ -47,6 +47,7 @@ class Session:
         self._publish_lock = threading.Lock()
         self._over = threading.Event()
         self._process: FetchProcess | None = None
+        self._prefetch: Prefetch | None = None
         self._observe = False
         self._publishing = False
         self._attached: set[str] = set()
@@ -141,10 +142,14 @@ class Session:
         self.log.emit("hook", "epilog", message=reason)
         self.log.emit("session", "end")
         self._publish()
+        if self._prefetch:
+            self._prefetch.stop()
         if self._process:
             self._process.kill()
+        if self._prefetch:
+            self._prefetch.join(_JOIN_S)
         for thread in self._threads:
-            thread.join(5.0)
+            thread.join(_JOIN_S)
         for target in targets:
             target.close()
         try:
@@ -165,8 +170,20 @@ class Session:
                 )
             return self._process
 
+    def _prefetcher(self) -> Prefetch:
+        """The job's prefetch, made when first needed."""
+        turns = self._fetcher().turns
+        with self._lock:
+            if self._prefetch is None:
+                self._prefetch = Prefetch(
+                    turns, self._config.prefetch.streams, log=self.log, on_fault=self._fault
+                )
+                if self._over.is_set():
+                    self._prefetch.stop()
+            return self._prefetch
+
     def _bring(self, wish: Wish) -> None:
-        """Look one wish up, then prefetch it (a thread of its own)."""
+        """Look one wish up, then have it prefetched (a thread of its own)."""
         looked_up = self._wishes[wish]
         try:
             target = Target(
@@ -199,58 +216,7 @@ class Session:
         if over:
             target.close()
         else:
-            self._prefetch(target)
-
-    def _prefetch(self, target: Target) -> None:
-        """Bring all of a target's blocks, with several reads in flight."""
-        reader, wish = target.reader, target.wish
-        fields: dict[str, Any] = {"target": wish.name, "what": wish.kind}
-        self.log.emit("prefetch", "begin", bytes=reader.size_bytes, **fields)
-        start = time.monotonic()
-        failures: list[str] = []
-        streams = [
-            threading.Thread(target=self._stream, args=(target, failures), daemon=True)
-            for _ in range(max(1, self._config.prefetch.streams // len(self._wishes)))
-        ]
-        for stream in streams:
-            stream.start()
-        for stream in streams:
-            stream.join()
-        if self._over.is_set():
-            return
-        if failures:
-            self._fault("prefetch_failed", f"{wish.name}: {failures[0]}")
-        usage = reader.usage
-        fetched = (
-            usage.store_bytes + usage.origin_bytes - target.before.store_bytes - target.before.origin_bytes
-        )
-        self.log.emit(
-            "prefetch",
-            "end",
-            bytes=fetched,
-            bytes_cached=target.cached_bytes,
-            dur_s=time.monotonic() - start,
-            source="store" if usage.store_bytes > target.before.store_bytes else "origin",
-            **fields,
-        )
-
-    def _stream(self, target: Target, failures: list[str]) -> None:
-        cursor = 0
-        retrying = Retrying(
-            retry=retry_if_exception_type(StoreError),
-            stop=stop_after_attempt(_PREFETCH_ATTEMPTS),
-            wait=wait_exponential(multiplier=0.2, max=5),
-            sleep=self._pause,
-            reraise=True,
-        )
-        while cursor >= 0 and not self._over.is_set() and not failures:
-            try:
-                cursor = retrying(target.reader.prefetch_run, cursor)
-            except BootseerError as error:
-                failures.append(error.message)
-
-    def _pause(self, pause_s: float) -> None:
-        self._over.wait(pause_s)
+            self._prefetcher().add(target)
 
     def _summarise(self, target: Target) -> None:
         usage, before = target.reader.usage, target.before

@@ -95,8 +95,9 @@ class Reader:
         end = min(offset + size, self.size_bytes)
         unkept: dict[int, bytes] = {}
         try:
-            for block in range(offset // layout.block_bytes, -(-end // layout.block_bytes)):
-                self._demand(block, unkept)
+            block, last = offset // layout.block_bytes, (end - 1) // layout.block_bytes
+            while block <= last:
+                block += self._demand(block, last, unkept)
         except BootseerError as error:
             self._tell("read_failed", error.message)
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
@@ -113,37 +114,48 @@ class Reader:
         within = offset - first * layout.block_bytes
         return b"".join(parts)[within : within + end - offset]
 
-    def prefetch_run(self, start: int) -> int:
+    def prefetch_run(self, start: int, limit_bytes: int | None = None) -> int:
         """Fetch the next blocks that nobody has, from block `start` on; gives where to go on, -1 at the end.
 
-        A run stays within one chunk. Raises BootseerError when no source has the bytes.
+        A run stays within one chunk, and `limit_bytes`. Raises BootseerError when no source has the bytes.
         """
-        blob = self.blob
+        blob, layout = self.blob, self.blob.layout
         first = blob.next_missing(start)
         if first < 0 or blob.full:
             return -1
-        per_chunk = blob.layout.chunk_bytes // blob.layout.block_bytes
-        last = min((first // per_chunk + 1) * per_chunk, blob.layout.blocks) - 1
+        last = self._last_of_run(first, layout.blocks - 1)
+        if limit_bytes is not None:
+            last = min(last, first + max(1, limit_bytes // layout.block_bytes) - 1)
         count = blob.claim(first, last)
         if count:
             self._fetch_claimed(first, count, demand=False, unkept=None)
         return first + max(count, 1)
 
-    def _demand(self, block: int, unkept: dict[int, bytes]) -> None:
-        """See that a block is in the cache, or in `unkept` when the disk is full."""
+    def _last_of_run(self, first: int, last: int) -> int:
+        """The last block that one read can bring with `first`: runs end with their chunk."""
+        per_chunk = self.blob.layout.chunk_bytes // self.blob.layout.block_bytes
+        return min((first // per_chunk + 1) * per_chunk - 1, last)
+
+    def _demand(self, block: int, last: int, unkept: dict[int, bytes]) -> int:
+        """See that a block is in the cache, or in `unkept` when the disk is full.
+
+        Brings what is missing behind it with it, up to `last`. Gives how many blocks are there now.
+        """
         deadline = time.monotonic() + _DEMAND_PATIENCE_S
         while self.blob.states[block] != PRESENT:
-            if self.blob.claim(block, block) == 0:
+            count = self.blob.claim(block, self._last_of_run(block, last))
+            if count == 0:
                 self.blob.wait(block, 1.0)
-            else:
-                try:
-                    self.usage.miss_bytes += self.blob.layout.block_size(block)
-                    self._fetch_claimed(block, 1, demand=True, unkept=unkept)
-                    return
-                except StoreError:
-                    if time.monotonic() > deadline or not self._sources:
-                        raise
-                    time.sleep(_RETRY_PAUSE_S)
+                continue
+            try:
+                self.usage.miss_bytes += sum(self.blob.layout.block_size(block + i) for i in range(count))
+                self._fetch_claimed(block, count, demand=True, unkept=unkept)
+                return count
+            except StoreError:
+                if time.monotonic() > deadline or not self._sources:
+                    raise
+                time.sleep(_RETRY_PAUSE_S)
+        return 1
 
     def _fetch_claimed(
         self, first: int, count: int, *, demand: bool, unkept: dict[int, bytes] | None

@@ -128,7 +128,7 @@ class Child:
             raise IntegrityError(f"{record.name}: the manifest in the store is not the one it was saved with")
         readers: list[ObjectReader] = []
         for index in range(manifest.layout.objects):
-            reader = store.open(f"{record.folder}/{index}")
+            reader = store.open(f"{record.folder}/{index}", bulk=True)
             readers.append(reader)
             if reader.size_bytes != manifest.layout.object_size(index):
                 for each in readers:
@@ -138,9 +138,16 @@ class Child:
 
     def _read(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         start = request["slot"] * self._slot_bytes
-        view = self._ring[start : start + request["size_bytes"]]
         reader = self._handles[request["handle"]][request["object"]]
-        return {"count": reader.read_into(request["offset"], view)}, []
+        count = 0
+        while count < request["size_bytes"]:
+            step_bytes = min(request["step_bytes"], request["size_bytes"] - count)
+            view = self._ring[start + count : start + count + step_bytes]
+            done = reader.read_into(request["offset"] + count, view)
+            count += done
+            if done < step_bytes:
+                break
+        return {"count": count}, []
 
     def _same(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Whether the original is still what it was."""
@@ -168,7 +175,7 @@ def _look_at(kind: str, name: str, *, open_original: bool = True) -> tuple[str, 
         raise InputError(f"{kind} {name}: {reason}") from error
     if not open_original:
         return path, file_fingerprint(status), None
-    reader = FileReader(path)
+    reader = FileReader(path, bulk=True)
     if kind == "image":
         check_squashfs(reader, path)
     return path, file_fingerprint(status), reader

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -27,6 +28,7 @@ from typing import Any
 from bootseer_slurm import errors
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.errors import BootseerError, StoreError
+from bootseer_slurm.fetch.turns import Turns
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class FetchProcess:
         """
         self.user = user
         self._timeout_s = timeout_s
+        self.turns = Turns()
         self._ids = itertools.count()
         self._waiting: dict[int, Future[Reply]] = {}
         self._lock = threading.Lock()
@@ -89,7 +92,14 @@ class FetchProcess:
     def call(
         self, op: str, *, fds: tuple[int, ...] = (), timeout_s: float = _RESOLVE_TIMEOUT_S, **fields: Any
     ) -> Reply:
-        """Ask for one operation and wait. Raises the error that it gave, StoreError on a timeout."""
+        """Ask for one operation and wait, before the prefetch's reads.
+
+        Raises the error that it gave, StoreError on a timeout.
+        """
+        with self.turns.demand():
+            return self._call(op, fds, timeout_s, fields)
+
+    def _call(self, op: str, fds: tuple[int, ...], timeout_s: float, fields: dict[str, Any]) -> Reply:
         number = next(self._ids)
         future: Future[Reply] = Future()
         message = json.dumps({"op": op, "id": number, **fields}).encode()
@@ -115,20 +125,28 @@ class FetchProcess:
 
         Raises StoreError when it fails, takes too long, or ends early.
         """
-        slots = self._slots[demand]
+        fields = {"handle": handle, "object": index, "offset": offset, "size_bytes": size_bytes}
+        if demand:
+            with self.turns.demand(), self._read(self._slots[True], fields, size_bytes) as view:
+                yield view
+        else:
+            step_bytes, start = self.turns.step_bytes, time.monotonic()
+            with self._read(self._slots[False], fields, step_bytes) as view:
+                self.turns.measured(size_bytes, -(-size_bytes // step_bytes), time.monotonic() - start)
+                yield view
+
+    @contextlib.contextmanager
+    def _read(
+        self, slots: queue.LifoQueue[int], fields: dict[str, Any], step_bytes: int
+    ) -> Iterator[memoryview]:
+        size_bytes: int = fields["size_bytes"]
         try:
             slot = slots.get(timeout=self._timeout_s)
         except queue.Empty:
             raise StoreError("all reads in flight are stuck") from None
         # A slot whose read timed out is never used again: the process may still write to it.
-        fields: dict[str, Any] = {
-            "handle": handle,
-            "object": index,
-            "offset": offset,
-            "size_bytes": size_bytes,
-            "slot": slot,
-        }
-        count = self.call("read", timeout_s=self._timeout_s, **fields).fields.get("count")
+        fields |= {"slot": slot, "step_bytes": step_bytes}
+        count = self._call("read", (), self._timeout_s, fields).fields.get("count")
         try:
             if count != size_bytes:
                 raise StoreError(f"a read ended after {count} of {size_bytes} bytes")

@@ -1,7 +1,8 @@
 #!/bin/bash
 # What pyxis and enroot do for a squashfs image, with Debian's tools: squashfuse mounts it, the task runs inside.
 set -euo pipefail
+export MPLCONFIGDIR=/tmp TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1
 root=$(mktemp -d /dev/shm/demo.XXXXXX)
 trap 'fusermount3 -qu "$root"; rmdir "$root"' EXIT
 squashfuse image.sqsh "$root"
-bwrap --ro-bind "$root" / --dev /dev --proc /proc --ro-bind /shared /shared --chdir "$PWD" "$@"
+bwrap --ro-bind "$root" / --dev /dev --proc /proc --tmpfs /tmp --ro-bind /shared /shared --chdir "$PWD" "$@"

@@ -21,7 +21,17 @@ HERE = Path(__file__).resolve().parent
 FOLDER = "home/alice/demo"  # below /shared
 SUITE = "bookworm"
 PYTHON = "3.11"  # of that suite
-PACKAGES = ["numpy", "scipy", "pandas", "pyarrow", "scikit-learn", "safetensors"]
+PACKAGES = [
+    "jax",
+    "flax",
+    "optax",
+    "transformers",
+    "pandas",
+    "pyarrow",
+    "scikit-learn",
+    "matplotlib",
+    "safetensors",
+]
 STRIPES = 8
 ALICE = 20001
 # Wheels run on the image's glibc when they are of these; older tags are what most of them have.

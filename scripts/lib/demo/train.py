@@ -17,16 +17,15 @@ def reached(stage: str) -> None:
 node = os.environ["SLURMD_NODENAME"]
 reached("image_loaded")
 
-import numpy  # noqa: E402, F401
+import flax.linen  # noqa: E402, F401
+import jax.numpy  # noqa: E402, F401
+import matplotlib.pyplot  # noqa: E402, F401
+import optax  # noqa: E402, F401
 import pandas  # noqa: E402, F401
-import pyarrow.dataset  # noqa: E402
-import pyarrow.parquet  # noqa: E402, F401
-import scipy.optimize  # noqa: E402
-import scipy.sparse.linalg  # noqa: E402
-import scipy.stats  # noqa: E402, F401
-import sklearn.ensemble  # noqa: E402
+import pyarrow.dataset  # noqa: E402, F401
 import sklearn.linear_model  # noqa: E402, F401
 from safetensors.numpy import load_file  # noqa: E402
+from transformers import AutoTokenizer, LlamaConfig  # noqa: E402, F401
 
 reached("environment_loaded")
 weights = load_file(sys.argv[1])

@@ -1,0 +1,96 @@
+"""Who reads next, and how much the prefetch has in flight.
+
+One link carries the job's own reads and the prefetch, first come first served: whoever reads waits behind
+what the prefetch has in flight. So that is kept as small as fills the link: the delivered rate times the
+shortest time a read ever took, and _QUEUE_S more (the bandwidth-delay product, which BBR keeps to for the
+same reason: Cardwell et al. 2016). And no run begins while the agent reads for somebody who waits. A run is
+what is asked of the fetch process at once; it reads it in steps, of which one is in flight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES
+
+# How long others wait for us on a fast link: the time of a few of their own requests.
+_QUEUE_S = 0.002
+# On a slow link two blocks keep it busy: one on its way, one asked for.
+_LEAST_BYTES = 2 * BLOCK_BYTES
+# Steps in flight, so that one that ends does not leave the link idle.
+_STEPS = 4
+# Asking costs the agent and the fetch process half a millisecond of CPU.
+_RUN_STEPS = 4
+_SAMPLE_S = 0.05
+# The rate is the best one seen, forgotten slowly: it falls when we hold back too.
+_FORGET = 0.95
+# Readers that never pause slow the prefetch, but do not stop it.
+_HOLD_S = 0.25
+
+
+class Turns:
+    """The reads of one job on one node. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting = 0
+        self._in_flight_bytes = 0
+        self._least_s = 1.0
+        self._bytes_per_s = 0.0
+        self._sample_bytes = 0
+        self._sample_start_s = time.monotonic()
+
+    @contextlib.contextmanager
+    def demand(self) -> Iterator[None]:
+        """Something that somebody waits for: it begins at once, and the prefetch holds meanwhile."""
+        with self._changed:
+            self._waiting += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waiting -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def prefetch(self) -> Iterator[int]:
+        """A run that nobody waits for, when it may begin; gives the most bytes it may have."""
+        held_until_s = time.monotonic() + _HOLD_S
+        with self._changed:
+            while self._waiting and (left_s := held_until_s - time.monotonic()) > 0:
+                self._changed.wait(left_s)
+            while self._in_flight_bytes and self._in_flight_bytes + self.step_bytes > self._limit_bytes():
+                self._changed.wait()
+            step_bytes = self.step_bytes
+            if self._in_flight_bytes == 0:
+                self._sample_bytes, self._sample_start_s = 0, time.monotonic()
+            self._in_flight_bytes += step_bytes
+        try:
+            yield min(step_bytes * _RUN_STEPS, CHUNK_BYTES)
+        finally:
+            with self._changed:
+                self._in_flight_bytes -= step_bytes
+                self._changed.notify_all()
+
+    @property
+    def step_bytes(self) -> int:
+        """What the fetch process reads with one call."""
+        blocks = self._limit_bytes() // _STEPS // BLOCK_BYTES
+        return min(max(1, blocks) * BLOCK_BYTES, CHUNK_BYTES)
+
+    def measured(self, size_bytes: int, steps: int, dur_s: float) -> None:
+        """Learn from a run that ended."""
+        with self._changed:
+            self._least_s = min(self._least_s, dur_s / steps)
+            self._sample_bytes += size_bytes
+            now_s = time.monotonic()
+            elapsed_s = now_s - self._sample_start_s
+            if elapsed_s >= _SAMPLE_S:
+                self._bytes_per_s = max(self._sample_bytes / elapsed_s, self._bytes_per_s * _FORGET)
+                self._sample_bytes, self._sample_start_s = 0, now_s
+
+    def _limit_bytes(self) -> int:
+        return max(_LEAST_BYTES, int(self._bytes_per_s * (self._least_s + _QUEUE_S)))

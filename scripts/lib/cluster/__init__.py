@@ -7,8 +7,8 @@ What each part owns:
     packages    apt packages, installed without starting their services
     namespaces  a node's namespaces and its root file system; starting and entering processes there
     network     the bridge, the links, their rates
-    settings    the files below etc/: Slurm, slurmdbd, munge key, users, ssh, bootseer
-    storage     /shared: sshd on the controller, sshfs on the nodes; dropping caches
+    settings    the files below etc/: Slurm, slurmdbd, munge key, users, bootseer
+    storage     /shared: sftp.py on the controller, sshfs on the nodes; dropping caches
     daemons     munged, MariaDB, slurmdbd, slurmctld, slurmd, the node agent: start and readiness
 
 Everything that is started lives in the PID namespace of the controller or of a node, and every mount, bridge

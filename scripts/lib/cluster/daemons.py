@@ -1,6 +1,6 @@
 """Starts the daemons of the cluster and waits until each really answers.
 
-On the controller munged, MariaDB, slurmdbd, slurmctld (and sshd, see storage); on each node slurmd and the
+On the controller munged, MariaDB, slurmdbd, slurmctld (and sftp.py, see storage); on each node slurmd and the
 node agent (and sshfs). All run in the foreground below their machine's first process. munged serves all
 machines through its socket in the state folder.
 """
@@ -59,7 +59,7 @@ def make_machine(state: State, node: str) -> None:
         Path("/run/lock").mkdir(mode=0o1777)
         if node == CONTROLLER:
             namespaces.bind(layout.shared, "/shared")
-            for folder, owner in (("mysqld", "mysql"), ("slurm", "slurm"), ("sshd", "root")):
+            for folder, owner in (("mysqld", "mysql"), ("slurm", "slurm")):
                 _give(Path("/run", folder), owner)
         else:
             namespaces.bind(home / "spool", "/var/spool/slurmd")

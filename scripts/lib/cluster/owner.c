@@ -19,9 +19,6 @@
 
 static struct fuse_operations real;
 
-/* sshd and ssh, which sshfs starts, have no use for this. */
-__attribute__((constructor)) static void do_not_inherit(void) { unsetenv("LD_PRELOAD"); }
-
 static int give(const char *path, int result)
 {
 	if (result < 0)

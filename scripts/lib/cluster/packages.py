@@ -21,8 +21,7 @@ PACKAGES = [
     "mariadb-server",
     # network, shared storage
     "iproute2",
-    "openssh-client",
-    "openssh-server",
+    "openssh-sftp-server",
     "sshfs",
     "fuse3",
     "libfuse3-dev",

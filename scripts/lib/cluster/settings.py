@@ -1,4 +1,4 @@
-"""Writes the cluster's settings, below etc/ in the state folder: Slurm, munge, users, ssh, bootseer.
+"""Writes the cluster's settings, below etc/ in the state folder: Slurm, munge, users, bootseer.
 
 The project's own pieces are taken from where they are shipped: conf/slurm.conf.d/bootseer.conf is included in
 slurm.conf, prolog.d/50-bootseer is installed as prolog and epilog, and the plugin is used where `make` in
@@ -20,8 +20,6 @@ from .layout import CONTROLLER, REPO, ClusterError, Layout
 
 USERS = {"alice": 20001, "bob": 20002}
 GROUP, GROUP_ID = "research", 20000
-SSH_PORT = 2222
-CIPHER = "aes128-gcm@openssh.com"
 HOOK = REPO / "prolog.d" / "50-bootseer"
 PLUGIN = REPO / "spank" / "spank_bootseer.so"
 COMMAND = REPO / ".venv" / "bin" / "bootseer"
@@ -89,35 +87,6 @@ uri = "file:///shared/bootseer"
 roots = ["/shared"]
 """
 
-SSHD_CONFIG = """\
-ListenAddress {ctl_address}:{port}
-HostKey {etc}/ssh/host_key
-AuthorizedKeysFile {etc}/ssh/client_key.pub
-PidFile none
-PermitRootLogin prohibit-password
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-UsePAM no
-StrictModes no
-Ciphers {cipher}
-MaxStartups 200
-# The node's kernel has applied the user's umask already.
-Subsystem sftp internal-sftp -u 0000
-"""
-
-SSH_CONFIG = """\
-Host *
-  User root
-  Port {port}
-  IdentityFile {etc}/ssh/client_key
-  IdentitiesOnly yes
-  UserKnownHostsFile {etc}/ssh/known_hosts
-  GlobalKnownHostsFile none
-  StrictHostKeyChecking yes
-  Ciphers {cipher}
-  Compression no
-"""
-
 
 def write(layout: Layout, nodes: list[str]) -> None:
     """Write everything below etc/ for a cluster of these nodes."""
@@ -128,8 +97,6 @@ def write(layout: Layout, nodes: list[str]) -> None:
         "dir": layout.dir,
         "etc": layout.etc,
         "munge_socket": layout.munge_socket,
-        "port": SSH_PORT,
-        "cipher": CIPHER,
         "nodes": "\n".join(
             f"NodeName={node} NodeAddr={layout.address(node)} CPUs=4 RealMemory=4000 State=UNKNOWN"
             for node in nodes
@@ -144,7 +111,7 @@ def write(layout: Layout, nodes: list[str]) -> None:
     _install_hook(slurm)
     _put(layout.bootseer_toml, BOOTSEER_TOML)
     _write_accounts(layout, nodes)
-    _write_keys(layout, words)
+    _write_munge_key(layout)
 
 
 def _check_users() -> None:
@@ -196,11 +163,6 @@ def _write_accounts(layout: Layout, nodes: list[str]) -> None:
         passwd += f"{user}:x:{number}:{number}:{user}:/shared/home/{user}:/bin/bash\n"
         group += f"{user}:x:{number}:\n"
         shadow += f"{user}:*:19000:0:99999:7:::\n"
-    # sshd refuses an account that is locked ("!"), with a key too.
-    shadow = "".join(
-        "root:*:19000:0:99999:7:::\n" if line.startswith("root:") else line + "\n"
-        for line in shadow.splitlines()
-    )
     hosts = [
         "127.0.0.1 localhost",
         f"{layout.address(CONTROLLER)} {CONTROLLER} login",
@@ -213,20 +175,11 @@ def _write_accounts(layout: Layout, nodes: list[str]) -> None:
     _put(layout.etc / "hosts", "\n".join(hosts) + "\n")
 
 
-def _write_keys(layout: Layout, words: dict[str, object]) -> None:
-    """The munge key, and the ssh keys of the shared storage."""
+def _write_munge_key(layout: Layout) -> None:
+    """The munge key."""
     munge_key = layout.etc / "munge.key"
     munge_key.touch(mode=0o400)
     munge_key.write_bytes(secrets.token_bytes(1024))
-    ssh = layout.etc / "ssh"
-    ssh.mkdir(mode=0o700)
-    for name in ("host_key", "client_key"):
-        command = f"ssh-keygen -q -t ed25519 -C bootseer-cluster -f {ssh / name} -N".split()
-        subprocess.run([*command, ""], check=True, stdin=subprocess.DEVNULL)
-    host_key = (ssh / "host_key.pub").read_text()
-    _put(ssh / "known_hosts", f"[{words['ctl_address']}]:{SSH_PORT} {host_key}")
-    _put(ssh / "sshd_config", SSHD_CONFIG.format(**words))
-    _put(ssh / "ssh_config", SSH_CONFIG.format(**words))
 
 
 def _put(path: Path, text: str, *, owner: str | None = None, mode: int = 0o644) -> None:

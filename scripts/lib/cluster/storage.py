@@ -1,4 +1,4 @@
-"""Shared storage that is really remote: sshd on the controller, sshfs over each node's own link.
+"""Shared storage that is really remote: sftp.py on the controller, sshfs over each node's own link.
 
 On the controller /shared is the folder of the state. The nodes mount it as root with allow_other and
 default_permissions: the kernel checks permissions by the true owners. sshfs alone would leave what a user
@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from .layout import CONTROLLER, ClusterError, Layout, State, poll
@@ -19,10 +20,8 @@ from .namespaces import run, spawn
 from .settings import GROUP_ID, USERS
 
 # noforget: a file keeps its inode number, as on any shared file system, also after its caches were dropped.
-SSHFS_OPTIONS = (
-    "allow_other,default_permissions,noforget,dcache_timeout=1,"
-    "reconnect,ServerAliveInterval=15,ServerAliveCountMax=3"
-)
+SSHFS_OPTIONS = "allow_other,default_permissions,noforget,dcache_timeout=1,reconnect"
+PORT = 2049  # as NFS
 
 
 def prepare(layout: Layout) -> None:
@@ -57,21 +56,29 @@ def prepare(layout: Layout) -> None:
 
 
 def serve(state: State) -> None:
-    """Start sshd on the controller."""
+    """Start the server on the controller; it listens when this returns."""
     layout = state.layout
-    log = layout.log(CONTROLLER, "sshd")
-    # sshd runs itself again for each connection and wants its full path.
-    argv = ["/usr/sbin/sshd", "-D", "-e", "-f", str(layout.etc / "ssh/sshd_config")]
-    state.add(CONTROLLER, "sshd", spawn(state.init(CONTROLLER), argv, log))
+    log = layout.log(CONTROLLER, "sftp")
+    clients = [layout.address(node) for node in state.nodes]
+    argv = [
+        sys.executable,
+        "-I",
+        str(Path(__file__).with_name("sftp.py")),
+        layout.address(CONTROLLER),
+        str(PORT),
+    ]
+    process = spawn(state.init(CONTROLLER), [*argv, *clients], log)
+    state.add(CONTROLLER, "sftp", process)
+    if not poll(lambda: "serving" in log.read_text() or not process.alive, timeout_s=20) or not process.alive:
+        raise ClusterError("the server of /shared does not start", log)
 
 
 def mount(state: State, node: str) -> None:
     """Mount /shared on a node."""
     layout, pid = state.layout, state.init(node)
     log = layout.log(node, "sshfs")
-    source = f"root@{layout.address(CONTROLLER)}:/shared"
-    options = f"{SSHFS_OPTIONS}{_symlink_option()}"
-    argv = ["sshfs", "-f", "-F", str(layout.etc / "ssh/ssh_config"), "-o", options, source, "/shared"]
+    options = f"directport={PORT},{SSHFS_OPTIONS}{_symlink_option()}"
+    argv = ["sshfs", "-f", "-o", options, f"{layout.address(CONTROLLER)}:/shared", "/shared"]
     process = spawn(pid, argv, log, env={"LD_PRELOAD": str(_owner_library(layout))})
     state.add(node, "sshfs", process)
 

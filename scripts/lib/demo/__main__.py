@@ -73,8 +73,13 @@ def start(cluster: Cluster, title: str, *options: str) -> Start:
 
 def wait_for_output(cluster: Cluster, path: Path, title: str) -> None:
     """Show the marks that the job's tasks print, until all are there or the job has ended."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[now]}"),
-               TimeElapsedColumn())  # fmt: skip
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[now]}"),
+        TimeElapsedColumn(),
+    )
     deadline = time.monotonic() + START_TIMEOUT_S
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=len(cluster.nodes) * len(MARKS), now="prolog")
@@ -173,8 +178,8 @@ def run(cluster: Cluster, link: str, checkpoint_mib: int) -> dict[str, Any]:
     content = result(plain, bootseer, link, link_bytes_per_s)
     console.rule("result")
     console.print(summary(plain, bootseer))
-    console.print(f"The start is {content['reduction']:.0%} shorter; the weights are the same ({plain.checksum[:16]}…).",
-                  style="bold green" if content["reduction"] > 0 else "bold red")  # fmt: skip
+    shown = f"The start is {content['reduction']:.0%} shorter; the weights are the same ({plain.checksum[:16]}…)."
+    console.print(shown, style="bold green" if content["reduction"] > 0 else "bold red")
     limit_s = content["brought_bytes_per_node"] / link_bytes_per_s
     console.print(
         f"Link of each node: {link}, {link_bytes_per_s / 1e6:.0f} MB/s measured; what was brought to a node "
@@ -186,7 +191,7 @@ def run(cluster: Cluster, link: str, checkpoint_mib: int) -> dict[str, Any]:
 def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the cluster up, with all inputs.")] = False,
-    link: Annotated[str, typer.Option(help="Rate of each node's link.")] = "400mbit",
+    link: Annotated[str, typer.Option(help="Rate of each node's link.")] = "250mbit",
     checkpoint_mib: Annotated[int, typer.Option(min=64, help="Size of the checkpoint, MiB.")] = 1024,
 ) -> None:
     """Start the same job plain and with --bootseer, and show the difference. Needs root."""

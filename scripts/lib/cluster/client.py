@@ -90,6 +90,13 @@ class Cluster:
             check=False,
         )
 
+    def start(self, node: str, *command: str) -> subprocess.Popen[str]:
+        """Start a command in a machine, as root, with pipes to its stdin and stdout."""
+        argv = [str(SCRIPT), "exec", node, *command]
+        return subprocess.Popen(
+            argv, env=self._environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
     def show(self, node: str, *command: str, user: str | None = None) -> None:
         """Run a command that a person watches. Raises ClusterError when it fails."""
         argv = [str(SCRIPT), "exec", *(["--user", user] if user else []), node, *command]

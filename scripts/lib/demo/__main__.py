@@ -60,7 +60,7 @@ def start(cluster: Cluster, title: str, *options: str) -> Start:
     script = (folder / "job.sh").read_text()
     place = f"--chdir=/shared/{inputs.FOLDER}"
     job_id = cluster.sbatch(script, place, f"--output=/shared/{inputs.FOLDER}/%j.out", *options)
-    wait_for_output(cluster, folder / f"{job_id}.out", title)
+    watch(cluster, job_id, folder / f"{job_id}.out", title)
     state = cluster.wait(job_id)
     lines = (folder / f"{job_id}.out").read_text().splitlines()
     if state != "COMPLETED":
@@ -71,7 +71,7 @@ def start(cluster: Cluster, title: str, *options: str) -> Start:
     return Start(job_id, checksums.pop(), read_report(cluster, job_id))
 
 
-def wait_for_output(cluster: Cluster, path: Path, title: str) -> None:
+def watch(cluster: Cluster, job_id: int, path: Path, title: str) -> None:
     """Show the marks that the job's tasks print, until all are there or the job has ended."""
     columns = (
         SpinnerColumn(),
@@ -82,17 +82,17 @@ def wait_for_output(cluster: Cluster, path: Path, title: str) -> None:
     )
     deadline = time.monotonic() + START_TIMEOUT_S
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=len(cluster.nodes) * len(MARKS), now="prolog")
+        task = progress.add_task(title, total=len(cluster.nodes) * len(MARKS), now="")
         while time.monotonic() < deadline:
-            lines = path.read_text().splitlines() if path.exists() else []
-            marks = [line.split()[1] for line in lines if line.split()[1:2] and line.split()[1] in MARKS]
-            now = f"slowest node: {min(MARKS, key=lambda mark: (marks.count(mark), MARKS.index(mark)))}"
-            progress.update(task, completed=len(marks), now=now if marks else "prolog, container")
-            ended = any("error:" in line for line in lines) or len(marks) == len(cluster.nodes) * len(MARKS)
-            if ended:
+            words = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+            marks = [line[1] for line in words if len(line) > 2 and line[1] in MARKS]
+            waiting = [mark for mark in MARKS if marks.count(mark) < len(cluster.nodes)]
+            now = [f"until {mark}, {marks.count(mark)} of {len(cluster.nodes)} nodes" for mark in waiting[:1]]
+            progress.update(task, completed=len(marks), now="".join(now))
+            if not waiting or not cluster.exec("login", "squeue", "-hj", str(job_id)).stdout.strip():
                 return
             time.sleep(0.2)
-    raise ClusterError(f"the job did not start in {START_TIMEOUT_S:g} s; its output is {path}")
+    raise ClusterError(f"job {job_id} did not start in {START_TIMEOUT_S:g} s; its output is {path}")
 
 
 def read_report(cluster: Cluster, job_id: int) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def measure_link_bytes_per_s(cluster: Cluster) -> float:
 
 def summary(plain: Start, bootseer: Start) -> Table:
     """Both starts side by side."""
-    table = Table(box=box.SIMPLE_HEAD, title="Until training began, in seconds (stages: the median node)")
+    table = Table(box=box.SIMPLE_HEAD, title="Until training began, in seconds (stages: median of the nodes)")
     for heading in ("stage", "plain", "--bootseer", "saved"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for stage in STAGES:
@@ -178,8 +178,9 @@ def run(cluster: Cluster, link: str, checkpoint_mib: int) -> dict[str, Any]:
     content = result(plain, bootseer, link, link_bytes_per_s)
     console.rule("result")
     console.print(summary(plain, bootseer))
-    shown = f"The start is {content['reduction']:.0%} shorter; the weights are the same ({plain.checksum[:16]}…)."
-    console.print(shown, style="bold green" if content["reduction"] > 0 else "bold red")
+    style = "bold green" if content["reduction"] > 0 else "bold red"
+    console.print(f"The start is {content['reduction']:.0%} shorter.", style=style)
+    console.print(f"The weights are the same both times: sha256 {plain.checksum[:16]}…")
     limit_s = content["brought_bytes_per_node"] / link_bytes_per_s
     console.print(
         f"Link of each node: {link}, {link_bytes_per_s / 1e6:.0f} MB/s measured; what was brought to a node "

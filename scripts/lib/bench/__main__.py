@@ -1,0 +1,68 @@
+"""Runs one benchmark on a cluster of its own, or on the one that is up, and shows its rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import prolog
+from bench.rows import Row
+from cluster.client import Cluster
+from cluster.layout import ClusterError
+
+BENCHMARKS = {"prolog": prolog.run}
+
+console = Console()
+
+
+def show(rows: list[Row]) -> None:
+    """The rows as a table."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("metric", "value", "target", "limit", "met"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for row in rows:
+        target = "" if row.target is None else f"{'≥' if row.at_least else '≤'} {row.target:.4g}"
+        met = {None: "", True: "yes", False: "no"}[row.met]
+        style = "red" if row.met is False else ""
+        limit = "" if row.limit is None else f"{row.limit:.4g}"
+        table.add_row(row.metric, f"{row.value:.4g} {row.unit}", target, limit, met, style=style)
+    console.print(table)
+    for how in dict.fromkeys(row.how for row in rows):
+        console.print(how, style="dim")
+
+
+def main(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.")],
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+) -> None:
+    """Measure, show a table, and write its rows. Exit status 0 when it could measure, targets met or not."""
+    if name not in BENCHMARKS:
+        raise typer.BadParameter(f"{name!r} is none of: {', '.join(BENCHMARKS)}")
+    cluster = Cluster.default()
+    was_up = cluster.up
+    try:
+        with console.status(f"measuring: {name}"):
+            cluster.script("up", timeout_s=900)
+            rows = BENCHMARKS[name](cluster)
+    except ClusterError as error:
+        console.print(f"scripts/bench: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+    finally:
+        if not was_up:
+            cluster.script("down")
+    show(rows)
+    if json_path:
+        json_path.write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -233,7 +233,7 @@ def env_save(
         name, size_bytes = save(
             _store(),
             folder,
-            stage=lambda text: progress.update(task, description=text),
+            stage=lambda text, size_bytes: progress.update(task, description=text, total=size_bytes),
             progress=lambda count: progress.advance(task, count),
         )
     print(f"{name.name}  {name.blob[:16]}  {size_bytes} bytes")

@@ -67,6 +67,9 @@ class Prefetch:
         self._over.set()
         with self._changed:
             self._changed.notify_all()
+            unfinished = [work for work in self._works if not work.exhausted or work.in_flight]
+        for work in unfinished:
+            self._tell(work, "stopped")
 
     def join(self, timeout_s: float) -> None:
         """Wait for the streams, each at most `timeout_s`."""
@@ -114,13 +117,13 @@ class Prefetch:
             work.exhausted = work.exhausted or cursor < 0
             ended = work.exhausted and work.in_flight == 0
         if ended and not self._over.is_set():
-            self._tell_end(work)
+            self._tell(work, "end")
 
-    def _tell_end(self, work: _Work) -> None:
+    def _tell(self, work: _Work, name: str) -> None:
         usage, before = work.target.reader.usage, work.target.before
         self._log.emit(
             "prefetch",
-            "end",
+            name,
             bytes=usage.store_bytes + usage.origin_bytes - before.store_bytes - before.origin_bytes,
             bytes_cached=work.target.cached_bytes,
             dur_s=time.monotonic() - work.start_s,

@@ -137,13 +137,13 @@ class Session:
                 return
             self._over.set()
             targets, self._targets = self._targets, []
+        if self._prefetch:
+            self._prefetch.stop()
         for target in targets:
             self._summarise(target)
         self.log.emit("hook", "epilog", message=reason)
         self.log.emit("session", "end")
         self._publish()
-        if self._prefetch:
-            self._prefetch.stop()
         if self._process:
             self._process.kill()
         if self._prefetch:

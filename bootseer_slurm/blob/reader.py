@@ -93,6 +93,7 @@ class Reader:
         start = time.monotonic()
         layout = self.blob.layout
         end = min(offset + size, self.size_bytes)
+        self.usage.miss_bytes += end - offset
         unkept: dict[int, bytes] = {}
         try:
             block, last = offset // layout.block_bytes, (end - 1) // layout.block_bytes
@@ -148,7 +149,6 @@ class Reader:
                 self.blob.wait(block, 1.0)
                 continue
             try:
-                self.usage.miss_bytes += sum(self.blob.layout.block_size(block + i) for i in range(count))
                 self._fetch_claimed(block, count, demand=True, unkept=unkept)
                 return count
             except StoreError:

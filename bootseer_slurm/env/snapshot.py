@@ -38,12 +38,12 @@ def save(
     store: Store,
     folder: Path,
     *,
-    stage: Callable[[str], None] = lambda text: None,
+    stage: Callable[[str, int | None], None] = lambda text, size_bytes: None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[Name, int]:
     """Save the environment in `folder`; gives its name in the store and the snapshot's bytes.
 
-    stage: told what is being done. progress: told the bytes just stored.
+    stage: told what is being done, and of how many bytes if known. progress: told the bytes just stored.
     Raises BootseerError when `folder` is no environment, changed meanwhile, or mksquashfs fails.
     """
     real = folder.resolve(strict=True)
@@ -51,11 +51,11 @@ def save(
     with tempfile.TemporaryDirectory(prefix="bootseer-env-") as scratch:
         source = real
         if _lacks_byte_code(real):
-            stage("compiling")
+            stage("compiling", None)
             source = Path(scratch) / "tree"
             shutil.copytree(real, source, symlinks=True)
             _compile(source, real)
-        stage("packing")
+        stage("packing", None)
         image = Path(scratch) / "snapshot.sqsh"
         done = subprocess.run(
             ["mksquashfs", str(source), str(image), *_MKSQUASHFS], capture_output=True, text=True, check=False
@@ -67,8 +67,8 @@ def save(
             raise BootseerError(
                 f"{folder}: was changed while it was saved", hint="save it again when it is complete"
             )
-        stage("storing")
         size_bytes = image.stat().st_size
+        stage("storing", size_bytes)
         os.utime(image, (0, 0))  # its own time says nothing, and a young file would be waited for
         name = store_file(
             store, image, kind="environment", name=str(real), fingerprint=before, progress=progress

@@ -61,7 +61,7 @@ class Transfer:
     size_bytes: int | None
     fetched_bytes: int | None
     cached_bytes: int | None
-    dur_s: float | None  # of the prefetch; None while it has not ended
+    dur_s: float | None  # of the prefetch, until it ended or was stopped
     in_time: bool | None  # the prefetch had ended when training began on this node
     reads: int | None
     read_bytes: int
@@ -248,7 +248,7 @@ def _transfers(sent: NodeEvents, trained_ns: int | None) -> list[Transfer]:
 
 def _transfer(node: str, what: str, target: str, events: list[Event], trained_ns: int | None) -> Transfer:
     begin = next((event for event in events if (event.kind, event.name) == ("prefetch", "begin")), None)
-    ends = [event for event in events if (event.kind, event.name) == ("prefetch", "end")]
+    ends = [event for event in events if event.kind == "prefetch" and event.name in ("end", "stopped")]
     reads = [event for event in events if event.kind == "access"]
     planned = begin is not None or bool(ends)
     return Transfer(
@@ -259,13 +259,17 @@ def _transfer(node: str, what: str, target: str, events: list[Event], trained_ns
         fetched_bytes=sum(event.bytes or 0 for event in ends) if ends else None,
         cached_bytes=int(ends[0].number("bytes_cached")) if ends else None,
         dur_s=sum(event.dur_s or 0.0 for event in ends) if ends else None,
-        in_time=bool(ends) and ends[-1].t_ns <= trained_ns if planned and trained_ns is not None else None,
+        in_time=_in_time(ends, trained_ns) if planned and trained_ns is not None else None,
         reads=sum(int(event.number("reads")) for event in reads) if reads else None,
         read_bytes=sum(int(event.number("read_bytes")) for event in reads),
         hit_bytes=sum(int(event.number("hit_bytes")) for event in reads),
         miss_bytes=sum(int(event.number("miss_bytes")) for event in reads),
         blocked_s=sum(event.number("blocked_s") for event in reads),
     )
+
+
+def _in_time(ends: Sequence[Event], trained_ns: int) -> bool:
+    return bool(ends) and ends[-1].name == "end" and ends[-1].t_ns <= trained_ns
 
 
 def _problems(nodes: Sequence[NodeEvents]) -> tuple[Problem, ...]:

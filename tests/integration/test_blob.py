@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pytest_mock import MockerFixture
 
 from bootseer_slurm.agent.target import FetchSource
 from bootseer_slurm.blob.cache import Cache, CachedBlob
-from bootseer_slurm.blob.manifest import Manifest, decode
+from bootseer_slurm.blob.manifest import BLOCK_BYTES, Manifest, decode
 from bootseer_slurm.blob.names import file_fingerprint, read_name, user_folder
 from bootseer_slurm.blob.reader import Reader
 from bootseer_slurm.blob.writer import store_file
@@ -98,6 +99,14 @@ def test_prefetch_brings_every_byte_once(scene: Scene) -> None:
     assert reader.blob.path.read_bytes() == scene.content
     assert reader.usage.store_bytes == SIZE_BYTES, "one fetch for each block, whoever asks"
     assert reader.usage.origin_bytes == 0 and scene.faults == []
+
+
+def test_a_demand_read_brings_what_is_missing_of_it_at_once(scene: Scene, mocker: MockerFixture) -> None:
+    reader = scene.reader()
+    read = mocker.spy(scene.process, "read")
+    reader.fetch(300_000, 2**20)
+    assert [call.args[3] for call in read.call_args_list] == [5 * BLOCK_BYTES]
+    assert reader.usage.miss_bytes == 2**20
 
 
 def test_demand_reads_give_the_right_bytes(scene: Scene) -> None:

@@ -221,6 +221,14 @@ def test_transfers_join_prefetch_and_reads() -> None:
     assert (environment.fetched_bytes, environment.dur_s, environment.rate) == (None, None, None)
 
 
+def test_a_prefetch_that_was_stopped_is_late_and_its_bytes_count() -> None:
+    node = mark(Node("n1").started(), 20, "training_started")
+    node.at(1, "prefetch", "begin", bytes=1000, what="image", target="/a")
+    node.at(19, "prefetch", "stopped", bytes=600, bytes_cached=0, dur_s=18.0, what="image", target="/a")
+    (image,) = report_of(node).transfers
+    assert (image.fetched_bytes, image.in_time) == (600, False)
+
+
 def test_a_problem_of_several_nodes_is_one_and_errors_come_first() -> None:
     nodes = [Node(f"n{number}").started() for number in (1, 2, 3)]
     for node in nodes:

@@ -1,0 +1,61 @@
+"""The order of reads: those that somebody waits for go first, and the prefetch keeps its queue short."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES
+from bootseer_slurm.fetch.turns import Turns
+
+
+def began(turns: Turns, *, within_s: float) -> bool:
+    """Whether another run of the prefetch may begin in that time."""
+    event = threading.Event()
+
+    def run() -> None:
+        with turns.prefetch():
+            event.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    return event.wait(within_s)
+
+
+def test_no_run_begins_while_a_reader_waits() -> None:
+    turns = Turns()
+    with turns.demand():
+        assert not began(turns, within_s=0.1)
+    assert began(turns, within_s=5)
+
+
+def test_a_reader_that_never_pauses_does_not_stop_the_prefetch() -> None:
+    turns = Turns()
+    with turns.demand():
+        assert began(turns, within_s=5)
+
+
+def test_two_blocks_are_in_flight_where_nothing_is_known() -> None:
+    turns = Turns()
+    assert turns.step_bytes == BLOCK_BYTES
+    with turns.prefetch(), turns.prefetch():
+        assert not began(turns, within_s=0.1)
+
+
+def test_a_fast_path_gets_larger_steps_and_a_slow_one_small_ones() -> None:
+    fast, slow = Turns(), Turns()
+    for turns, bytes_per_s in ((fast, 3e9), (slow, 3e7)):
+        start = time.monotonic()
+        while time.monotonic() - start < 0.2:
+            time.sleep(0.01)
+            turns.measured(int(bytes_per_s * 0.01), steps=1, dur_s=0.003)
+    assert BLOCK_BYTES < fast.step_bytes <= CHUNK_BYTES
+    assert slow.step_bytes == BLOCK_BYTES
+    with fast.prefetch() as run_bytes:
+        assert run_bytes == CHUNK_BYTES
+
+
+def test_one_run_is_always_allowed() -> None:
+    turns = Turns()
+    for _ in range(3):
+        with turns.prefetch() as run_bytes:
+            assert run_bytes >= BLOCK_BYTES

@@ -103,10 +103,6 @@ class Fake:
 @contextmanager
 def fake_agent(cluster: Any, *args: str) -> Iterator[Fake]:
     """Have the stand-in answer on NODE, in place of the agent."""
-    was_running = any(
-        line.split()[:2] == [NODE, "agent"] and line.endswith("running")
-        for line in cluster.script("status").stdout.splitlines()
-    )
     cluster.agent(NODE, "stop")
     log = f"/run/fake-agent.{time.monotonic_ns()}"
     argv = [
@@ -120,16 +116,17 @@ def fake_agent(cluster: Any, *args: str) -> Iterator[Fake]:
         *args,
     ]
     env = os.environ | {"BOOTSEER_CLUSTER_DIR": str(cluster.state_dir)}
-    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        word, pid = process.stdout.readline().split()
-        assert word == "ready"
-        try:
-            yield Fake(cluster, log)
-        finally:
-            cluster.exec(NODE, "kill", pid)
-    cluster.exec(NODE, "rm", "-f", SOCKET, log)
-    if was_running:
+    try:
+        with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            word, pid = process.stdout.readline().split()
+            assert word == "ready"
+            try:
+                yield Fake(cluster, log)
+            finally:
+                cluster.exec(NODE, "kill", pid)
+    finally:
+        cluster.exec(NODE, "rm", "-f", SOCKET, log)
         cluster.agent(NODE, "start")
 
 
@@ -542,10 +539,11 @@ def test_failed_bind_leaves_the_original(cluster: Any, folder: Path) -> None:
 
 
 def test_without_an_agent(cluster: Any) -> None:
-    with fake_agent(cluster):
-        pass
     cluster.agent(NODE, "stop")
-    assert output(cluster, "echo here; srun echo there", "--bootseer") == "here\nthere\n"
+    try:
+        assert output(cluster, "echo here; srun echo there", "--bootseer") == "here\nthere\n"
+    finally:
+        cluster.agent(NODE, "start")
 
 
 def test_hung_agent_delays_each_step_once(cluster: Any) -> None:

@@ -139,7 +139,8 @@ void attach_opener_stop(struct attach_opener *opener)
 {
 	if (opener->pid <= 0)
 		return;
-	close(opener->sock);
+	if (opener->sock >= 0)
+		close(opener->sock);
 	kill(opener->pid, SIGKILL);
 	/* Dead at once, unless a file server holds it; then slurmstepd reaps it with its tasks. */
 	for (int i = 0; i < 20 && waitpid(opener->pid, NULL, WNOHANG) == 0; i++)
@@ -162,6 +163,10 @@ static int open_target(struct attach_opener *opener, size_t bind_index, int64_t 
 	struct cmsghdr *c;
 	int ready;
 
+	if (opener->sock < 0) {
+		snprintf(reason, ATTACH_REASON_MAX_BYTES, "opening an earlier path took too long");
+		return -1;
+	}
 	if (send(opener->sock, &bind_index, sizeof(bind_index), MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
 		snprintf(reason, ATTACH_REASON_MAX_BYTES, "the opener is gone: %s", strerror(errno));
 		return -1;
@@ -170,6 +175,9 @@ static int open_target(struct attach_opener *opener, size_t bind_index, int64_t 
 		ready = poll(&wait, 1, agent_left_ms(deadline_ns));
 	while (ready < 0 && errno == EINTR);
 	if (ready <= 0) {
+		/* Its late answer must not be taken for that of the next target. */
+		close(opener->sock);
+		opener->sock = -1;
 		snprintf(reason, ATTACH_REASON_MAX_BYTES, "opening the path took too long");
 		return -1;
 	}

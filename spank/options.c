@@ -53,7 +53,7 @@ static struct spank_option options[] = {
 		  "(implies --bootseer)",
 	  1, REQUEST_ENV, value_option },
 	{ (char *)"bootseer-checkpoint", (char *)"URI|PATH",
-	  (char *)"[bootseer] prefetch this checkpoint, a file or a folder (implies --bootseer)", 1,
+	  (char *)"[bootseer] prefetch this checkpoint file (implies --bootseer)", 1,
 	  REQUEST_CHECKPOINT, value_option },
 	{ (char *)"no-bootseer", NULL,
 	  (char *)"[bootseer] start as without bootseer, whatever else asks for it", 0, 0, refuse_option },

@@ -28,7 +28,6 @@ class _Work:
     """One target and how far it is."""
 
     target: Target
-    cursor: int = 0
     in_flight: int = 0
     exhausted: bool = False
     start_s: float = field(default_factory=time.monotonic)
@@ -64,12 +63,14 @@ class Prefetch:
 
     def stop(self) -> None:
         """Begin no more reads; those in flight end with their fetch process."""
-        self._over.set()
         with self._changed:
+            if self._over.is_set():
+                return
+            self._over.set()
             self._changed.notify_all()
-            unfinished = [work for work in self._works if not work.exhausted or work.in_flight]
-        for work in unfinished:
-            self._tell(work, "stopped")
+            for work in self._works:
+                if work.in_flight or not work.exhausted:
+                    self._tell(work, "stopped")
 
     def join(self, timeout_s: float) -> None:
         """Wait for the streams, each at most `timeout_s`."""
@@ -85,20 +86,20 @@ class Prefetch:
             reraise=True,
         )
         while work := self._next():
-            cursor = -1
+            more = False
             try:
-                cursor = retrying(self._run, work)
+                more = retrying(self._run, work)
             except BootseerError as error:
                 if not self._over.is_set():
                     self._on_fault("prefetch_failed", f"{work.target.wish.name}: {error.message}")
-            self._done(work, cursor)
+            self._done(work, more=more)
 
     def _pause(self, pause_s: float) -> None:
         self._over.wait(pause_s)
 
-    def _run(self, work: _Work) -> int:
+    def _run(self, work: _Work) -> bool:
         with self._turns.prefetch() as limit_bytes:
-            return -1 if self._over.is_set() else work.target.reader.prefetch_run(work.cursor, limit_bytes)
+            return not self._over.is_set() and work.target.reader.prefetch_run(limit_bytes)
 
     def _next(self) -> _Work | None:
         with self._changed:
@@ -110,14 +111,12 @@ class Prefetch:
                 self._changed.wait()
         return None
 
-    def _done(self, work: _Work, cursor: int) -> None:
+    def _done(self, work: _Work, *, more: bool) -> None:
         with self._changed:
             work.in_flight -= 1
-            work.cursor = max(work.cursor, cursor)
-            work.exhausted = work.exhausted or cursor < 0
-            ended = work.exhausted and work.in_flight == 0
-        if ended and not self._over.is_set():
-            self._tell(work, "end")
+            work.exhausted = work.exhausted or not more
+            if work.exhausted and work.in_flight == 0 and not self._over.is_set():
+                self._tell(work, "end")
 
     def _tell(self, work: _Work, name: str) -> None:
         usage, before = work.target.reader.usage, work.target.before

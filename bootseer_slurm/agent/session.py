@@ -11,6 +11,7 @@ import os
 import pwd
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
@@ -47,6 +48,7 @@ class Session:
         self._publish_lock = threading.Lock()
         self._over = threading.Event()
         self._process: FetchProcess | None = None
+        self._user: User | None = None
         self._prefetch: Prefetch | None = None
         self._observe = False
         self._publishing = False
@@ -81,7 +83,10 @@ class Session:
                     continue
                 self._wishes[wish] = threading.Event()
                 thread = threading.Thread(
-                    target=self._bring, args=(wish,), name=f"bring-{self.job.job_id}", daemon=True
+                    target=self._bring,
+                    args=(wish, len(self._wishes)),
+                    name=f"bring-{self.job.job_id}",
+                    daemon=True,
                 )
                 self._threads.append(thread)
             thread.start()
@@ -92,26 +97,30 @@ class Session:
         deadline = time.monotonic() + self._config.prefetch.attach_wait_s
         for looked_up in list(self._wishes.values()):
             looked_up.wait(max(0.0, deadline - time.monotonic()))
-        binds: list[Bind] = []
-        environ: dict[str, str] = {}
         with self._lock:
             targets = list(self._targets)
-        for target in targets:
-            wish = target.wish
-            if target.path is None:
-                environ[f"BOOTSEER_{wish.kind.upper()}"] = str(target.served_path())
-                continue
-            try:
-                binds.append(target.bind())
-            except (BootseerError, OSError) as error:
-                self._shadow("skipped", wish, str(error))
-            else:
-                self._shadow("shown", wish, None)
+        environ = {
+            f"BOOTSEER_{target.wish.kind.upper()}": str(target.served_path())
+            for target in targets
+            if target.path is None
+        }
+        with_path = [target for target in targets if target.path is not None]
+        with ThreadPoolExecutor(len(with_path) or 1) as pool:  # one that does not answer holds up no other
+            binds = [bind for bind in pool.map(self._bind, with_path) if bind]
         for wish, looked_up in self._wishes.items():
             if not looked_up.is_set():
                 self._shadow("skipped", wish, "the store had not answered when the step started")
         # An inner target is shown first: below an outer one it could no longer be told from the original.
         return sorted(binds, key=lambda bind: -len(bind.path)), environ
+
+    def _bind(self, target: Target) -> Bind | None:
+        try:
+            bind = target.bind()
+        except (BootseerError, OSError) as error:
+            self._shadow("skipped", target.wish, str(error))
+            return None
+        self._shadow("shown", target.wish, None)
+        return bind
 
     def mark(self, name: str, *, t_ns: int, step: str | None, task: int | None) -> None:
         """Record where the job is. Raises InputError when a value is not usable."""
@@ -160,10 +169,12 @@ class Session:
 
     def _fetcher(self) -> FetchProcess:
         """The job's fetch process, started when first needed."""
+        user = self._user or _user(self.job)  # not under the lock: a directory service may be slow
         with self._lock:
+            self._user = user
             if self._process is None:
                 self._process = FetchProcess(
-                    _user(self.job),
+                    user,
                     self._config.store.uri,
                     streams=self._config.prefetch.streams,
                     timeout_s=self._config.store.timeout_s,
@@ -182,41 +193,45 @@ class Session:
                     self._prefetch.stop()
             return self._prefetch
 
-    def _bring(self, wish: Wish) -> None:
+    def _bring(self, wish: Wish, number: int) -> None:
         """Look one wish up, then have it prefetched (a thread of its own)."""
-        looked_up = self._wishes[wish]
         try:
-            target = Target(
-                wish,
-                self.job,
-                self._fetcher(),
-                self._shelf,
-                roots=self._config.shadow.roots,
-                on_fault=lambda name, message: self._fault(name, f"{wish.name}: {message}"),
-            )
+            target = self._look_up(wish, number)
         except (BootseerError, OSError) as error:
             self._fault(f"{wish.kind}_not_used", str(error))
-            looked_up.set()
-            return
-        if target.warning:
-            self._fault("store_not_used", target.warning)
-        try:
-            if wish.kind == "environment":
-                target.mount_snapshot(self._folder / str(len(self._wishes)), self.job)
-        except BootseerError as error:
-            self._fault("environment_not_used", f"{wish.name}: {error.message}")
-            target.close()
-            looked_up.set()
-            return
-        with self._lock:
-            over = self._over.is_set()
-            if not over:
-                self._targets.append(target)
-        looked_up.set()
-        if over:
-            target.close()
+        except Exception as error:  # the fetch process may answer anything
+            _log.exception("%s %s", wish.kind, wish.name, extra={"job": self.job.job_id})
+            self._fault(f"{wish.kind}_not_used", f"{wish.kind} {wish.name}: {type(error).__name__}")
         else:
-            self._prefetcher().add(target)
+            with self._lock:
+                over = self._over.is_set()
+                if not over:
+                    self._targets.append(target)
+            if over:
+                target.close()
+            else:
+                self._prefetcher().add(target)
+        finally:
+            self._wishes[wish].set()
+
+    def _look_up(self, wish: Wish, number: int) -> Target:
+        target = Target(
+            wish,
+            self.job,
+            self._fetcher(),
+            self._shelf,
+            roots=self._config.shadow.roots,
+            on_fault=lambda name, message: self._fault(name, f"{wish.name}: {message}"),
+        )
+        try:
+            if target.warning:
+                self._fault("store_not_used", target.warning)
+            if wish.kind == "environment":
+                target.mount_snapshot(self._folder / str(number), self.job)
+        except BaseException:
+            target.close()
+            raise
+        return target
 
     def _summarise(self, target: Target) -> None:
         usage, before = target.reader.usage, target.before

@@ -6,12 +6,11 @@ Jobs of one user that use the same blob share all three. Thread-safe.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from bootseer_slurm.blob.cache import Cache
 from bootseer_slurm.blob.manifest import Layout
-from bootseer_slurm.blob.reader import Reader, Source
+from bootseer_slurm.blob.reader import OnFault, Reader, Source
 from bootseer_slurm.fuse import Server
 
 
@@ -35,7 +34,7 @@ class Shelf:
         gid: int,
         mtime_ns: int,
         sources: list[Source],
-        on_fault: Callable[[str, str], None],
+        on_fault: OnFault,
     ) -> Reader:
         """The reader of a blob, with these sources added, until `give_back`.
 
@@ -45,10 +44,10 @@ class Shelf:
         with self._lock:
             reader = self._readers.get((uid, blob_id))
             if reader is None:
-                reader = Reader(blob, mtime_ns=mtime_ns, on_fault=on_fault)
+                reader = Reader(blob, mtime_ns=mtime_ns)
                 self._paths[uid, blob_id] = self._server.add(_name(reader), reader)
                 self._readers[uid, blob_id] = reader
-            reader.add_sources(sources)
+            reader.add_user(sources, on_fault)
             return reader
 
     def path(self, reader: Reader) -> Path:
@@ -59,9 +58,9 @@ class Shelf:
         """The FUSE file, which its user may open by path."""
         return self._paths[reader.uid, reader.blob.id]
 
-    def give_back(self, reader: Reader, sources: list[Source]) -> None:
+    def give_back(self, reader: Reader, sources: list[Source], on_fault: OnFault) -> None:
         """Take the sources away, and let go of the blob when no other job uses it."""
-        reader.remove_sources(sources)
+        reader.remove_user(sources, on_fault)
 
         def forget() -> None:
             with self._lock:

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,21 @@ from typing import Any
 from bootseer_slurm import mounts
 from bootseer_slurm.agent.request import Job, Wish
 from bootseer_slurm.agent.shelf import Shelf
-from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
-from bootseer_slurm.blob.reader import Reader, Source, Usage
+from bootseer_slurm.blob.manifest import (
+    BLOCK_BYTES,
+    CHUNK_BYTES,
+    MANIFEST_LIMIT_BYTES,
+    MAX_BLOB_BYTES,
+    Layout,
+    decode,
+)
+from bootseer_slurm.blob.reader import OnFault, Reader, Source, Usage
 from bootseer_slurm.env.attach import Snapshot
-from bootseer_slurm.errors import InputError, NotFound, StoreError
+from bootseer_slurm.errors import InputError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.fetch.process import FetchProcess, Reply
 
 _SAME_TIMEOUT_S = 1.0  # a step waits for this
+_HUGE_BYTES = 64 * 2**30
 
 
 class FetchSource:
@@ -66,7 +74,7 @@ class Target:
         shelf: Shelf,
         *,
         roots: tuple[Path, ...],
-        on_fault: Callable[[str, str], None],
+        on_fault: OnFault,
     ) -> None:
         """Look it up. on_fault: told of faults of the data path, see Reader. Raises BootseerError."""
         self.wish = wish
@@ -74,6 +82,7 @@ class Target:
         self.warning: str | None = None
         self._process = process
         self._shelf = shelf
+        self._on_fault = on_fault
         self._original: int | None = None
         self._sources: list[Source] = []
         self._snapshot: Snapshot | None = None
@@ -83,7 +92,7 @@ class Target:
             if "path" in reply.fields:
                 self._original = fds.pop(0)
                 self.path = self._shown_path(roots)
-            self.reader = self._take(reply, fds, job, on_fault)
+            self.reader = self._take(reply, fds, job)
         except BaseException:
             self.close()
             raise
@@ -104,7 +113,7 @@ class Target:
             )
         return path
 
-    def _take(self, reply: Reply, fds: list[int], job: Job, on_fault: Callable[[str, str], None]) -> Reader:
+    def _take(self, reply: Reply, fds: list[int], job: Job) -> Reader:
         fields = reply.fields
         self._fingerprint = str(fields.get("fingerprint", ""))
         self.warning = fields.get("warning")
@@ -112,10 +121,15 @@ class Target:
             content = os.pread(fds[0], min(os.fstat(fds[0]).st_size, MANIFEST_LIMIT_BYTES), 0)
             manifest = decode(content)
             blob_id, layout, digests = manifest.id, manifest.layout, manifest.digests
+            if "size_bytes" in fields and layout.size_bytes != fields["size_bytes"]:
+                raise IntegrityError(f"{self.wish.name}: the blob in the store has another size")
             self._sources.append(FetchSource("store", self._process, fields["blob"]["handle"], layout))
         elif "origin" in fields and self._original is not None:
             status = os.fstat(self._original)
-            layout, digests = Layout(int(fields["size_bytes"])), None
+            size_bytes = int(fields["size_bytes"])
+            # A digest a block is kept in memory: a huge file has large blocks.
+            huge = size_bytes > _HUGE_BYTES
+            layout, digests = Layout(size_bytes, CHUNK_BYTES if huge else BLOCK_BYTES), None
             identity = (self.path, status.st_dev, status.st_ino, layout.size_bytes, status.st_mtime_ns)
             blob_id = "file-" + hashlib.sha256(repr((*identity, status.st_ctime_ns)).encode()).hexdigest()
         elif self.warning:
@@ -126,8 +140,8 @@ class Target:
             )
         else:
             raise NotFound(f"{self.wish.kind} {self.wish.name}: not in the store")
-        if layout.size_bytes == 0:
-            raise InputError(f"{self.wish.kind} {self.wish.name}: empty")
+        if not 0 < layout.size_bytes <= MAX_BLOB_BYTES:
+            raise InputError(f"{self.wish.kind} {self.wish.name}: empty, or larger than a blob can be")
         if "origin" in fields and self.wish.kind != "environment":
             flat = Layout(layout.size_bytes, layout.block_bytes, layout.chunk_bytes, 1)
             self._sources.append(FetchSource("origin", self._process, fields["origin"], flat))
@@ -139,7 +153,7 @@ class Target:
             gid=job.gid,
             mtime_ns=os.fstat(self._original).st_mtime_ns if self._original is not None else 0,
             sources=self._sources,
-            on_fault=on_fault,
+            on_fault=self._on_fault,
         )
 
     def mount_snapshot(self, folder: Path, job: Job) -> None:
@@ -170,7 +184,7 @@ class Target:
             self._snapshot.close()
             self._snapshot = None
         if hasattr(self, "reader"):
-            self._shelf.give_back(self.reader, self._sources)
+            self._shelf.give_back(self.reader, self._sources, self._on_fault)
         if self._original is not None:
             os.close(self._original)
             self._original = None

@@ -30,6 +30,7 @@ from bootseer_slurm.errors import BootseerError
 _log = logging.getLogger(__name__)
 
 MISSING, PRESENT, IN_FLIGHT = 0, 1, 2
+_CHECK_FREE_BYTES = 64 * 2**20  # written between two looks at how much the disk has left
 
 
 class CachedBlob:
@@ -40,14 +41,24 @@ class CachedBlob:
     """
 
     def __init__(
-        self, folder: Path, blob_id: str, layout: Layout, digests: bytes | None, uid: int, gid: int
+        self,
+        folder: Path,
+        blob_id: str,
+        layout: Layout,
+        digests: bytes | None,
+        *,
+        uid: int,
+        gid: int,
+        min_free_bytes: int,
     ) -> None:
         self.id = blob_id
         self.layout = layout
         self.uid, self.gid = uid, gid
         self.folder = folder
         self.pins = 0
-        self.full = False  # the disk is: blocks are no longer kept
+        self.full = False  # the disk or the cache is: blocks are no longer kept
+        self._min_free_bytes = min_free_bytes
+        self._unchecked_bytes = _CHECK_FREE_BYTES
         self.adopted = digests is None
         self.digests = bytearray(digests) if digests else bytearray(layout.blocks * DIGEST_BYTES)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -55,15 +66,17 @@ class CachedBlob:
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o400)
         # Closed with the last reference, not before: a server thread may be about to read from it.
         weakref.finalize(self, os.close, self.fd)
-        os.fchown(self.fd, uid, gid)
-        os.ftruncate(self.fd, layout.size_bytes)
         self.states = bytearray(layout.blocks)
         self.changed = threading.Condition()
         self._missing = layout.blocks
-        self._load()
+        if os.fstat(self.fd).st_size == layout.size_bytes:
+            self._load()
+        os.fchown(self.fd, uid, gid)
+        os.ftruncate(self.fd, layout.size_bytes)
         self.touch()
 
     def _load(self) -> None:
+        """Take over what an earlier agent saved of this blob, if it is whole."""
         try:
             states = bytearray((self.folder / "blocks").read_bytes())
             digests = bytearray((self.folder / "digests").read_bytes()) if self.adopted else self.digests
@@ -87,9 +100,9 @@ class CachedBlob:
         states = self.states
         return states.find(b"\0", first, last + 1) < 0 and states.find(b"\2", first, last + 1) < 0
 
-    def next_missing(self, start: int) -> int:
-        """The first block from `start` on that nobody has or fetches, or -1."""
-        return self.states.find(b"\0", start)
+    def next_missing(self) -> int:
+        """The first block that nobody has or fetches, or -1."""
+        return self.states.find(b"\0")
 
     def claim(self, first: int, last: int) -> int:
         """Take blocks from `first` on, up to `last`, for fetching; gives how many (0: others were faster)."""
@@ -118,6 +131,13 @@ class CachedBlob:
         if self.full:
             return False
         try:
+            self._unchecked_bytes += len(view)
+            if self._unchecked_bytes >= _CHECK_FREE_BYTES:
+                self._unchecked_bytes = 0
+                disk = os.fstatvfs(self.fd)
+                if disk.f_bavail * disk.f_frsize < self._min_free_bytes:
+                    self.full = True
+                    return False
             done = 0
             while done < len(view):
                 done += os.pwrite(self.fd, view[done:], offset + done)
@@ -174,12 +194,21 @@ class Cache:
             blob = self._blobs.get((uid, blob_id))
             if blob is None:
                 try:
-                    blob = CachedBlob(self._root / str(uid) / blob_id, blob_id, layout, digests, uid, gid)
+                    blob = CachedBlob(
+                        self._root / str(uid) / blob_id,
+                        blob_id,
+                        layout,
+                        digests,
+                        uid=uid,
+                        gid=gid,
+                        min_free_bytes=self._min_free_bytes,
+                    )
                 except OSError as error:
                     raise BootseerError(f"cache {self._root}: {error.strerror}") from error
                 self._blobs[uid, blob_id] = blob
             blob.pins += 1
-        self.make_room(layout.size_bytes - blob.present_bytes)
+            if blob.pins == 1 and not self._make_room(whole=True):
+                blob.full = True
         return blob
 
     def release(self, blob: CachedBlob, on_last: Callable[[], None] = lambda: None) -> None:
@@ -192,31 +221,30 @@ class Cache:
                 return
             on_last()
             del self._blobs[blob.uid, blob.id]
-        self.make_room(0)
+            self._make_room(whole=False)
 
-    def make_room(self, wanted_bytes: int) -> None:
-        """Remove unused blobs, the longest unused first, until `wanted_bytes` more keep within the bounds."""
-        with self._lock:
-            entries = sorted(self._unused())
-            used_bytes = _disk_bytes(self._root)
-            for _, folder in entries:
-                free_bytes = psutil.disk_usage(str(self._root)).free
-                if (
-                    used_bytes + wanted_bytes <= self._max_bytes
-                    and free_bytes - wanted_bytes >= self._min_free_bytes
-                ):
-                    return
-                used_bytes -= _disk_bytes(folder)
-                shutil.rmtree(folder, ignore_errors=True)
-                _log.info("removed unused blob %s", folder.name)
+    def _make_room(self, *, whole: bool) -> bool:
+        """Remove unused blobs, the longest unused first, until the live ones can grow to their sizes.
 
-    def clear(self) -> int:
-        """Remove every unused blob; gives how many there were."""
-        with self._lock:
-            entries = self._unused()
-            for _, folder in entries:
-                shutil.rmtree(folder, ignore_errors=True)
-            return len(entries)
+        Gives False when that cannot be; then `whole` says to remove nothing.
+        """
+        unused = [(folder, _disk_bytes(folder)) for _, folder in sorted(self._unused())]
+        unused_bytes = sum(size_bytes for _, size_bytes in unused)
+        live = [blob for blob in self._blobs.values() if not blob.full]
+        growing_bytes = sum(blob.layout.size_bytes - blob.present_bytes for blob in live)
+        used_bytes = unused_bytes + sum(blob.layout.size_bytes for blob in live)
+        free_bytes = psutil.disk_usage(str(self._root)).free - growing_bytes
+        excess_bytes = max(used_bytes - self._max_bytes, self._min_free_bytes - free_bytes)
+        if whole and excess_bytes > unused_bytes:
+            return False
+        for folder, size_bytes in unused:
+            if excess_bytes <= 0:
+                break
+            (folder / "blocks").unlink(missing_ok=True)  # first: what is left without it counts for nothing
+            shutil.rmtree(folder, ignore_errors=True)
+            excess_bytes -= size_bytes
+            _log.info("removed unused blob %s", folder.name)
+        return excess_bytes <= 0
 
     def _unused(self) -> list[tuple[float, Path]]:
         entries = []

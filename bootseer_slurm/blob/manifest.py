@@ -24,7 +24,9 @@ DIGEST_BYTES = 32  # sha256
 BLOCK_BYTES = 256 * 1024
 # What one read of an object asks for at most: long enough to hide 1 ms of latency at 10 Gbit/s.
 CHUNK_BYTES = 4 * 2**20
-MANIFEST_LIMIT_BYTES = 256 * 2**20  # 2 TiB of blob in 256 KiB blocks
+MAX_BLOB_BYTES = 2 * 2**40
+MANIFEST_LIMIT_BYTES = MAX_BLOB_BYTES // BLOCK_BYTES * DIGEST_BYTES + 4096
+_HEADER_LIMIT_BYTES = 4096
 _MAX_OBJECTS = 4096
 KINDS = ("image", "environment", "checkpoint")
 
@@ -93,10 +95,13 @@ def decode(content: bytes) -> Manifest:
 
     Raises IntegrityError when it is not one, or is not whole.
     """
-    line, newline, digests = content.partition(b"\n")
+    end = content.find(b"\n", 0, _HEADER_LIMIT_BYTES)
     try:
+        if end < 0:
+            raise ValueError("its first line does not end")
+        line, digests = content[:end], content[end + 1 :]
         header: Any = json.loads(line)
-        if not newline or header["format"] != "bootseer-blob" or header["version"] != 1:
+        if header["format"] != "bootseer-blob" or header["version"] != 1:
             raise ValueError("not a manifest of version 1")
         numbers = [header[key] for key in ("size_bytes", "block_bytes", "chunk_bytes", "objects")]
         if any(type(number) is not int or number < 0 for number in numbers):

@@ -24,9 +24,11 @@ from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
 
 _log = logging.getLogger(__name__)
 
-_DEMAND_PATIENCE_S = 60.0  # a shared file system that stalls holds its readers too; after this, EIO
+_DEMAND_PATIENCE_S = 900.0  # a shared file system that stalls would hold its readers too; after this, EIO
 _RETRY_PAUSE_S = 0.5
 _NO_DIGEST = bytes(DIGEST_BYTES)
+
+OnFault = Callable[[str, str], None]
 
 
 class Source(Protocol):
@@ -55,25 +57,29 @@ class Usage:
 class Reader:
     """One blob as a file (fuse.File) and as a target of prefetch."""
 
-    def __init__(self, blob: CachedBlob, *, mtime_ns: int, on_fault: Callable[[str, str], None]) -> None:
-        """mtime_ns: the time shown. on_fault(name, message): told of damage, a full disk, a lost store."""
+    def __init__(self, blob: CachedBlob, *, mtime_ns: int) -> None:
+        """mtime_ns: the time shown."""
         self.blob = blob
         self.size_bytes = blob.layout.size_bytes
         self.uid, self.gid = blob.uid, blob.gid
         self.mtime_ns = mtime_ns
         self.usage = Usage()
-        self._on_fault = on_fault
-        self._told: set[str] = set()
+        self._users: dict[OnFault, set[str]] = {}  # and of what each was told already
         self._sources: list[Source] = []
         self._lock = threading.Lock()
 
-    def add_sources(self, sources: list[Source]) -> None:
-        """Use these too; those named "store" before those named "origin"."""
+    def add_user(self, sources: list[Source], on_fault: OnFault) -> None:
+        """Use these sources too; those named "store" before those named "origin".
+
+        on_fault(name, message): told of damage, a full disk, a lost store.
+        """
         with self._lock:
+            self._users[on_fault] = set()
             self._sources = sorted([*self._sources, *sources], key=lambda source: source.name != "store")
 
-    def remove_sources(self, sources: list[Source]) -> None:
+    def remove_user(self, sources: list[Source], on_fault: OnFault) -> None:
         with self._lock:
+            self._users.pop(on_fault, None)
             self._sources = [source for source in self._sources if source not in sources]
 
     def ready(self, offset: int, size: int) -> int | None:
@@ -115,22 +121,22 @@ class Reader:
         within = offset - first * layout.block_bytes
         return b"".join(parts)[within : within + end - offset]
 
-    def prefetch_run(self, start: int, limit_bytes: int | None = None) -> int:
-        """Fetch the next blocks that nobody has, from block `start` on; gives where to go on, -1 at the end.
+    def prefetch_run(self, limit_bytes: int | None = None) -> bool:
+        """Fetch the first blocks that nobody has; False when there are none, or no room for them.
 
         A run stays within one chunk, and `limit_bytes`. Raises BootseerError when no source has the bytes.
         """
         blob, layout = self.blob, self.blob.layout
-        first = blob.next_missing(start)
+        first = blob.next_missing()
         if first < 0 or blob.full:
-            return -1
+            return False
         last = self._last_of_run(first, layout.blocks - 1)
         if limit_bytes is not None:
             last = min(last, first + max(1, limit_bytes // layout.block_bytes) - 1)
         count = blob.claim(first, last)
         if count:
             self._fetch_claimed(first, count, demand=False, unkept=None)
-        return first + max(count, 1)
+        return True
 
     def _last_of_run(self, first: int, last: int) -> int:
         """The last block that one read can bring with `first`: runs end with their chunk."""
@@ -206,8 +212,11 @@ class Reader:
                 raise IntegrityError(f"block {block} has not the digest that was promised")
 
     def _tell(self, name: str, message: str) -> None:
-        """Report a fault, the first of each name only: a lost store fails thousands of reads."""
-        if name not in self._told:
-            self._told.add(name)
+        """Report a fault to each user, the first of each name only: a lost store fails thousands of reads."""
+        with self._lock:
+            untold = [on_fault for on_fault, told in self._users.items() if name not in told]
+            for on_fault in untold:
+                self._users[on_fault].add(name)
+        for on_fault in untold:
             _log.warning("blob %s: %s: %s", self.blob.id[:12], name, message)
-            self._on_fault(name, message)
+            on_fault(name, message)

@@ -34,10 +34,14 @@ class Snapshot:
         program = next(filter(None, (shutil.which(name, path=_PATH) for name in _PROGRAMS)), None)
         if program is None:
             raise BootseerError("squashfuse is not installed on this node", hint="apt-get install squashfuse")
+        self._process: subprocess.Popen[bytes] | None = None
         options = f"rootmode=40000,user_id={uid},group_id={gid},allow_other,default_permissions"
         flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
         try:
             target.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise BootseerError(f"snapshot cannot be mounted: {error}") from error
+        try:
             fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
             try:
                 mounts.mount("squashfuse", target, "fuse.squashfuse", flags, f"fd={fd},{options}")
@@ -67,10 +71,12 @@ class Snapshot:
             mounts.unmount(self.path)
         with contextlib.suppress(OSError):
             self.path.rmdir()
-        process = getattr(self, "_process", None)
-        if process is not None:
-            try:
-                process.wait(_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        if self._process is None:
+            return
+        try:
+            self._process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            # One that a file system holds goes when that answers; subprocess collects it then.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_TIMEOUT_S)

@@ -56,7 +56,7 @@ class Server:
     """
 
     def __init__(
-        self, mountpoint: Path, *, threads: int = 2, blocking_threads: int = 16, read_ahead_kb: int = 1024
+        self, mountpoint: Path, *, threads: int = 2, blocking_threads: int = 64, read_ahead_kb: int = 1024
     ) -> None:
         # As the kernel names it in mountinfo, without asking what is mounted there now.
         self._mountpoint = Path(os.path.realpath(mountpoint.parent), mountpoint.name)

@@ -9,17 +9,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pytest_mock import MockerFixture
 
+from bootseer_slurm.agent.prefetch import Prefetch
+from bootseer_slurm.agent.request import Wish
 from bootseer_slurm.agent.target import FetchSource
 from bootseer_slurm.blob.cache import Cache, CachedBlob
-from bootseer_slurm.blob.manifest import BLOCK_BYTES, Manifest, decode
+from bootseer_slurm.blob.manifest import BLOCK_BYTES, Layout, Manifest, decode
 from bootseer_slurm.blob.names import file_fingerprint, read_name, user_folder
-from bootseer_slurm.blob.reader import Reader
+from bootseer_slurm.blob.reader import Reader, Usage
 from bootseer_slurm.blob.writer import store_file
 from bootseer_slurm.errors import BootseerError, InputError, StoreError
+from bootseer_slurm.events import EventLog
 from bootseer_slurm.fetch.process import FetchProcess, Reply, User
 from bootseer_slurm.store import FileStore
 
@@ -54,12 +59,12 @@ class Scene:
         reply = self.resolve()
         manifest = self.manifest(reply)
         blob = self.cache.acquire(manifest.id, manifest.layout, manifest.digests, os.getuid(), os.getgid())
-        reader = Reader(blob, mtime_ns=0, on_fault=lambda name, message: self.faults.append(name))
+        reader = Reader(blob, mtime_ns=0)
         flat = type(manifest.layout)(manifest.layout.size_bytes)
         sources = [FetchSource("store", self.process, reply.fields["blob"]["handle"], manifest.layout)]
         if origin:
             sources.append(FetchSource("origin", self.process, reply.fields["origin"], flat))
-        reader.add_sources(list(sources))
+        reader.add_user(list(sources), lambda name, message: self.faults.append(name))
         return reader
 
     def manifest(self, reply: Reply) -> Manifest:
@@ -77,9 +82,8 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 
 def prefetch(reader: Reader) -> None:
-    cursor = 0
-    while cursor >= 0:
-        cursor = reader.prefetch_run(cursor)
+    while reader.prefetch_run():
+        pass
 
 
 def corrupt(path: Path, offset: int) -> None:
@@ -211,7 +215,7 @@ def test_the_process_killed_fails_reads_and_nothing_hangs(scene: Scene) -> None:
     scene.process.kill()
     start = time.monotonic()
     with pytest.raises(StoreError):
-        reader.prefetch_run(0)
+        reader.prefetch_run()
     assert time.monotonic() - start < 5
 
 
@@ -232,10 +236,74 @@ def test_unused_blobs_go_when_there_is_no_room_and_used_ones_stay(scene: Scene, 
     used = small.acquire(
         reader.blob.id, reader.blob.layout, bytes(reader.blob.digests), os.getuid(), os.getgid()
     )
-    small.make_room(0)
     assert used.folder.exists()
     small.release(used)
     assert not used.folder.exists()
+
+
+def test_a_blob_larger_than_the_cache_is_served_and_evicts_nobody(scene: Scene, tmp_path: Path) -> None:
+    reader = scene.reader()
+    prefetch(reader)
+    scene.cache.release(reader.blob)
+    small = Cache(tmp_path / "cache", max_bytes=SIZE_BYTES + 1000, min_free_bytes=0)
+    large = small.acquire("file-large", Layout(2 * SIZE_BYTES), None, os.getuid(), os.getgid())
+    assert large.full and not large.write(0, memoryview(b"x"))
+    assert reader.blob.folder.exists(), "what could not make room for it stays"
+
+
+def test_the_disk_keeps_what_others_need_of_it(scene: Scene, tmp_path: Path) -> None:
+    greedy = Cache(tmp_path / "other", max_bytes=2**40, min_free_bytes=2**60)
+    assert greedy.acquire("file-a", Layout(1000), None, os.getuid(), os.getgid()).full
+    blob = scene.cache.acquire("file-b", Layout(1000), None, os.getuid(), os.getgid())
+    blob._min_free_bytes = 2**60  # the disk filled up since
+    assert not blob.write(0, memoryview(bytes(1000))) and blob.full
+
+
+def test_an_eviction_that_was_cut_off_leaves_no_wrong_bytes(scene: Scene) -> None:
+    reader = scene.reader()
+    prefetch(reader)
+    scene.cache.release(reader.blob)
+    reader.blob.path.unlink()
+    again = scene.reader()
+    assert again.blob.present_bytes == 0
+    assert again.fetch(0, 100) == scene.content[:100]
+
+
+def test_blocks_of_a_failed_read_are_prefetched_again(scene: Scene, mocker: MockerFixture) -> None:
+    reader, failed = scene.reader(origin=False), []
+    read = scene.process.read
+
+    def fail_once(*args: Any, **kwargs: Any) -> Any:
+        if not failed:
+            failed.append(args)
+            time.sleep(0.3)  # the other streams go on meanwhile
+            raise StoreError("the server hiccups")
+        return read(*args, **kwargs)
+
+    mocker.patch.object(scene.process, "read", fail_once)
+    log = EventLog(1, 0, "n1")
+    faults: list[str] = []
+    bringing = Prefetch(scene.process.turns, 4, log=log, on_fault=lambda name, _: faults.append(name))
+    target: Any = SimpleNamespace(
+        wish=Wish("checkpoint", "/model"), reader=reader, before=Usage(), cached_bytes=0
+    )
+    bringing.add(target)
+    deadline = time.monotonic() + 10
+    while '"name":"end"' not in log.to_jsonl() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    bringing.stop()
+    bringing.join(5)
+    assert reader.blob.complete and failed and not faults
+    assert '"name":"stopped"' not in log.to_jsonl()
+
+
+def test_each_user_of_a_blob_is_told_of_a_fault_once(scene: Scene) -> None:
+    reader, second = scene.reader(), []
+    reader.add_user([], lambda name, message: second.append(name))
+    for index in range(3):
+        corrupt(scene.blob_folder / str(index), 0)
+    reader.fetch(0, SIZE_BYTES)
+    assert scene.faults == ["corrupt_block"] and second == ["corrupt_block"]
 
 
 def test_a_file_changed_while_it_is_stored_is_refused(scene: Scene, tmp_path: Path) -> None:

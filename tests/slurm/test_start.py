@@ -158,6 +158,15 @@ def test_a_profile_names_what_to_bring(inputs: Inputs) -> None:
     assert "imges: unknown key" in done.stderr
 
 
+def test_two_environments_of_a_profile_are_both_shown(inputs: Inputs) -> None:
+    copy = f"cp -a {HOME}/venv {HOME}/tools && {BOOTSEER} env save {HOME}/tools"
+    assert inputs.cluster.exec("login", "bash", "-c", copy, user="alice").returncode == 0
+    (inputs.folder / "two.toml").write_text(f'environments = ["{HOME}/venv", "{HOME}/tools"]\n')
+    assert inputs.run(f"--bootseer={HOME}/two.toml")[1] == inputs.expected(toy=1)
+    script = JOB.replace(f"{HOME}/venv", f"{HOME}/tools")
+    assert inputs.run(f"--bootseer={HOME}/two.toml", script=script)[1] == inputs.expected(toy=1)
+
+
 def test_an_unsaved_file_is_read_as_it_lies(inputs: Inputs) -> None:
     inputs.cluster.exec("login", "cp", f"{HOME}/model.bin", f"{HOME}/plain.bin", user="alice")
     script = JOB.replace(f"{HOME}/model.bin", f"{HOME}/plain.bin")

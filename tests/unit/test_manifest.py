@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from pytest_mock import MockerFixture
 
 from bootseer_slurm.blob.manifest import DIGEST_BYTES, Layout, Manifest, decode
 from bootseer_slurm.errors import IntegrityError
@@ -63,10 +64,19 @@ def test_a_hostile_manifest_is_refused(change: dict[str, object]) -> None:
         decode(content)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"[]\n", b"{}\n", b"{", b"[" * 100_000 + b"\n", b"\xff\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"[]\n", b"{}\n", b"{", b"[" * 100_000 + b"\n", b"[" * 3000 + b"\n", b"\xff\n"]
+)
 def test_what_is_no_manifest_is_refused(content: bytes) -> None:
     with pytest.raises(IntegrityError):
         decode(content)
+
+
+def test_a_header_that_does_not_end_is_not_parsed(mocker: MockerFixture) -> None:
+    loads = mocker.spy(json, "loads")
+    with pytest.raises(IntegrityError):
+        decode(b'{"a": "' + b"x" * 10_000 + b'"}\n')
+    assert not loads.called
 
 
 def test_a_truncated_manifest_is_refused() -> None:

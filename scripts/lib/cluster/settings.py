@@ -83,6 +83,9 @@ BOOTSEER_TOML = """\
 [store]
 uri = "file:///shared/bootseer"
 
+[cache]
+min_free = "64MiB"
+
 [shadow]
 roots = ["/shared"]
 """

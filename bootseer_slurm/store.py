@@ -12,6 +12,10 @@ touches it itself but asks the job's fetch process (fetch/child.py), so root_squ
 
 A file:// store is used with plain system calls: parallel preads of a file are as fast as the file system
 lets them be, and pyarrow (0.3 s to import) is then never loaded on the way of a starting job.
+
+In users/ anybody can make a folder with another's uid as its name. So a file:// store uses the folder of the
+uid that it runs as only when it is that user's and nobody else can write to it. pyarrow tells no owners: on
+its file systems the admin makes the users' folders.
 """
 
 from __future__ import annotations
@@ -97,6 +101,7 @@ class FileReader:
         if not stat.S_ISREG(status.st_mode):
             os.close(self._fd)
             raise StoreError(f"{path}: not a regular file")
+        self.status = status
         self.size_bytes = status.st_size
         self._path = path
         self._direct_fd = _open_direct(path, status) if bulk else -1
@@ -145,7 +150,7 @@ class FileStore:
         self._root = root
 
     def open(self, path: str, *, bulk: bool = False) -> FileReader:
-        return FileReader(self._root / path, bulk=bulk)
+        return FileReader(self._path(path), bulk=bulk)
 
     def read(self, path: str, *, limit_bytes: int) -> bytes:
         reader = self.open(path)
@@ -160,7 +165,7 @@ class FileStore:
 
     @contextlib.contextmanager
     def writer(self, path: str) -> Iterator[Any]:
-        target = self._root / path
+        target = self._path(path)
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
         try:
             self._make_folder(target.parent)
@@ -185,17 +190,43 @@ class FileStore:
             )
         self._make_folder(folder.parent)
         folder.mkdir(mode=0o700, exist_ok=True)
+        self._check_owner(folder)  # somebody may have been faster
+
+    def _path(self, path: str) -> Path:
+        target = self._root / path
+        self._check_owner(target)
+        return target
+
+    def _check_owner(self, target: Path) -> None:
+        """See that what is used as this user's is not another's; what is missing is nobody's yet."""
+        uid = os.geteuid()
+        folder = self._root / "users" / str(uid)
+        if not target.is_relative_to(folder):
+            return
+        try:
+            status = os.lstat(folder)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StoreError(f"{folder}: cannot be looked at: {error.strerror}") from error
+        if status.st_uid != uid or not stat.S_ISDIR(status.st_mode):
+            raise StoreError(
+                f"{folder}: belongs to another user, or is no folder", hint="ask the admin to remove it"
+            )
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise StoreError(f"{folder}: others can write to it", hint=f"see what is in it; chmod 700 {folder}")
 
     def list(self, path: str) -> list[str]:
+        target = self._path(path)
         try:
-            return sorted(name for name in os.listdir(self._root / path) if not name.startswith("."))
+            return sorted(name for name in os.listdir(target) if not name.startswith("."))
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise StoreError(f"{self._root / path}: cannot be listed: {error.strerror}") from error
+            raise StoreError(f"{target}: cannot be listed: {error.strerror}") from error
 
     def remove(self, path: str) -> None:
-        target = self._root / path
+        target = self._path(path)
         try:
             for folder, _, files in os.walk(target, topdown=False):
                 for name in files:

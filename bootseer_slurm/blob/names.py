@@ -3,7 +3,7 @@
 One small JSON object in the store for each path or URI, under the sha256 of that name:
 
     {"version": 1, "kind": "image", "name": "/lustre/img/train.sqsh", "fingerprint": "…",
-     "blob": "<id>", "folder": "blobs/<token>", "made_ns": 1764000000000000000}
+     "blob": "<id>", "folder": "users/<uid>/blobs/<token>", "made_ns": 1764000000000000000}
 
 A fingerprint says what the original was when the blob was made. It must mean the same on every node, so it
 holds no device, no inode and no part of a second: SFTP, for one, has none of them. To make whole seconds
@@ -76,8 +76,9 @@ def read_name(store: Store, uid: int, name: str) -> Name | None:
             raise ValueError("it is not of this name or version")
         if not all(isinstance(record[key], str) for key in ("kind", "fingerprint", "blob", "folder")):
             raise ValueError("a value is not text")
-        if ".." in record["folder"].split("/"):
-            raise ValueError("its folder is not below the user's")
+        folder: str = record["folder"]
+        if not folder.startswith(f"{user_folder(uid)}/blobs/") or ".." in folder.split("/"):
+            raise ValueError("its folder is not one of this user's blobs")
         return Name(**record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"the store's record of {name} is damaged: {error}") from error

@@ -103,8 +103,8 @@ class Child:
         if "://" in name:
             fingerprint, original = "", None
         else:
-            name, fingerprint, original = _look_at(kind, name)
-            fds.append(os.open(name, os.O_PATH | os.O_CLOEXEC))
+            name, fd, fingerprint, original = _open_original(kind, name)
+            fds.append(fd)
             reply["path"] = name
         if original is not None:
             reply |= {"size_bytes": original.size_bytes, "origin": self._keep([original])}
@@ -151,7 +151,7 @@ class Child:
 
     def _same(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Whether the original is still what it was."""
-        _, fingerprint, _ = _look_at(request["kind"], request["name"], open_original=False)
+        _, fingerprint = _look_at(request["kind"], request["name"])
         return {"same": fingerprint == request["fingerprint"]}, []
 
     def _write(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
@@ -161,24 +161,54 @@ class Child:
         return {}, []
 
 
-def _look_at(kind: str, name: str, *, open_original: bool = True) -> tuple[str, str, ObjectReader | None]:
-    """The real path of what a user named, its fingerprint, and the file when it is one."""
+def _look_at(kind: str, name: str) -> tuple[str, str]:
+    """The real path of what a user named, and its fingerprint."""
     try:
         path = os.path.realpath(name, strict=True)
         status = os.stat(path)
-        if kind == "environment":
-            if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
-                raise PermissionError(0, "Permission denied")
-            return path, tree_fingerprint(path), None
+        if kind != "environment":
+            return path, file_fingerprint(status)
+        if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
+            raise PermissionError(0, "Permission denied")
+        return path, tree_fingerprint(path)
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{kind} {name}: {reason}") from error
-    if not open_original:
-        return path, file_fingerprint(status), None
-    reader = FileReader(path, bulk=True)
-    if kind == "image":
-        check_squashfs(reader, path)
-    return path, file_fingerprint(status), reader
+        raise InputError(f"{kind} {name}: {_reason(error)}") from error
+
+
+def _open_original(kind: str, name: str) -> tuple[str, int, str, FileReader | None]:
+    """The real path of what a user named, a descriptor of it, its fingerprint, and the file when it is one.
+
+    All are of one inode: a name may be given to another file meanwhile, as `latest.pt` is, and the bytes of
+    one must not be kept as those of the other.
+    """
+    try:
+        path = os.path.realpath(name, strict=True)
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{kind} {name}: {_reason(error)}") from error
+    reader: FileReader | None = None
+    try:
+        if kind == "environment":
+            _, fingerprint = _look_at(kind, path)
+            status = os.stat(path)
+        else:
+            reader = FileReader(path, bulk=True)
+            status = reader.status
+            fingerprint = file_fingerprint(status)
+        if not os.path.samestat(status, os.fstat(fd)):
+            raise InputError(f"{kind} {path}: was replaced while it was looked up")
+        if reader is not None and kind == "image":
+            check_squashfs(reader, path)
+    except BaseException:
+        os.close(fd)
+        if reader is not None:
+            reader.close()
+        raise
+    return path, fd, fingerprint, reader
+
+
+def _reason(error: Exception) -> str | None:
+    return error.strerror if isinstance(error, OSError) else str(error)
 
 
 def _memory_file(content: bytes) -> int:

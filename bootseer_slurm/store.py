@@ -165,7 +165,7 @@ class FileStore:
 
     @contextlib.contextmanager
     def writer(self, path: str) -> Iterator[Any]:
-        target = self._path(path)
+        target = self._root / path
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
         try:
             self._make_folder(target.parent)
@@ -182,15 +182,16 @@ class FileStore:
 
     def _make_folder(self, folder: Path) -> None:
         """Folders below the store's root are the user's own: made 0700."""
-        if folder == self._root or folder.is_dir():
+        if folder == self._root:
             return
-        if not self._root.is_dir():
-            raise StoreError(
-                f"{self._root}: no such folder", hint="an admin makes it with `bootseer store init`"
-            )
-        self._make_folder(folder.parent)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self._check_owner(folder)  # somebody may have been faster
+        if not folder.is_dir():
+            if not self._root.is_dir():
+                raise StoreError(
+                    f"{self._root}: no such folder", hint="an admin makes it with `bootseer store init`"
+                )
+            self._make_folder(folder.parent)
+            folder.mkdir(mode=0o700, exist_ok=True)
+        self._check_owner(folder)  # only now, for another user may have been faster
 
     def _path(self, path: str) -> Path:
         target = self._root / path
@@ -214,7 +215,9 @@ class FileStore:
                 f"{folder}: belongs to another user, or is no folder", hint="ask the admin to remove it"
             )
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise StoreError(f"{folder}: others can write to it", hint=f"see what is in it; chmod 700 {folder}")
+            raise StoreError(
+                f"{folder}: others can write to it", hint=f"look at what is in it, then chmod 700 {folder}"
+            )
 
     def list(self, path: str) -> list[str]:
         target = self._path(path)

@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import struct
+import time
 
 SOCKET = "/run/bootseer/agent.sock"
 # Containers share the host's network namespace, in which abstract names live, but not its /run.
@@ -56,8 +57,29 @@ def decode(content: bytes) -> Message:
     return entries
 
 
+def receive_request(link: socket.socket, timeout_s: float) -> Message:
+    """Read a client's message; all of it has to arrive within timeout_s.
+
+    Clients have no descriptors to send: the kernel drops those that come, as nothing is there to take them.
+    Raises ValueError when it is no message or too large, OSError (also TimeoutError) from the socket.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    content = bytearray()
+    while True:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError(f"request did not end within {timeout_s} s")
+        link.settimeout(left_s)
+        part = link.recv(65536)
+        if not part:
+            return decode(bytes(content))
+        content += part
+        if len(content) > MESSAGE_LIMIT_BYTES:
+            raise ValueError("message is too large")
+
+
 def receive(link: socket.socket) -> tuple[Message, list[int]]:
-    """Read until the peer has ended its message; the caller closes the descriptors.
+    """Read the agent's message until its end; the caller closes the descriptors.
 
     Raises ValueError when it is no message or too large, OSError (also TimeoutError) from the socket.
     """
@@ -70,7 +92,7 @@ def receive(link: socket.socket) -> tuple[Message, list[int]]:
             if not part:
                 return decode(bytes(content)), fds
             content += part
-            if len(content) > MESSAGE_LIMIT_BYTES:
+            if len(content) > MESSAGE_LIMIT_BYTES or len(fds) > DESCRIPTOR_LIMIT:
                 raise ValueError("message is too large")
     except BaseException:
         for fd in fds:

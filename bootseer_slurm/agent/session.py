@@ -199,7 +199,7 @@ class Session:
             target = self._look_up(wish, number)
         except (BootseerError, OSError) as error:
             self._fault(f"{wish.kind}_not_used", str(error))
-        except Exception as error:  # the fetch process may answer anything
+        except Exception as error:  # the fetch process is the user's: its reply may lack anything
             _log.exception("%s %s", wish.kind, wish.name, extra={"job": self.job.job_id})
             self._fault(f"{wish.kind}_not_used", f"{wish.kind} {wish.name}: {type(error).__name__}")
         else:

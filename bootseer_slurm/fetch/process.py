@@ -1,13 +1,18 @@
 """The agent's end of a fetch process.
 
 Owns the process, the ring of memory shared with it, and one thread that takes its replies. The ring is
-divided into slots: a read fills one, and the agent checks and stores the bytes straight from there. Demand
+divided into slots: a read fills one, and the agent copies the bytes before it checks and stores them. Demand
 reads never wait for prefetch, for some slots are kept for them.
+
+The process is its user's, who can do with it and with the ring what he likes. So the ring is sealed, for a
+shrunk one would kill the agent (SIGBUS); what is in it may change at any time; and descriptors that come
+with a reply are closed unless the operation has some to give.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import json
 import logging
@@ -19,6 +24,8 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -34,7 +41,11 @@ _log = logging.getLogger(__name__)
 
 _DEMAND_SLOTS = 4  # as many blocked readers as are served at once beside the prefetch
 _MESSAGE_BYTES = 64 * 1024
+_MESSAGE_FDS = 4
+_REPLY_FDS = {"resolve": 2}  # the original and the manifest
 _RESOLVE_TIMEOUT_S = 20.0
+_END_S = 5.0  # for a killed process; one held by a file system ends when that answers
+_RING_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +77,16 @@ class FetchProcess:
         self._timeout_s = timeout_s
         self.turns = Turns()
         self._ids = itertools.count()
-        self._waiting: dict[int, Future[Reply]] = {}
+        self._waiting: dict[int, tuple[str, Future[Reply]]] = {}
         self._lock = threading.Lock()
         slots = streams + _DEMAND_SLOTS
         self._slots: dict[bool, queue.LifoQueue[int]] = {True: queue.LifoQueue(), False: queue.LifoQueue()}
         for slot in range(slots):
             self._slots[slot >= streams].put(slot)
-        ring_fd = os.memfd_create("bootseer-ring", os.MFD_CLOEXEC)
+        self._copies: defaultdict[int, memoryview] = defaultdict(lambda: memoryview(bytearray(CHUNK_BYTES)))
+        ring_fd = os.memfd_create("bootseer-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(ring_fd, slots * CHUNK_BYTES)
+        fcntl.fcntl(ring_fd, fcntl.F_ADD_SEALS, _RING_SEALS)
         self._ring = memoryview(mmap.mmap(ring_fd, 0))
         self._link, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -97,25 +110,29 @@ class FetchProcess:
         Raises the error that it gave, StoreError on a timeout.
         """
         with self.turns.demand():
-            return self._call(op, fds, timeout_s, fields)
+            number, future = self._send(op, fds, fields)
+            try:
+                return future.result(timeout_s)
+            except FutureTimeout:
+                self._waiting.pop(number, None)
+                if future.cancel():
+                    raise _no_answer(timeout_s) from None
+                return future.result()  # it came this very moment
 
-    def _call(self, op: str, fds: tuple[int, ...], timeout_s: float, fields: dict[str, Any]) -> Reply:
+    def _send(self, op: str, fds: tuple[int, ...], fields: dict[str, Any]) -> tuple[int, Future[Reply]]:
+        """Ask for one operation; the future gets the reply, or the error."""
         number = next(self._ids)
         future: Future[Reply] = Future()
         message = json.dumps({"op": op, "id": number, **fields}).encode()
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
         with self._lock:
-            self._waiting[number] = future
-        try:
-            socket.send_fds(self._link, [message], fds)
-        except OSError as error:
-            raise StoreError(f"the fetch process is gone: {error.strerror}") from error
-        try:
-            reply = future.result(timeout_s)
-        except FutureTimeout:
-            raise StoreError(f"no answer from the file system in {timeout_s:g} s") from None
-        if "error" in reply.fields:
-            raise _error(reply.fields)
-        return reply
+            try:
+                # A stopped process takes no requests: the agent must not wait for it with the lock held.
+                self._link.sendmsg([message], rights, socket.MSG_DONTWAIT)
+                self._waiting[number] = op, future
+            except OSError as error:
+                future.set_exception(StoreError(f"the fetch process takes no requests: {error.strerror}"))
+        return number, future
 
     @contextlib.contextmanager
     def read(
@@ -144,48 +161,72 @@ class FetchProcess:
             slot = slots.get(timeout=self._timeout_s)
         except queue.Empty:
             raise StoreError("all reads in flight are stuck") from None
-        # A slot whose read timed out is never used again: the process may still write to it.
-        fields |= {"slot": slot, "step_bytes": step_bytes}
-        count = self._call("read", (), self._timeout_s, fields).fields.get("count")
+        _, future = self._send("read", (), fields | {"slot": slot, "step_bytes": step_bytes})
         try:
+            try:
+                count = future.result(self._timeout_s).fields.get("count")
+            except FutureTimeout:
+                raise _no_answer(self._timeout_s) from None
             if count != size_bytes:
                 raise StoreError(f"a read ended after {count} of {size_bytes} bytes")
-            start = slot * CHUNK_BYTES
-            yield self._ring[start : start + size_bytes]
+            # What is checked must be what is stored, and the process can write to the ring meanwhile.
+            view = self._copies[slot][:size_bytes]
+            view[:] = self._ring[slot * CHUNK_BYTES :][:size_bytes]
+            yield view
         finally:
-            slots.put(slot)
+            # Now, or when the late reply comes: until then the process may write to the slot.
+            future.add_done_callback(lambda _: slots.put(slot))
 
     def kill(self) -> None:
         """End the process at once; calls under way fail with StoreError."""
         self._process.kill()
         with contextlib.suppress(OSError):
             self._link.shutdown(socket.SHUT_RDWR)
-        self._process.wait()
-        if threading.current_thread() is not self._receiver:
-            self._receiver.join()
-        self._link.close()
+        self._receiver.join()  # it ends with the shutdown, even if the process does not
+        with self._lock:
+            self._link.close()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            _log.warning("fetch process of uid %d does not end: a file system holds it", self.user.uid)
+            threading.Thread(target=self._process.wait, daemon=True).start()
 
     def _receive(self) -> None:
-        while True:
-            try:
-                message, fds, _, _ = socket.recv_fds(self._link, _MESSAGE_BYTES, 4)
-                if not message:
-                    break
-                fields = json.loads(message)
-                future = self._waiting.pop(fields["id"], None)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                _log.warning("fetch process of uid %d: %s", self.user.uid, error)
-                break
-            if future is None:
-                for fd in fds:
-                    os.close(fd)
-            else:
-                future.set_result(Reply(fields, list(fds)))
+        try:
+            while self._take_reply():
+                pass
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            _log.warning("fetch process of uid %d: %s", self.user.uid, error)
         self._process.kill()
         with self._lock:
+            with contextlib.suppress(OSError):
+                self._link.shutdown(socket.SHUT_RDWR)  # nobody would take the answers to further requests
             waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
-            future.set_result(Reply({"error": "the fetch process ended", "class": "StoreError"}, []))
+        for _, future in waiting.values():
+            if future.set_running_or_notify_cancel():
+                future.set_exception(StoreError("the fetch process ended"))
+
+    def _take_reply(self) -> bool:
+        """Wait for a reply and give it to whoever waits for it; False at the end."""
+        message, fds, _, _ = socket.recv_fds(self._link, _MESSAGE_BYTES, _MESSAGE_FDS)
+        kept = 0
+        try:
+            if not message:
+                return False
+            fields = json.loads(message)
+            with self._lock:
+                op, future = self._waiting.pop(fields["id"], ("", None))
+            if future is None or not future.set_running_or_notify_cancel():
+                return True  # it is late
+            if "error" in fields:
+                future.set_exception(_error(fields))
+            else:
+                kept = _REPLY_FDS.get(op, 0)
+                future.set_result(Reply(fields, fds[:kept]))
+        finally:
+            for fd in fds[kept:]:
+                os.close(fd)
+        return True
 
 
 def _start(
@@ -211,3 +252,7 @@ def _error(fields: dict[str, Any]) -> BootseerError:
     if not (isinstance(cls, type) and issubclass(cls, BootseerError)):
         cls = StoreError
     return cls(str(fields["error"])[:500])
+
+
+def _no_answer(timeout_s: float) -> StoreError:
+    return StoreError(f"no answer from the file system in {timeout_s:g} s")

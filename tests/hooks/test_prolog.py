@@ -171,6 +171,29 @@ def test_a_job_without_bootseer_does_not_connect(agent: Agent, env: dict[str, st
     assert agent.requests == []
 
 
+@pytest.mark.parametrize(
+    ("job_id", "told"), [("42", True), ("43", False), ("", False), (None, False), ("x $(reboot) *", False)]
+)
+def test_the_epilog_of_a_job_that_asked_in_a_step_only(
+    agent: Agent, tmp_path: Path, job_id: str | None, told: bool
+) -> None:
+    """The agent keeps a file for the sessions that it has; here it lies where no root is needed."""
+    jobs = tmp_path / "run" / "jobs"
+    jobs.mkdir(parents=True)
+    (jobs / "42").touch()
+    hook = tmp_path / "50-bootseer"
+    hook.write_text(HOOK.read_text().replace("/run/bootseer/jobs/", f"{jobs}/"))
+    hook.chmod(0o755)
+    env = {key: value for key, value in EPILOG.items() if key not in ("SPANK_BOOTSEER_MODE", "SLURM_JOB_ID")}
+    if job_id is not None:
+        env["SLURM_JOB_ID"] = job_id
+    done = subprocess.run(
+        [hook, agent.path], env=env, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert_silent(done)
+    assert [request[b"JOB_ID"] for request in agent.requests] == ([b"42"] if told else [])
+
+
 @pytest.mark.parametrize("env", [PROLOG, EPILOG], ids=["prolog", "epilog"])
 def test_no_agent(tmp_path: Path, env: dict[str, str]) -> None:
     assert_one_line(run_hook(tmp_path / "agent.sock", env), "No such file")

@@ -1,0 +1,350 @@
+"""The node agent as a real process with real sockets: what other users can do to it, a second one, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bootseer_slurm import mounts
+from bootseer_slurm.agent import protocol
+
+pytestmark = [
+    pytest.mark.fuse,
+    pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root, /dev/fuse"),
+]
+_ALICE, _BOB = 54321, 54322
+# What a test changes in the agent's process comes between these two.
+_BEFORE = "import sys, threading, time\nfrom bootseer_slurm.agent import server\n"
+_AFTER = "\nfrom bootseer_slurm.__main__ import main\nsys.argv = ['bootseer', 'agent']\nmain()\n"
+# Another user's: opens connections, says how many the agent left open, and waits until stdin ends.
+_OPEN = """
+import select, socket, sys
+links = []
+for _ in range(int(sys.argv[2])):
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    link.connect(sys.argv[1])
+    links.append(link)
+closed = set()
+while fresh := set(select.select([l for l in links if l not in closed], [], [], 0.5)[0]):
+    closed |= fresh
+print(len(links) - len(closed), flush=True)
+sys.stdin.read()
+"""
+# A user's: sends marks from forked tasks at once, and says how many were taken.
+_MARK = """
+import os, socket, sys, time
+begin_s = time.time() + 0.5
+for task in range(int(sys.argv[2])):
+    if os.fork() == 0:
+        time.sleep(begin_s - time.time())
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        link.connect(sys.argv[1])
+        link.sendall(b"OP=mark\\0JOB_ID=1\\0NAME=loaded\\0TIME_NS=1\\0")
+        link.shutdown(socket.SHUT_WR)
+        os._exit(0 if link.recv(65536) == b"STATUS=ok\\0" else 1)
+print(sum(os.wait()[1] == 0 for _ in range(int(sys.argv[2]))))
+"""
+
+
+class Node:
+    """A node's folder, and the agent that runs in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run = folder / "run"
+        self.socket = self.run / "agent.sock"
+        self.processes: list[subprocess.Popen[bytes]] = []
+        (folder / "store").mkdir()
+        (folder / "store").chmod(0o1777)
+        (folder / "bootseer.toml").write_text(
+            f'[store]\nuri = "file://{folder}/store"\n'
+            f'[cache]\npath = "{folder}/cache"\nmin_free = "1MiB"\n'
+            f'[agent]\nsocket = "{self.socket}"\nblobs = "{self.run}/blobs"\n'
+        )
+
+    def launch(self, changes: str = "") -> subprocess.Popen[bytes]:
+        """Start an agent; changes: Python that it runs first."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", _BEFORE + changes + _AFTER],
+            env=os.environ | {"BOOTSEER_CONFIG": str(self.folder / "bootseer.toml")},
+            stderr=(self.folder / "log").open("ab"),
+        )
+        self.processes.append(process)
+        return process
+
+    def start(self, changes: str = "") -> subprocess.Popen[bytes]:
+        """Start an agent and wait until it answers."""
+        process = self.launch(changes)
+        wait_until(lambda: process.poll() is not None or self.answers())
+        assert process.poll() is None, self.log
+        return process
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def connect(self) -> socket.socket:
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        link.settimeout(10)
+        link.connect(str(self.socket))
+        return link
+
+    def ask(self, op: str, **fields: object) -> protocol.Message:
+        with self.connect() as link:
+            link.sendall(protocol.encode([("OP", op), *((key, str(value)) for key, value in fields.items())]))
+            link.shutdown(socket.SHUT_WR)
+            reply, fds = protocol.receive(link)
+        assert fds == []
+        assert ("STATUS", "ok") in reply, reply
+        return reply
+
+    def answers(self) -> bool:
+        with contextlib.suppress(OSError, AssertionError):
+            self.ask("status")
+            return True
+        return False
+
+    def jobs(self) -> set[int]:
+        status = json.loads(protocol.first(self.ask("status"), "STATUS_JSON"))
+        return {job["job"] for job in status["jobs"]}
+
+    def job_files(self) -> set[str]:
+        return {path.name for path in (self.run / "jobs").iterdir()}
+
+    def clear(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for mount in reversed(mounts.mounts_below(self.run)):
+            mounts.unmount(mount.point, force=True)
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    folder = Path(tempfile.mkdtemp(prefix="bootseer-agent-"))  # others must get here, unlike to tmp_path
+    folder.chmod(0o755)
+    node = Node(folder)
+    yield node
+    node.clear()
+    shutil.rmtree(folder)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def connections_of(uid: int, node: Node, count: int) -> Iterator[int]:
+    """Connections that another user opens and says nothing on; gives how many the agent keeps open."""
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", _OPEN, node.socket, str(count)],
+        user=uid,
+        group=uid,
+        extra_groups=[],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as child:
+        assert child.stdout is not None
+        yield int(child.stdout.readline())
+
+
+def test_descriptors_that_a_client_sends_are_not_kept(node: Node) -> None:
+    fds = Path(f"/proc/{node.start().pid}/fd")
+    before = len(list(fds.iterdir()))
+    with node.connect() as link:
+        for _ in range(20):
+            socket.send_fds(link, [b"A=\0"], [0] * 50)
+        time.sleep(0.3)
+        assert len(list(fds.iterdir())) <= before + 1  # the connection
+
+
+def test_a_request_has_one_deadline(node: Node) -> None:
+    node.start()
+    with node.connect() as link:
+        begin_s = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - begin_s < 6:
+                link.sendall(b"A=\0")
+                time.sleep(0.2)
+        assert time.monotonic() - begin_s < 4
+
+
+def test_goes_on_when_it_had_no_descriptors(node: Node) -> None:
+    process = node.start()
+    wait_until(lambda: node.answers())
+    soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, hard))
+    with node.connect():
+        wait_until(lambda: "connection not taken" in node.log)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+    node.ask("status")
+
+
+def test_goes_on_when_it_could_start_no_thread(node: Node) -> None:
+    node.start("""
+start, left = threading.Thread.start, [3]
+def fail(thread):
+    if getattr(thread._target, "__func__", None) is server.Agent._serve and left[0]:
+        left[0] -= 1
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = fail
+""")
+    node.ask("status")
+    assert node.log.count("can't start new thread") == 3
+
+
+def test_a_user_with_many_connections_keeps_nobody_out(node: Node) -> None:
+    # 60 s: those that the agent keeps open stay so while the test looks.
+    node.start("server._REQUEST_TIMEOUT_S = 60.0")
+    with connections_of(_ALICE, node, 100) as alices, connections_of(_BOB, node, 4) as bobs:
+        assert (alices, bobs) == (8, 4)
+        begin_s = time.monotonic()
+        node.ask("status")
+        assert time.monotonic() - begin_s < 1
+    with connections_of(_ALICE, node, 3) as alices:  # the room is given back
+        assert alices == 3
+
+
+def test_many_users_keep_root_not_out(node: Node) -> None:
+    node.start("server._REQUEST_TIMEOUT_S = 60.0")
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(connections_of(_ALICE + n, node, 8)) for n in range(8)]
+        assert opened == [8] * 6 + [0] * 2
+        begin_s = time.monotonic()
+        node.ask("status")
+        assert time.monotonic() - begin_s < 1
+
+
+def test_a_second_agent_leaves_the_first_alone(node: Node) -> None:
+    first = node.start()
+    second = node.launch()
+    assert second.wait(30) == 1
+    assert "an agent runs already" in node.log
+    assert mounts.is_mountpoint(node.run / "blobs")
+    node.ask("status")
+    assert ((node.run / "agent.lock").stat().st_mode & 0o777) == 0o600
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(30) == 0
+    node.start()  # the lock's file stays, the lock does not
+
+
+def test_starts_though_another_holds_the_abstract_name(node: Node) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as squatter:
+        with contextlib.suppress(OSError):  # another agent of this machine does
+            squatter.bind(protocol.ABSTRACT_SOCKET)
+        node.start()
+    assert "marks from containers are lost" in node.log
+
+
+def test_environments_are_for_root_alone_and_only_empty_folders_go(node: Node) -> None:
+    full, empty = node.run / "env" / "1.0" / "7", node.run / "env" / "2.0" / "7"
+    for folder in (full, empty):
+        folder.mkdir(parents=True)
+    (node.run / "env").chmod(0o755)
+    (full / "file").write_text("somebody's")
+    left = node.run / "env" / "3.0" / "7"
+    left.mkdir(parents=True)
+    mounts.mount("tmpfs", left, "tmpfs", 0, "")
+    node.start()
+    assert (node.run / "env").stat().st_mode & 0o777 == 0o700
+    assert mounts.mounts_below(node.run / "env") == []
+    assert [path.name for path in (node.run / "env").iterdir()] == ["1.0"]
+    assert (full / "file").read_text() == "somebody's"
+
+
+def test_each_session_has_a_file(node: Node) -> None:
+    (node.run / "jobs").mkdir(parents=True)
+    (node.run / "jobs" / "7").touch()
+    node.start()
+    assert node.job_files() == set()
+    assert (node.run / "jobs").stat().st_mode & 0o777 == 0o755
+    node.ask("prolog", JOB_ID=1, UID=_ALICE, BOOTSEER="observe")
+    node.ask("prolog", JOB_ID=2, UID=_ALICE)
+    node.ask("attach", JOB_ID=3, UID=_ALICE, STEP_ID=0, BOOTSEER="observe")
+    assert node.job_files() == {"1", "3"}
+    node.ask("epilog", JOB_ID=1)
+    node.ask("epilog", JOB_ID=3)
+    assert node.job_files() == set()
+    assert node.jobs() == set()
+
+
+def test_a_new_start_ends_the_session_of_the_one_before(node: Node) -> None:
+    node.start()
+    node.ask("attach", JOB_ID=3, UID=_ALICE, STEP_ID=0, BOOTSEER="observe")
+    node.ask("prolog", JOB_ID=3, UID=_ALICE, RESTART=1)
+    assert node.jobs() == set()
+
+
+def test_a_lost_epilog_ends_when_no_step_is_left(node: Node, tmp_path: Path) -> None:
+    program = shutil.copy("/bin/sleep", tmp_path / "slurmstepd")
+    node.start("server._REAP_EVERY_S, server._REAP_AGE_S = 0.5, 1.5")
+    with subprocess.Popen(["slurmstepd: [1.batch]", "100"], executable=program) as step:
+        begin_s = time.monotonic()
+        for job_id in (1, 2):
+            node.ask("attach", JOB_ID=job_id, UID=_ALICE, STEP_ID=0, BOOTSEER="observe")
+        node.ask("prolog", JOB_ID=3, UID=_ALICE, BOOTSEER="observe")  # waits for its first step
+        wait_until(lambda: node.jobs() == {1, 3})
+        assert time.monotonic() - begin_s > 1.5
+        time.sleep(1.5)
+        assert node.jobs() == {1, 3}
+        step.kill()
+    wait_until(lambda: node.jobs() == {3})
+    assert node.job_files() == {"3"}
+
+
+def test_one_round_without_a_step_ends_nothing(node: Node) -> None:
+    node.start("""
+server._REAP_EVERY_S, server._REAP_AGE_S = 0.2, 0
+rounds = iter([set(), {1}] * 10 + [set()] * 1000)
+server.jobs_with_steps = lambda: next(rounds)
+""")
+    node.ask("attach", JOB_ID=1, UID=_ALICE, STEP_ID=0, BOOTSEER="observe")
+    time.sleep(2)
+    assert node.jobs() == {1}
+    wait_until(lambda: node.jobs() == set())
+
+
+@pytest.mark.parametrize(("lasts_s", "limit_s"), [(2, 20), (600, 3)], ids=["at once", "bounded"])
+def test_sessions_end_at_the_same_time(node: Node, lasts_s: int, limit_s: int) -> None:
+    process = node.start(
+        f"server._END_LIMIT_S = {limit_s}\nserver.Session.end = lambda self, reason: time.sleep({lasts_s})"
+    )
+    for job_id in range(1, 9):
+        node.ask("prolog", JOB_ID=job_id, UID=_ALICE, BOOTSEER="observe")
+    node.ask("epilog", JOB_ID=1)  # ends already, and is waited for too
+    begin_s = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert min(lasts_s, limit_s) - 0.5 < time.monotonic() - begin_s < 10
+    assert mounts.mounts_below(node.run) == []
+
+
+def test_many_marks_at_once_are_taken(node: Node) -> None:
+    """The tasks of a node that leave one barrier: their user has little room, but a mark takes little time."""
+    node.start()
+    node.ask("prolog", JOB_ID=1, UID=_ALICE, BOOTSEER="observe")
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", _MARK, node.socket, "32"],
+        user=_ALICE,
+        group=_ALICE,
+        extra_groups=[],
+        stdout=subprocess.PIPE,
+    ) as child:
+        assert child.communicate(timeout=60)[0] == b"32\n"

@@ -1,0 +1,315 @@
+"""The agent's end of a fetch process whose user, or whose file system, does not behave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pytest_mock import MockerFixture
+
+from bootseer_slurm.blob.names import user_folder
+from bootseer_slurm.blob.writer import store_file
+from bootseer_slurm.errors import BootseerError, InputError, StoreError
+from bootseer_slurm.fetch.process import FetchProcess, Reply, User
+from bootseer_slurm.store import FileStore
+
+SELF = User(os.getuid(), os.getgid(), ())
+CONTENT = os.urandom(2**20)
+DEMAND_READS = 4  # in flight at once
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become or to trace another user")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    return path
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[FetchProcess]:
+    made = FetchProcess(SELF, f"file://{tmp_path}", streams=1, timeout_s=0.5)
+    yield made
+    made.kill()
+
+
+def resolve(process: FetchProcess, path: Path) -> int:
+    """The handle of a file where it lies."""
+    reply = process.call("resolve", kind="checkpoint", name=str(path))
+    close(reply)
+    return int(reply.fields["origin"])
+
+
+def close(reply: Reply) -> None:
+    for fd in reply.fds:
+        os.close(fd)
+
+
+def read(process: FetchProcess, handle: int, size_bytes: int = 4096) -> bytes:
+    with process.read(handle, 0, 0, size_bytes, demand=True) as view:
+        return bytes(view)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def open_fds() -> int:
+    """How many descriptors of those that HOSTILE sends this process has."""
+    links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+    return sum(link.exists() and os.readlink(link) == "/" for link in links)
+
+
+def open_ring(process: FetchProcess) -> int:
+    """The ring as the user's other processes can open it before this one is closed to them."""
+    for link in Path(f"/proc/{process._process.pid}/fd").iterdir():
+        if "bootseer-ring" in os.readlink(link):
+            return os.open(link, os.O_RDWR)
+    raise AssertionError("no ring")
+
+
+@as_root
+def test_the_ring_cannot_be_shrunk_under_the_agent(process: FetchProcess) -> None:
+    ring = open_ring(process)
+    size_bytes = os.fstat(ring).st_size
+    for other in (0, size_bytes * 2):
+        with pytest.raises(PermissionError):
+            os.ftruncate(ring, other)
+    os.close(ring)
+
+
+@as_root
+def test_bytes_do_not_change_after_their_check(process: FetchProcess, file: Path) -> None:
+    handle = resolve(process, file)
+    ring = open_ring(process)
+    with process.read(handle, 0, 0, len(CONTENT), demand=True) as view:
+        for offset in range(0, os.fstat(ring).st_size, 2**20):
+            os.pwrite(ring, bytes(2**20), offset)
+        assert bytes(view) == CONTENT
+    os.close(ring)
+
+
+def test_failed_reads_leave_room_for_others(process: FetchProcess, file: Path) -> None:
+    handle = resolve(process, file)
+    for _ in range(2 * DEMAND_READS):
+        with pytest.raises(StoreError, match="IndexError"):
+            read(process, 99)
+        with pytest.raises(StoreError, match="ended after"):
+            read(process, handle, 2**20 + 1)
+    assert read(process, handle) == CONTENT[:4096]
+
+
+def test_a_late_read_keeps_its_room_until_it_comes(process: FetchProcess, file: Path) -> None:
+    handle = resolve(process, file)
+    os.kill(process._process.pid, signal.SIGSTOP)
+    for _ in range(DEMAND_READS):
+        with pytest.raises(StoreError, match="no answer"):
+            read(process, handle)
+    with pytest.raises(StoreError, match="stuck"):
+        read(process, handle)
+    os.kill(process._process.pid, signal.SIGCONT)
+    until(lambda: process._slots[True].qsize() == DEMAND_READS)
+    assert read(process, handle) == CONTENT[:4096]
+
+
+def test_a_stopped_process_holds_nobody(process: FetchProcess) -> None:
+    os.kill(process._process.pid, signal.SIGSTOP)
+    for _ in range(2000):
+        with pytest.raises(StoreError) as caught:
+            process.call("write", path="a" * 4000, timeout_s=0.0001)
+    assert "takes no requests" in str(caught.value)
+
+
+HOSTILE = """
+import json, os, socket, sys, time
+link = socket.socket(fileno=int(sys.argv[1]))
+fds = [os.open("/", os.O_RDONLY) for _ in range(4)]
+while True:
+    message, received, _, _ = socket.recv_fds(link, 65536, 4)
+    if not message:
+        break
+    request = json.loads(message)
+    name, reply = request.get("name"), {"id": request["id"]}
+    if name == "late":
+        time.sleep(0.3)
+    if name == "error":
+        reply |= {"error": "no", "class": "InputError"}
+    content = json.dumps(reply).encode()
+    if name == "garbage":
+        content = b"[" * 60_000
+    if name == "nothing":
+        content = b""
+    socket.send_fds(link, [content], fds)
+"""
+
+
+@pytest.fixture
+def hostile(mocker: MockerFixture) -> Iterator[FetchProcess]:
+    """A process that sends four descriptors with every reply."""
+
+    def start(user: User, link: socket.socket, *_: object) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", HOSTILE, str(link.fileno())], pass_fds=[link.fileno()])
+
+    mocker.patch("bootseer_slurm.fetch.process._start", start)
+    made = FetchProcess(SELF, "file:///", streams=1, timeout_s=5)
+    yield made
+    made.kill()
+
+
+def test_only_a_resolve_brings_descriptors(hostile: FetchProcess) -> None:
+    before = open_fds()
+    assert hostile.call("write").fds == []
+    assert hostile.call("same").fds == []
+    until(lambda: open_fds() == before)
+    reply = hostile.call("resolve", name="file")
+    assert len(reply.fds) == 2
+    until(lambda: open_fds() == before + 2)
+    close(reply)
+    with pytest.raises(InputError, match="no"):
+        hostile.call("resolve", name="error")
+    until(lambda: open_fds() == before)
+
+
+def test_a_late_replys_descriptors_are_closed(hostile: FetchProcess) -> None:
+    before = open_fds()
+    with pytest.raises(StoreError, match="no answer"):
+        hostile.call("resolve", name="late", timeout_s=0.05)
+    assert hostile._waiting == {}
+    hostile.call("write")  # replies come in order
+    until(lambda: open_fds() == before)
+
+
+@pytest.mark.parametrize("message", ["garbage", "nothing"])
+def test_what_is_no_reply_ends_the_process(hostile: FetchProcess, message: str) -> None:
+    before = open_fds()
+    with pytest.raises(StoreError, match="ended"):
+        hostile.call("resolve", name=message, timeout_s=5)
+    with pytest.raises(StoreError, match="takes no requests"):
+        hostile.call("resolve", name="file", timeout_s=5)
+    until(lambda: open_fds() == before)
+    assert hostile._process.wait(5) == -signal.SIGKILL
+
+
+TRACER = """
+import ctypes, sys, time
+if ctypes.CDLL(None, use_errno=True).ptrace(0x4206, int(sys.argv[1]), None, None):  # PTRACE_SEIZE
+    sys.exit(1)
+print("traced", flush=True)
+time.sleep(60)
+"""
+
+
+@as_root
+def test_a_process_that_does_not_end_is_left_alone(process: FetchProcess, mocker: MockerFixture) -> None:
+    # A killed process can be waited for only after its tracer has: it stays, as if a file system held it.
+    mocker.patch("bootseer_slurm.fetch.process._END_S", 0.2)
+    tracer = subprocess.Popen(
+        [sys.executable, "-c", TRACER, str(process._process.pid)], stdout=subprocess.PIPE, text=True
+    )
+    assert tracer.stdout
+    if not tracer.stdout.readline():
+        pytest.skip("processes cannot be traced here")
+    killer = threading.Thread(target=process.kill, daemon=True)
+    killer.start()
+    killer.join(3)
+    stuck = killer.is_alive()
+    assert process._process.returncode is None
+    tracer.kill()
+    tracer.communicate()
+    assert not stuck
+    until(lambda: process._process.returncode is not None)
+    with pytest.raises(StoreError, match="takes no requests"):
+        process.call("same")
+
+
+def test_a_file_replaced_while_it_is_looked_up_is_not_mixed_up(process: FetchProcess, tmp_path: Path) -> None:
+    latest, spare = tmp_path / "latest.pt", tmp_path / "spare"
+    files = [tmp_path / name for name in "ab"]
+    contents = {}
+    for path in files:
+        path.write_bytes(path.name.encode() * 4096)
+        contents[path.stat().st_ino] = path.read_bytes()
+    os.link(files[0], latest)
+    over = threading.Event()
+
+    def replace() -> None:
+        turn = 0
+        while not over.is_set():
+            turn ^= 1
+            os.link(files[turn], spare)
+            os.rename(spare, latest)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(200):
+            try:
+                reply = process.call("resolve", kind="checkpoint", name=str(latest))
+            except InputError as error:
+                assert "was replaced" in str(error)
+                continue
+            inode = os.fstat(reply.fds[0]).st_ino
+            close(reply)
+            assert read(process, reply.fields["origin"]) == contents[inode]
+    finally:
+        over.set()
+        thread.join()
+
+
+@as_root
+def test_what_another_user_planted_is_not_used(tmp_path: Path, file: Path) -> None:
+    for folder in (tmp_path, *tmp_path.parents):
+        if not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o011)
+    root = tmp_path / "store"
+    (root / "users").mkdir(parents=True)
+    (root / "users").chmod(0o1777)
+    victim = root / user_folder(20001)
+    os.utime(file, (1_700_000_000, 1_700_000_000))
+    name = store_file(
+        FileStore(root), file, kind="checkpoint", name=str(file), fingerprint=f"{len(CONTENT)}@1700000000"
+    )
+    (root / user_folder(0)).rename(victim)
+    record = next((victim / "names").iterdir())
+    planted = json.loads(record.read_text()) | {"folder": name.folder.replace("users/0/", "users/20001/")}
+    record.write_text(json.dumps(planted))
+    for folder, _, names in os.walk(victim):
+        os.chmod(folder, 0o755)
+        os.chown(folder, 20002, 20002)
+        for each in names:
+            os.chmod(Path(folder) / each, 0o644)
+            os.chown(Path(folder) / each, 20002, 20002)
+    process = FetchProcess(User(20001, 20001, ()), f"file://{root}", streams=1, timeout_s=5)
+    try:
+        reply = process.call("resolve", kind="checkpoint", name=str(file))
+        close(reply)
+        assert "blob" not in reply.fields
+        assert "belongs to another user" in reply.fields["warning"]
+        os.chmod(victim, 0o777)
+        with pytest.raises(BootseerError, match="belongs to another user"):
+            fd = os.memfd_create("events")
+            process.call("write", path="events/1.0/n1.jsonl", fds=(fd,))
+        os.close(fd)
+        assert not (victim / "events").exists()
+        for folder, _, names in os.walk(victim):
+            os.chown(folder, 20001, 20001)
+            os.chmod(folder, 0o700)
+            for each in names:
+                os.chown(Path(folder) / each, 20001, 20001)
+        reply = process.call("resolve", kind="checkpoint", name=str(file))
+        close(reply)
+        assert reply.fields["blob"]["id"] == name.blob, "the same, when it is the user's own"
+    finally:
+        process.kill()

@@ -10,6 +10,7 @@ from bootseer_slurm.agent import protocol
 from bootseer_slurm.errors import AgentUnavailable, BootseerError
 
 _MARK_TIMEOUT_S = 1.0
+_AGAIN_S = 0.02
 
 
 def request(
@@ -27,17 +28,10 @@ def request(
     failure: Exception | None = None
     for path in paths:
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
-                link.settimeout(timeout_s)
-                link.connect(path)
-                link.sendall(message)
-                link.shutdown(socket.SHUT_WR)
-                reply, fds = protocol.receive(link)
+            reply = _ask(path, message, timeout_s)
         except (OSError, ValueError) as error:
             failure = error
             continue
-        for fd in fds:
-            os.close(fd)
         if protocol.first(reply, "STATUS") != "ok":
             raise BootseerError(protocol.first(reply, "MESSAGE", "the agent refused without a reason"))
         return reply
@@ -45,6 +39,29 @@ def request(
         f"no agent answers on this node: {failure}",
         hint="an admin looks with `systemctl status bootseer-agent`",
     )
+
+
+def _ask(path: str, message: bytes, timeout_s: float) -> protocol.Message:
+    """The reply of the agent at `path`. Raises OSError or ValueError when there is none."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+            link.settimeout(timeout_s)
+            link.connect(path)
+            try:
+                link.sendall(message)
+                link.shutdown(socket.SHUT_WR)
+                reply, fds = protocol.receive(link)
+            except ConnectionError:
+                reply, fds = [], []
+        for fd in fds:
+            os.close(fd)
+        # Closed without a word: this user has too many connections at this moment, as when all tasks mark.
+        if reply:
+            return reply
+        if time.monotonic() > deadline_s:
+            raise ConnectionResetError("it closed the connection without an answer")
+        time.sleep(_AGAIN_S)
 
 
 def mark(name: str) -> bool:

@@ -45,17 +45,14 @@ sys.stdin.read()
 """
 # A user's: sends marks from forked tasks at once, and says how many were taken.
 _MARK = """
-import os, socket, sys, time
+import os, sys, time
+import bootseer_slurm
 begin_s = time.time() + 0.5
-for task in range(int(sys.argv[2])):
+for task in range(int(sys.argv[1])):
     if os.fork() == 0:
         time.sleep(begin_s - time.time())
-        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        link.connect(sys.argv[1])
-        link.sendall(b"OP=mark\\0JOB_ID=1\\0NAME=loaded\\0TIME_NS=1\\0")
-        link.shutdown(socket.SHUT_WR)
-        os._exit(0 if link.recv(65536) == b"STATUS=ok\\0" else 1)
-print(sum(os.wait()[1] == 0 for _ in range(int(sys.argv[2]))))
+        os._exit(0 if bootseer_slurm.mark("loaded") else 1)
+print(sum(os.wait()[1] == 0 for _ in range(int(sys.argv[1]))))
 """
 
 
@@ -338,13 +335,14 @@ def test_sessions_end_at_the_same_time(node: Node, lasts_s: int, limit_s: int) -
 
 def test_many_marks_at_once_are_taken(node: Node) -> None:
     """The tasks of a node that leave one barrier: their user has little room, but a mark takes little time."""
-    node.start()
+    node.start("server._USER_CONNECTIONS = 2")
     node.ask("prolog", JOB_ID=1, UID=_ALICE, BOOTSEER="observe")
     with subprocess.Popen(
-        [sys.executable, "-S", "-c", _MARK, node.socket, "32"],
+        [sys.executable, "-c", _MARK, "64"],
+        env={"SLURM_JOB_ID": "1", "BOOTSEER_AGENT_SOCKET": str(node.socket)},
         user=_ALICE,
         group=_ALICE,
         extra_groups=[],
         stdout=subprocess.PIPE,
     ) as child:
-        assert child.communicate(timeout=60)[0] == b"32\n"
+        assert child.communicate(timeout=60)[0] == b"64\n"

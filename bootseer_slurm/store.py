@@ -57,9 +57,16 @@ class Store(Protocol):
 
     def read(self, path: str, *, limit_bytes: int) -> bytes:
         """A whole small object. Raises NotFound, or StoreError when it is larger than `limit_bytes`."""
+        reader = self.open(path)
+        try:
+            return _read_whole(reader, path, limit_bytes)
+        finally:
+            reader.close()
 
     def write(self, path: str, content: bytes) -> None:
         """Write an object whole, or not at all; its folder is made when missing. Raises StoreError."""
+        with self.writer(path) as file:
+            file.write(content)
 
     def writer(self, path: str) -> contextlib.AbstractContextManager[Any]:
         """A file to write a large object to; it appears when the block ends without an error."""
@@ -143,7 +150,7 @@ def _open_direct(path: Path | str, status: os.stat_result) -> int:
     return fd
 
 
-class FileStore:
+class FileStore(Store):
     """A store in a folder that every node mounts."""
 
     def __init__(self, root: Path) -> None:
@@ -151,17 +158,6 @@ class FileStore:
 
     def open(self, path: str, *, bulk: bool = False) -> FileReader:
         return FileReader(self._path(path), bulk=bulk)
-
-    def read(self, path: str, *, limit_bytes: int) -> bytes:
-        reader = self.open(path)
-        try:
-            return _read_whole(reader, path, limit_bytes)
-        finally:
-            reader.close()
-
-    def write(self, path: str, content: bytes) -> None:
-        with self.writer(path) as file:
-            file.write(content)
 
     @contextlib.contextmanager
     def writer(self, path: str) -> Iterator[Any]:
@@ -262,7 +258,7 @@ class ArrowReader:
         self._file.close()
 
 
-class ArrowStore:
+class ArrowStore(Store):
     """A store on any other file system that pyarrow knows."""
 
     def __init__(self, uri: str) -> None:
@@ -285,17 +281,6 @@ class ArrowStore:
             raise NotFound(f"{full}: no such object") from None
         except OSError as error:
             raise StoreError(f"{full}: cannot be opened: {error}") from error
-
-    def read(self, path: str, *, limit_bytes: int) -> bytes:
-        reader = self.open(path)
-        try:
-            return _read_whole(reader, path, limit_bytes)
-        finally:
-            reader.close()
-
-    def write(self, path: str, content: bytes) -> None:
-        with self.writer(path) as file:
-            file.write(content)
 
     @contextlib.contextmanager
     def writer(self, path: str) -> Iterator[Any]:

@@ -219,20 +219,33 @@ static int receive_all(int sock, int64_t deadline_ns, struct agent_reply *reply)
 	}
 }
 
-int agent_call(const char *socket_path, const struct agent_message *request, int64_t deadline_ns,
-	       struct agent_reply *reply)
+/* The socket on which the whole request was sent, or -errno. */
+static int connect_and_send(const char *socket_path, const struct agent_message *request, int64_t deadline_ns)
 {
 	int error, sock;
 
-	*reply = (struct agent_reply){ 0 };
 	if (request->failed)
 		return -ENOMEM;
 	sock = agent_connect(socket_path, deadline_ns);
 	if (sock < 0)
 		return sock;
 	error = send_all(sock, request, deadline_ns);
-	if (error == 0)
-		error = receive_all(sock, deadline_ns, reply);
+	if (error != 0) {
+		close(sock);
+		return error;
+	}
+	return sock;
+}
+
+int agent_call(const char *socket_path, const struct agent_message *request, int64_t deadline_ns,
+	       struct agent_reply *reply)
+{
+	int error, sock = connect_and_send(socket_path, request, deadline_ns);
+
+	*reply = (struct agent_reply){ 0 };
+	if (sock < 0)
+		return sock;
+	error = receive_all(sock, deadline_ns, reply);
 	close(sock);
 	if (error != 0)
 		agent_reply_free(reply);
@@ -241,16 +254,12 @@ int agent_call(const char *socket_path, const struct agent_message *request, int
 
 int agent_tell(const char *socket_path, const struct agent_message *request, int64_t deadline_ns)
 {
-	int error, sock;
+	int sock = connect_and_send(socket_path, request, deadline_ns);
 
-	if (request->failed)
-		return -ENOMEM;
-	sock = agent_connect(socket_path, deadline_ns);
 	if (sock < 0)
 		return sock;
-	error = send_all(sock, request, deadline_ns);
 	close(sock);
-	return error;
+	return 0;
 }
 
 const char *agent_reply_next(const struct agent_reply *reply, const char *previous)

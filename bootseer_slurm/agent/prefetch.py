@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from bootseer_slurm.agent.target import Target
+from bootseer_slurm.blob.reader import OnFault
 from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.fetch.turns import Turns
@@ -36,9 +36,7 @@ class _Work:
 class Prefetch:
     """Brings targets until it is stopped. Thread-safe."""
 
-    def __init__(
-        self, turns: Turns, streams: int, *, log: EventLog, on_fault: Callable[[str, str], None]
-    ) -> None:
+    def __init__(self, turns: Turns, streams: int, *, log: EventLog, on_fault: OnFault) -> None:
         """turns: of the fetch process that reads. on_fault(name, message): told of what cannot be read."""
         self._turns = turns
         self._streams = streams

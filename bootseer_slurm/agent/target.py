@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +100,6 @@ class Target:
                 os.close(fd)
         self.cached_bytes = self.reader.blob.present_bytes
         self.before = _copy(self.reader.usage)
-        self.begin_ns = time.time_ns()
 
     def _shown_path(self, roots: tuple[Path, ...]) -> str:
         """The original's path, as the kernel has it: what the fetch process says of it is not believed."""

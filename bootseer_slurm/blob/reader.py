@@ -100,9 +100,10 @@ class Reader:
         layout = self.blob.layout
         end = min(offset + size, self.size_bytes)
         self.usage.miss_bytes += end - offset
+        first, last = offset // layout.block_bytes, (end - 1) // layout.block_bytes
         unkept: dict[int, bytes] = {}
         try:
-            block, last = offset // layout.block_bytes, (end - 1) // layout.block_bytes
+            block = first
             while block <= last:
                 block += self._demand(block, last, unkept)
         except BootseerError as error:
@@ -112,8 +113,6 @@ class Reader:
             self.usage.blocked_s += time.monotonic() - start
         if not unkept:
             return self.blob.read(offset, end - offset)
-        first = offset // layout.block_bytes
-        last = (end - 1) // layout.block_bytes
         parts = [
             unkept.get(block) or self.blob.read(block * layout.block_bytes, layout.block_size(block))
             for block in range(first, last + 1)

@@ -14,30 +14,10 @@ from bootseer_slurm.report.collect import Run, collect
 from bootseer_slurm.report.stored import StoredEvents
 from bootseer_slurm.slurm.jobs import AccountingError, JobRecord
 from bootseer_slurm.store import FileStore
+from tests.unit.records import RECORD as BASE
+from tests.unit.records import SECOND, START
 
-SECOND = 1_000_000_000
-START = 1_800_000_000 * SECOND
-
-RECORD = JobRecord(
-    job=77,
-    shown_id="77",
-    array_task=None,
-    het_offset=None,
-    restart=0,
-    user="alice",
-    uid=1000,
-    account="ml",
-    partition="gpu",
-    name="train",
-    state="COMPLETED",
-    submit_ns=START - 20 * SECOND,
-    eligible_ns=START - 12 * SECOND,
-    start_ns=START,
-    end_ns=START + 100 * SECOND,
-    nodes=("n1", "n2", "n10"),
-    cpus=48,
-    gpus=24,
-)
+RECORD = replace(BASE, job=77, shown_id="77", end_ns=START + 100 * SECOND, nodes=("n1", "n2", "n10"))
 
 
 def write(

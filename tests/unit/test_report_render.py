@@ -14,31 +14,19 @@ from bootseer_slurm.report.analyse import Report, analyse
 from bootseer_slurm.report.collect import NodeEvents, Run
 from bootseer_slurm.report.render import to_json, to_terminal
 from bootseer_slurm.slurm.jobs import JobRecord
+from tests.unit.records import RECORD as BASE
+from tests.unit.records import SECOND, START
 
-SECOND = 1_000_000_000
-START = 1_800_000_000 * SECOND
 ABOUT_IMAGE = {"what": "image", "target": "/lustre/images/team/nemo-24.07-patched.sqsh"}
 ABOUT_CHECKPOINT = {"what": "checkpoint", "target": "/ckpt/step_9000"}
 
-RECORD = JobRecord(
+RECORD = replace(
+    BASE,
     job=1234,
     shown_id="1234",
-    array_task=None,
-    het_offset=None,
-    restart=0,
-    user="alice",
-    uid=1000,
-    account="ml",
-    partition="gpu",
     name="train-llama",
-    state="COMPLETED",
-    submit_ns=START - 20 * SECOND,
-    eligible_ns=START - 12 * SECOND,
-    start_ns=START,
-    end_ns=START + 1000 * SECOND,
     nodes=("gpu-01", "gpu-02", "gpu-03"),
     cpus=192,
-    gpus=24,
 )
 
 

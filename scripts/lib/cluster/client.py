@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,9 +80,8 @@ class Cluster:
         self, node: str, *command: str, user: str | None = None, input_text: str = "", timeout_s: float = 60
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in a machine; whoever calls looks at the exit status."""
-        argv = [str(SCRIPT), "exec", *(["--user", user] if user else []), node, *command]
         return subprocess.run(
-            argv,
+            _argv(node, command, user),
             env=self._environ(),
             input=input_text,
             capture_output=True,
@@ -92,15 +92,17 @@ class Cluster:
 
     def start(self, node: str, *command: str) -> subprocess.Popen[str]:
         """Start a command in a machine, as root, with pipes to its stdin and stdout."""
-        argv = [str(SCRIPT), "exec", node, *command]
         return subprocess.Popen(
-            argv, env=self._environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            _argv(node, command),
+            env=self._environ(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def show(self, node: str, *command: str, user: str | None = None) -> None:
         """Run a command that a person watches. Raises ClusterError when it fails."""
-        argv = [str(SCRIPT), "exec", *(["--user", user] if user else []), node, *command]
-        if subprocess.run(argv, env=self._environ(), check=False).returncode != 0:
+        if subprocess.run(_argv(node, command, user), env=self._environ(), check=False).returncode != 0:
             raise ClusterError(f"{' '.join(command)} failed on {node}")
 
     def sbatch(self, script_text: str, *args: str, user: str = "alice") -> int:
@@ -142,3 +144,7 @@ class Cluster:
 
     def _environ(self) -> dict[str, str]:
         return os.environ | {"BOOTSEER_CLUSTER_DIR": str(self.state_dir)}
+
+
+def _argv(node: str, command: Sequence[str], user: str | None = None) -> list[str]:
+    return [str(SCRIPT), "exec", *(["--user", user] if user else []), node, *command]

@@ -8,40 +8,27 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
 
 from bootseer_slurm import config as configuration
+from bootseer_slurm.cli import settings
+from bootseer_slurm.cli.image import app as image_app
+from bootseer_slurm.cli.progress import progress_bars, store_with_progress
 from bootseer_slurm.errors import InputError, StoreError
-
-if TYPE_CHECKING:
-    from bootseer_slurm.store import Store
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="The configuration of this machine.")
 env_app = typer.Typer(no_args_is_help=True, help="Snapshots of Python environments.")
-image_app = typer.Typer(no_args_is_help=True, help="Container images in the store.")
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Striped checkpoints in the store.")
 profile_app = typer.Typer(no_args_is_help=True, help="Profiles, the files given as --bootseer=PROFILE.toml.")
 store_app = typer.Typer(no_args_is_help=True, help="The shared store.")
 for name, group in (("config", config_app), ("env", env_app), ("image", image_app), ("profile", profile_app),
                     ("checkpoint", checkpoint_app), ("store", store_app)):  # fmt: skip
     app.add_typer(group, name=name)
-
-_settings: dict[str, Path | None] = {"path": None}
 
 
 @app.callback()
@@ -51,17 +38,7 @@ def _root(
     ] = None,
 ) -> None:
     """Faster job starts on Slurm: prefetch in the prolog, and reports of what a start cost."""
-    _settings["path"] = config
-
-
-def _config() -> configuration.Config:
-    return configuration.load(_settings["path"])
-
-
-def _store() -> Store:
-    from bootseer_slurm.store import open_store
-
-    return open_store(_config().store.uri)
+    settings.name_config(config)
 
 
 @app.command()
@@ -70,7 +47,7 @@ def agent() -> None:
     from bootseer_slurm import log
     from bootseer_slurm.agent.server import Agent
 
-    config = _config()
+    config = settings.config()
     log.set_up(config.agent.log_level)
     if os.geteuid() != 0:
         raise InputError("the agent must run as root")
@@ -82,7 +59,7 @@ def status() -> None:
     """Show the agent of this node and the jobs it knows, as JSON."""
     from bootseer_slurm.agent import client, protocol
 
-    reply = client.request("status", socket_path=str(_config().agent.socket))
+    reply = client.request("status", socket_path=str(settings.config().agent.socket))
     print(json.dumps(json.loads(protocol.first(reply, "STATUS_JSON")), indent=2))
 
 
@@ -116,7 +93,7 @@ def report(
     from bootseer_slurm.report.render import to_json, to_terminal
     from bootseer_slurm.report.stored import StoredEvents
 
-    result = analyse(collect(job_id, store=StoredEvents(_store()), restart=restart))
+    result = analyse(collect(job_id, store=StoredEvents(settings.store()), restart=restart))
     if format == "json":
         print(to_json(result))
     elif format == "terminal":
@@ -128,7 +105,7 @@ def report(
 @config_app.command("show")
 def config_show() -> None:
     """Print every value and where it came from."""
-    config = _config()
+    config = settings.config()
     for key, origin in config.origins.items():
         table, name = key.split(".")
         values = getattr(config, table)
@@ -159,7 +136,7 @@ def profile_check(path: Path) -> None:
 @store_app.command("init")
 def store_init() -> None:
     """Make the folders of a file:// store (an admin, once)."""
-    uri = _config().store.uri
+    uri = settings.config().store.uri
     if not uri.startswith("file://"):
         raise InputError(f"{uri}: only a file:// store needs this")
     users = Path(uri.removeprefix("file://")) / "users"
@@ -171,42 +148,6 @@ def store_init() -> None:
     print(f"{users} is ready")
 
 
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
-               TransferSpeedColumn(), TimeElapsedColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield progress
-
-
-def _store_file(path: Path, kind: str, *, objects: int, name: str) -> None:
-    from bootseer_slurm.blob.names import file_fingerprint
-    from bootseer_slurm.blob.writer import store_file
-
-    with _progress() as progress:
-        task = progress.add_task(name, total=path.stat().st_size)
-        record = store_file(
-            _store(), path, kind=kind, name=name, objects=objects, fingerprint=file_fingerprint(path.stat()),
-            progress=lambda count: progress.advance(task, count),
-        )  # fmt: skip
-    print(f"{name}  {record.blob[:16]}")
-
-
-@image_app.command("push")
-def image_push(source: Annotated[Path, typer.Argument(help="A squashfs file.", exists=True)]) -> None:
-    """Put a squashfs image into the store; jobs that use it at this path are served from there."""
-    from bootseer_slurm.image.squashfs import check_squashfs
-    from bootseer_slurm.store import FileReader
-
-    real = source.resolve(strict=True)
-    reader = FileReader(real)
-    try:
-        check_squashfs(reader, str(real))
-    finally:
-        reader.close()
-    _store_file(real, "image", objects=1, name=str(real))
-
-
 @checkpoint_app.command("stripe")
 def checkpoint_stripe(
     source: Annotated[Path, typer.Argument(help="A checkpoint file.", exists=True)],
@@ -216,7 +157,7 @@ def checkpoint_stripe(
     real = source.resolve(strict=True)
     if not real.is_file():
         raise InputError(f"{real}: not a file")
-    _store_file(real, "checkpoint", objects=stripes, name=str(real))
+    store_with_progress(real, "checkpoint", objects=stripes, name=str(real))
 
 
 @env_app.command("save")
@@ -228,10 +169,10 @@ def env_save(
 
     if not folder.is_dir():
         raise InputError(f"{folder}: not a directory")
-    with _progress() as progress:
+    with progress_bars() as progress:
         task = progress.add_task("fingerprint", total=None)
         name, size_bytes = save(
-            _store(),
+            settings.store(),
             folder,
             stage=lambda text, size_bytes: progress.update(task, description=text, total=size_bytes),
             progress=lambda count: progress.advance(task, count),

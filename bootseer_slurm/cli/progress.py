@@ -1,0 +1,47 @@
+"""How the command line shows long work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
+
+from bootseer_slurm.cli import settings
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Bars on stderr: what is done, bytes, rate and time."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+               TransferSpeedColumn(), TimeElapsedColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield progress
+
+
+def store_with_progress(path: Path, kind: str, *, objects: int, name: str) -> None:
+    """Put a file into the store under `name`, and print its blob's id."""
+    from bootseer_slurm.blob.names import file_fingerprint
+    from bootseer_slurm.blob.writer import store_file
+
+    with progress_bars() as progress:
+        task = progress.add_task(name, total=path.stat().st_size)
+        record = store_file(
+            settings.store(),
+            path,
+            kind=kind,
+            name=name,
+            objects=objects,
+            fingerprint=file_fingerprint(path.stat()),
+            progress=lambda count: progress.advance(task, count),
+        )
+    print(f"{name}  {record.blob[:16]}")

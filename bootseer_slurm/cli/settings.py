@@ -1,0 +1,30 @@
+"""What every command needs: the configuration that `--config` named, and the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bootseer_slurm import config as configuration
+
+if TYPE_CHECKING:
+    from bootseer_slurm.store import Store
+
+_named: dict[str, Path | None] = {"path": None}
+
+
+def name_config(path: Path | None) -> None:
+    """Use this file instead of the usual one."""
+    _named["path"] = path
+
+
+def config() -> configuration.Config:
+    """The configuration. Raises ConfigError."""
+    return configuration.load(_named["path"])
+
+
+def store() -> Store:
+    """The site's store. Raises StoreError."""
+    from bootseer_slurm.store import open_store
+
+    return open_store(config().store.uri)

@@ -1,8 +1,9 @@
-"""One read-only FUSE file system per node, on which every blob is an ordinary file."""
+"""Read-only FUSE file systems, on which every blob is an ordinary file, and which outlive their server."""
 
 from __future__ import annotations
 
+from bootseer_slurm.fuse.mount import Mount
 from bootseer_slurm.fuse.server import Server
 from bootseer_slurm.fuse.tree import File
 
-__all__ = ["File", "Server"]
+__all__ = ["File", "Mount", "Server"]

@@ -41,6 +41,7 @@ FORGET_ONE = Struct("=QQ")  # nodeid nlookup
 INTERRUPT_IN = Struct("=Q")  # unique
 NOTIFY_INVAL_INODE = Struct("=Qqq")  # ino off len
 NOTIFY_INVAL_ENTRY = Struct("=QII")  # parent namelen flags; then the name and a NUL
+NOTIFY_STORE = Struct("=QQII")  # nodeid offset size padding; then the bytes
 
 
 class Opcode(enum.IntEnum):
@@ -78,6 +79,8 @@ class Opcode(enum.IntEnum):
     TMPFILE = 51
 
 
+# No answer is expected; and taking look-ups back twice would drop what the kernel still uses.
+FORGETTING = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET})
 WRITING = frozenset(
     {
         Opcode.SETATTR,
@@ -131,6 +134,7 @@ WANTED = (
 FOPEN_KEEP_CACHE = 1 << 1
 _NOTIFY_INVAL_INODE = 2
 _NOTIFY_INVAL_ENTRY = 3
+_NOTIFY_STORE = 4
 # Readahead is "background" to the kernel, and at the default of 12 unanswered ones it holds back all others:
 # a few reads that wait for the store would stop the reads of every other file. So: as many as the field can
 # say.
@@ -240,3 +244,12 @@ def notify_inval_inode(node_id: int, offset: int = -1, length: int = 0) -> bytes
     length: bytes, 0 or less for all that follow (FUSE_NOTIFY_INVAL_INODE).
     """
     return _notification(_NOTIFY_INVAL_INODE, NOTIFY_INVAL_INODE.pack(node_id, offset, length))
+
+
+def notify_store_header(node_id: int, offset: int, size: int) -> bytes:
+    """Return what precedes size bytes that the kernel shall keep as a node's pages (FUSE_NOTIFY_STORE).
+
+    Past the end of the file they would make it longer.
+    """
+    length = OUT_HEADER.size + NOTIFY_STORE.size + size
+    return OUT_HEADER.pack(length, _NOTIFY_STORE, 0) + NOTIFY_STORE.pack(node_id, offset, size, 0)

@@ -1,210 +1,246 @@
-"""The server of the node's FUSE mount: takes the kernel's requests from /dev/fuse and answers them.
+"""The server of a FUSE mount: takes the kernel's requests from /dev/fuse and answers them.
 
-Owns: the mount, the /dev/fuse descriptor, and the threads. Does not own: the tree (tree.py), the layout of
-messages (kernel.py), and where bytes come from (File).
+Owns: the threads, the node table's file, and when a waiting read is answered. Does not own: the mount and the
+descriptors (mount.py), the tree (tree.py), the layout of messages (kernel.py) and of shared memory
+(ledger.py), and where bytes come from (File).
 
-Threads: `threads` readers take requests. What is local they answer themselves: one pread, one writev, no
-lock. A read that has to wait goes to one of `blocking_threads` fetchers, so that nothing a store does can
+Threads: `mount.readers` readers take requests. What is local they answer themselves: one pread, one writev,
+no lock. A read that has to wait goes to one of `blocking_threads` fetchers, so that nothing a store does can
 hold up a reader; when all of these wait, further such reads queue, and everything else goes on. All are
 daemon threads: a fetch that never comes back does not keep the process from ending.
 
-Deadlocks to know of: a notification may wait in the kernel until a request for the same directory is
-answered, so the caller of `add` or `remove` sends it, never a server thread, and no lock that a server thread
-takes is held meanwhile. The process that serves must not touch a mapping (mmap) of its own files: the page
-fault holds the interpreter lock that the answer needs. A child forked from it that does not exec keeps the
-mount alive after it.
+The process may be killed at any moment. The next server of the mount finds the nodes in the state file, and
+in the ledger the reads that waited and the requests that were just taken; it answers these again, as if they
+came now. Reads of a file wait until `add` has brought it or `settle` has said that it will not come.
+On disk: the state file, JSON, replaced atomically with every new name. It is of use only with its mount.
+
+Deadlocks to know of: a notification may wait in the kernel until a request for the same directory or page is
+answered, so the caller of `add`, `remove`, `settle` or `store` sends it, never a server thread, and no lock
+that a server thread takes is held meanwhile. The process that serves must not touch a mapping (mmap) of its
+own files: the page fault holds the interpreter lock that the answer needs. Nor may it start a process while
+it has one of them open, other than O_PATH: the new process closes it, which may ask.
+A thread that waits for a notification, or for any request to this mount, cannot be killed before the next
+server has answered: who starts that one must not wait until the last one is gone, only until its other
+threads are. A child forked from the process that does not exec keeps the mount alive after it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import logging
-import mmap
 import os
 import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from bootseer_slurm import mounts
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.fuse import kernel
+from bootseer_slurm.fuse import kernel, ledger
+from bootseer_slurm.fuse.answers import Answers
+from bootseer_slurm.fuse.device import Device
 from bootseer_slurm.fuse.kernel import Opcode, Request
-from bootseer_slurm.fuse.tree import File, Tree
+from bootseer_slurm.fuse.ledger import Ledger, Parked
+from bootseer_slurm.fuse.mount import Mount
+from bootseer_slurm.fuse.tree import File, Node, State, Tree
 
 _log = logging.getLogger(__name__)
 
-_FSTYPE = "fuse.bootseer"
-_VALID_S = 86400  # names and attributes never change without a notification
-_ANSWER_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 2.0
-# The positions of a listing begin with these; a child's is its node id and their number.
-_DOTS = ((1, b"."), (2, b".."))
-_ENTRY_BYTES = kernel.ENTRY_OUT.size + kernel.ATTR.size
-# What a write to /dev/fuse says when nobody waits for it: not known, taken back, or the mount is gone.
-_NOBODY_WAITS = frozenset({errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED, errno.EPERM})
-_Waiting = tuple[int, File, int, int]  # unique, file, offset, size
+_FETCH_OUTBOXES = 4  # a fetcher needs one only while it answers
+
+
+class _Turn(NamedTuple):
+    """A parked read whose File is there. asked: the File's `ready` was, and said no."""
+
+    parked: Parked
+    file: File
+    asked: bool
 
 
 class Server:
-    """Serves files read-only below mountpoint; for one start and one stop.
+    """Serves files read-only below mount.point; for one start and one stop.
 
-    threads: readers of /dev/fuse. blocking_threads: how many reads may wait for the store at a time.
-    read_ahead_kb: the kernel's readahead, and so the size of its largest buffered read.
+    state: the file that keeps the node table. blocking_threads: how many reads may wait for the store at a
+    time. One server of a mount at a time.
     """
 
-    def __init__(
-        self, mountpoint: Path, *, threads: int = 2, blocking_threads: int = 64, read_ahead_kb: int = 1024
-    ) -> None:
-        # As the kernel names it in mountinfo, without asking what is mounted there now.
-        self._mountpoint = Path(os.path.realpath(mountpoint.parent), mountpoint.name)
-        self._read_ahead_kb = read_ahead_kb
-        self._tree = Tree()
-        self._device = -1
-        self._device_lock = threading.Lock()  # notifications against close; server threads do not take it
-        self._number = ""  # "major:minor" of the mount, once there is one
-        self._zero_message_open = False
-        self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._waiting_pids: dict[int, int] = {}  # unique -> who waits; whoever pops it answers the request
-        self._readers = [self._thread("fuse", self._serve) for _ in range(threads)]
+    def __init__(self, mount: Mount, state: Path, *, blocking_threads: int = 64) -> None:
+        self._mount = mount
+        self._state = state
+        self._device = Device(mount.fd, mount.point)
+        self._ledger = Ledger(mount.ledger_fd, mount.readers)
+        self._tree = Tree(self._ledger.lookups, self._write_state)
+        self._stopping = False
+        self._turns: queue.SimpleQueue[_Turn | None] = queue.SimpleQueue()
+        self._outboxes: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        self._waiting: dict[int, Parked] = {}  # by unique; whoever pops it answers the request
+        self._recovering = True
+        self._without_file: dict[int, list[Parked]] = {}  # by node id
+        self._file_lock = threading.Lock()  # for these two: held for a moment
+        self._readers = [self._thread("fuse", self._serve, number) for number in range(mount.readers)]
         self._fetchers = [self._thread("fuse-fetch", self._fetch) for _ in range(blocking_threads)]
-        self._handlers: dict[int, Callable[[Request], bytes | None]] = {
-            Opcode.LOOKUP: self._look_up,
-            Opcode.FORGET: self._forget,
-            Opcode.BATCH_FORGET: self._batch_forget,
-            Opcode.GETATTR: self._get_attributes,
-            Opcode.OPEN: self._open,
-            Opcode.OPENDIR: lambda request: kernel.open_reply(),
-            Opcode.READDIR: lambda request: self._list(request, plus=False),
-            Opcode.READDIRPLUS: lambda request: self._list(request, plus=True),
-            Opcode.STATFS: lambda request: kernel.statfs_reply(*self._tree.totals()),
-            Opcode.INTERRUPT: self._interrupt,
-            **dict.fromkeys((Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.DESTROY), lambda request: b""),
-        }
+        answers = Answers(
+            self._tree,
+            self._device,
+            zero_message_open=kernel.InitFlag.NO_OPEN_SUPPORT in mount.flags,
+        )
+        self._handlers = answers.handlers | {Opcode.INTERRUPT: self._interrupt}
 
     def start(self) -> None:
-        """Mount and serve; the mountpoint is made when it is missing.
+        """Take over from the last server of this mount, if there was one, and serve.
 
-        A dead mount that an earlier server left there is taken away first. Raises BootseerError.
+        What had a name has it still, and waits for `add` or `settle`, which has to be called in the end.
         """
-        try:
-            _remove_dead_mount(self._mountpoint)
-            self._mountpoint.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BootseerError(f"cannot use {self._mountpoint} as mount point: {error.strerror}") from error
-        try:
-            self._device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise BootseerError(
-                f"cannot open /dev/fuse: {error.strerror}", hint="be root, and load it: modprobe fuse"
-            ) from error
-        try:
-            self._mount()
-            self._negotiate()
-        except OSError as error:
-            self.stop()
-            raise BootseerError(
-                f"cannot mount FUSE at {self._mountpoint}: {error.strerror}",
-                hint="mounting needs CAP_SYS_ADMIN; a container needs --privileged or --cap-add SYS_ADMIN",
-            ) from error
-        self._set_read_ahead()
+        self._read_state()
+        for parked in self._ledger.found():
+            self._waiting[parked.unique] = parked
+            try:
+                self._wait_for_file(self._tree.get(parked.node_id), parked)
+            except OSError as error:
+                self._finish(parked, error)
+        for _ in range(_FETCH_OUTBOXES):
+            self._outboxes.put(ledger.outbox())
         for thread in (*self._readers, *self._fetchers):
             thread.start()
 
     def add(self, path: str, file: File) -> Path:
         """Show file at path, "<uid>/<name>"; return its absolute path, which is usable at once.
 
-        Raises ValueError (path has another form) or FileExistsError.
+        A name of the last server goes on with this file, and so do the reads that wait, if size and owner
+        are the same. Otherwise the name gets this file anew, and what has the other one open gets EIO.
+        Raises ValueError (path has another form), FileExistsError or BootseerError.
         """
-        directory_id = self._tree.add(path, file)
-        self._notify(kernel.notify_inval_inode(directory_id))
-        return self._mountpoint / path
+        added = self._tree.add(path, file)
+        with self._file_lock:
+            waiting = self._without_file.pop(added.node.id, [])
+        for parked in waiting:
+            self._turns.put(_Turn(parked, file, asked=False))
+        if added.replaced is not None:
+            self._give_up(added.replaced)
+        self._tell_gone(added.gone)
+        if added.changed is not None:
+            self._device.send(kernel.notify_inval_inode(added.changed))
+        return self._mount.point / path
 
     def remove(self, path: str) -> None:
         """Take the name away; what has the file open, mapped or bound elsewhere goes on reading it.
 
         Not to be called by a File. Raises ValueError or FileNotFoundError.
         """
-        for parent_id, name in self._tree.remove(path):
-            self._notify(kernel.notify_inval_entry(parent_id, name))
+        node, gone = self._tree.remove(path)
+        self._give_up(node)
+        self._tell_gone(gone)
+        self._save()
+
+    def settle(self) -> None:
+        """End the recovery: names without a file go, reads that wait for one get EIO, now and later."""
+        gone = self._tree.settle()
+        with self._file_lock:
+            self._recovering = False
+            waiting = [parked for each in self._without_file.values() for parked in each]
+            self._without_file.clear()
+        for parked in waiting:
+            self._finish(parked, kernel.failure(errno.EIO))
+        self._tell_gone(gone)
+        self._save()
+
+    def known(self, path: str) -> bool:
+        """Tell whether the kernel has looked the file up, and so may have pages of it.
+
+        False when there is no such name. Raises ValueError.
+        """
+        node = self._tree.find(path)
+        return node is not None and node.lookups > 0
+
+    def store(self, path: str, offset: int, data: bytes | memoryview) -> bool:
+        """Put bytes of a file into the kernel's page cache; reads of them do not come to the server.
+
+        offset: at a multiple of the page size, and so should the end be, unless it is the file's.
+        False when the kernel does not have the file (see `known`) or will not take them. May wait for reads
+        of these bytes to be answered: `ready` must say yes to them before, and the caller may hold no lock
+        that `ready` or `fetch` takes. Not to be called by a File.
+        Raises ValueError when the bytes reach beyond the end of the file.
+        """
+        node = self._tree.find(path)
+        if node is None or node.file is None or node.lookups <= 0:
+            return False
+        view = memoryview(data).cast("B")
+        if offset < 0 or offset + len(view) > node.size_bytes:
+            raise ValueError(f"{path} ends at {node.size_bytes}, before {offset + len(view)}")
+        for start in range(0, len(view), kernel.MAX_READ_BYTES):
+            part = view[start : start + kernel.MAX_READ_BYTES]
+            header = kernel.notify_store_header(node.id, offset + start, len(part))
+            if not self._device.send(header, part):
+                return False
+        return True
 
     def stop(self) -> None:
-        """Unmount, even while files are open, and end the threads; reads under way fail."""
-        if self._device < 0:
-            return
-        if self._number:
-            try:
-                mounts.unmount(self._mountpoint, force=True)
-            except OSError as error:
-                _log.warning("cannot unmount %s: %s", self._mountpoint, error.strerror)
+        """End the threads; to be called after `Mount.close` in the same process.
+
+        Not needed where the process ends: threads, and requests that they took, are left to the next server.
+        """
+        self._stopping = True
         if not _join(self._readers):
-            self._abort()
-        self._waiting_pids.clear()  # from here on, what a fetch brings is dropped
+            _log.warning("%s: still mounted; its threads end with their next request", self._mount.point)
+        self._waiting.clear()  # from here on, what a fetch brings is dropped
         for _ in self._fetchers:
-            self._waiting.put(None)
+            self._turns.put(None)
         if not _join(self._fetchers):
-            _log.warning("%s: some reads still wait for the store", self._mountpoint)
-        if _join(self._readers):
-            with self._device_lock:
-                os.close(self._device)
-                self._device = -1
+            _log.warning("%s: some reads still wait for the store", self._mount.point)
+        self._device.close()
 
-    # The mount
+    # The state file
 
-    def _mount(self) -> None:
-        options = (
-            f"fd={self._device},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,"
-            f"max_read={kernel.MAX_READ_BYTES}"
-        )
-        flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
-        mounts.mount("bootseer", self._mountpoint, _FSTYPE, flags, options)
-        # Not by stat(2): that would ask this very server, which does not run yet.
-        self._number = mounts.mounts_at(self._mountpoint)[-1].device
-
-    def _negotiate(self) -> None:
-        inbox = memoryview(bytearray(kernel.REQUEST_BUFFER_BYTES))
-        request = kernel.parse(inbox[: os.readv(self._device, [inbox])])
-        agreed, payload = kernel.init_reply(request.body)
-        self._zero_message_open = kernel.InitFlag.NO_OPEN_SUPPORT in agreed
-        self._reply(request.unique, payload)
-
-    def _set_read_ahead(self) -> None:
-        control = Path("/sys/class/bdi", self._number, "read_ahead_kb")
+    def _write_state(self, state: State) -> None:
+        new = self._state.with_name(f"{self._state.name}.new")
         try:
-            control.write_text(f"{self._read_ahead_kb}\n")
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            with open(fd, "w", encoding="ascii") as stream:
+                stream.write(json.dumps(state | {"mount": self._mount.key}))
+            os.replace(new, self._state)
         except OSError as error:
-            _log.warning("%s: %s: sequential reads will be slower", control, error.strerror)
+            raise BootseerError(f"{self._state}: cannot be written: {error.strerror}") from error
 
-    def _abort(self) -> None:
-        """Break the connection when its mount was no longer ours to unmount; needs fusectl to be mounted."""
-        control = Path("/sys/fs/fuse/connections", self._number.partition(":")[2], "abort")
+    def _read_state(self) -> None:
+        """Take over the nodes of this mount's last server; a file of another mount means nothing."""
         try:
-            control.write_text("1\n")
-        except OSError as error:
-            _log.error("%s: %s: the threads of %s go on", control, error.strerror, self._mountpoint)
+            state = json.loads(self._state.read_bytes())
+            if state["mount"] == self._mount.key:
+                self._tree.restore(state)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _log.error("%s: not usable, open files are lost: %r", self._state, error)
+
+    def _save(self) -> None:
+        try:
+            self._tree.save()
+        except BootseerError as error:  # an old state names more than there is, which the next `settle` mends
+            _log.warning("%s", error.message)
 
     # The threads
 
-    def _thread(self, name: str, step: Callable[[], None]) -> threading.Thread:
-        return threading.Thread(target=step, name=f"bootseer-{name}", daemon=True)
+    def _thread(self, name: str, life: Callable[..., None], *arguments: object) -> threading.Thread:
+        return threading.Thread(target=life, args=arguments, name=f"bootseer-{name}", daemon=True)
 
-    def _serve(self) -> None:
-        """Life of a reader: answer requests until the file system is gone."""
-        inbox = memoryview(bytearray(kernel.REQUEST_BUFFER_BYTES))
-        outbox = memoryview(mmap.mmap(-1, kernel.MAX_READ_BYTES))
+    def _serve(self, number: int) -> None:
+        """Life of a reader: answer what the last server left in its inbox, then requests until the end."""
+        inbox, outbox = self._ledger.inboxes[number], ledger.outbox()
+        left = self._ledger.unanswered(number)
+        if left is not None:
+            self._answer(kernel.parse(left), outbox)
         while True:
-            try:
-                message = inbox[: os.readv(self._device, [inbox])]
-            except OSError as error:
-                if error.errno in (errno.ENODEV, errno.ECONNABORTED):
-                    return
-                if error.errno != errno.ENOENT:  # the request was taken back
-                    _log.error("/dev/fuse of %s: %s", self._mountpoint, error.strerror)
-                    time.sleep(0.1)
-                continue
-            self._answer(kernel.parse(message), outbox)
+            self._ledger.clear(number)
+            message = self._device.take(inbox)
+            if message is None or self._stopping:
+                return
+            if message:
+                self._answer(kernel.parse(message), outbox)
 
     def _answer(self, request: Request, outbox: memoryview) -> None:
         try:
@@ -216,9 +252,9 @@ class Server:
             else:  # ENOSYS: the kernel does not ask again
                 raise kernel.failure(errno.EROFS if request.opcode in kernel.WRITING else errno.ENOSYS)
             if payload is not None:
-                self._reply(request.unique, payload)
+                self._device.reply(request.unique, payload)
         except BaseException as error:  # some extension modules raise past Exception; the thread must live
-            self._fail(request.unique, error)
+            self._device.fail(request.unique, error)
 
     def _fetch(self) -> None:
         """Life of a fetcher."""
@@ -227,126 +263,114 @@ class Server:
 
     def _fetch_next(self) -> bool:
         """Answer one waiting read; False at the end. Has its own frame: an idle thread holds no File."""
-        waiting = self._waiting.get()
-        if waiting is None:
+        turn = self._turns.get()
+        if turn is None:
             return False
-        unique, file, offset, size = waiting
-        if unique not in self._waiting_pids:
+        parked = turn.parked
+        if parked.unique not in self._waiting:
             return True
         try:
-            data = memoryview(file.fetch(offset, size)).cast("B")
-            if len(data) != size:
-                raise ValueError(f"{len(data)} bytes came instead of {size} at {offset}")
+            fd = None if turn.asked else turn.file.ready(parked.offset, parked.size)
+            data = None
+            if fd is None:
+                data = memoryview(turn.file.fetch(parked.offset, parked.size)).cast("B")
+                if len(data) != parked.size:
+                    raise ValueError(f"{len(data)} bytes came instead of {parked.size} at {parked.offset}")
+            with self._outbox() as outbox:
+                part = outbox[: parked.size]
+                if fd is not None:
+                    _read_local(turn.file, fd, parked.offset, part)
+                elif data is not None:
+                    part[:] = data
+                self._finish(parked, part)
         except BaseException as error:
-            if self._waiting_pids.pop(unique, None) is not None:
-                self._fail(unique, error)
-        else:
-            if self._waiting_pids.pop(unique, None) is not None:
-                self._reply(unique, data)
+            self._finish(parked, error)
         return True
 
-    # Messages to the kernel
-
-    def _send(self, *parts: bytes | memoryview) -> bool:
-        """Write one message; False when the kernel has no use for it."""
+    @contextlib.contextmanager
+    def _outbox(self) -> Iterator[memoryview]:
+        outbox = self._outboxes.get()
         try:
-            os.writev(self._device, parts)
-        except OSError as error:
-            if error.errno not in _NOBODY_WAITS:
-                _log.error("/dev/fuse of %s: cannot write: %s", self._mountpoint, error.strerror)
-            return False
-        return True
+            yield outbox
+        finally:
+            self._outboxes.put(outbox)
 
-    def _reply(self, unique: int, payload: bytes | memoryview) -> bool:
-        return self._send(kernel.reply_header(unique, len(payload)), payload)
+    def _finish(self, parked: Parked, result: memoryview | BaseException) -> None:
+        """Answer a parked read, unless that was done; only then it leaves the ledger."""
+        if self._waiting.pop(parked.unique, None) is None:
+            return
+        if isinstance(result, BaseException):
+            self._device.fail(parked.unique, result)
+        else:
+            self._device.reply(parked.unique, result)
+        self._ledger.release(parked)
 
-    def _fail(self, unique: int, error: BaseException) -> None:
-        number = errno.EIO
-        if not isinstance(error, OSError):
-            _log.error("%s: a request failed", self._mountpoint, exc_info=error)
-        elif error.errno and error.errno in errno.errorcode:  # the kernel ignores replies with other numbers
-            number = error.errno
-        self._send(kernel.error_reply(unique, number))
-
-    def _notify(self, message: bytes) -> None:
-        with self._device_lock:
-            if self._number and self._device >= 0:
-                self._send(message)
+    def _tell_gone(self, gone: list[tuple[int, bytes]]) -> None:
+        for parent_id, name in gone:
+            self._device.send(kernel.notify_inval_entry(parent_id, name))
 
     # Requests
 
     def _read(self, request: Request, outbox: memoryview) -> memoryview | None:
         _fh, offset, asked, _, _, _, _ = kernel.READ_IN.unpack_from(request.body)
-        file = self._tree.get(request.node_id).file
-        if file is None:
+        node = self._tree.get(request.node_id)
+        if not node.is_file:
             raise kernel.failure(errno.EISDIR)
-        size = max(0, min(asked, file.size_bytes - offset))
+        size = max(0, min(asked, node.size_bytes - offset))
         part = outbox[:size]
         if size == 0:
             return part
-        fd = file.ready(offset, size)
-        if fd is None:
-            self._waiting_pids[request.unique] = request.pid
-            self._waiting.put((request.unique, file, offset, size))
-            return None
-        if os.preadv(fd, [part], offset) != size:
-            raise ValueError(f"the local copy of {file!r} ends before {offset + size}")
-        return part
+        file = node.file
+        if file is not None:
+            fd = file.ready(offset, size)
+            if fd is not None:
+                _read_local(file, fd, offset, part)
+                return part
+        parked = self._ledger.park(request.unique, node.id, offset, size, request.pid)
+        self._waiting[parked.unique] = parked
+        if file is not None:
+            self._turns.put(_Turn(parked, file, asked=True))
+        else:
+            self._wait_for_file(node, parked)
+        return None
+
+    def _wait_for_file(self, node: Node, parked: Parked) -> None:
+        """Have a read wait until its node has a File, if it still may get one."""
+        with self._file_lock:
+            file = node.file
+            if file is None and node.linked and self._recovering:
+                self._without_file.setdefault(node.id, []).append(parked)
+                return
+        if file is None:
+            self._finish(parked, kernel.failure(errno.EIO))
+        else:
+            self._turns.put(_Turn(parked, file, asked=False))
+
+    def _give_up(self, node: Node) -> None:
+        """Fail the reads that wait for the File of a node that will not get one any more."""
+        with self._file_lock:
+            waiting = self._without_file.pop(node.id, [])
+        for parked in waiting:
+            self._finish(parked, kernel.failure(errno.EIO))
 
     def _interrupt(self, request: Request) -> None:
-        """Let go of a process that is being killed and waits in O_DIRECT; buffered readers need no help.
+        """Let go of a process that is being killed and waits in O_DIRECT or for a single page.
 
-        Other signals do not count: a read of an ordinary file does not end with EINTR.
+        Who waits for readahead needs no help. Other signals do not count: a read of an ordinary file does not
+        end with EINTR.
         """
         (unique,) = kernel.INTERRUPT_IN.unpack_from(request.body)
-        pid = self._waiting_pids.get(unique)
-        if pid is None:  # not here yet: the kernel asks again; answered meanwhile: it takes no notice
-            self._send(kernel.error_reply(request.unique, errno.EAGAIN))
-        elif _is_being_killed(pid) and self._waiting_pids.pop(unique, None) is not None:
-            self._send(kernel.error_reply(unique, errno.EINTR))
+        parked = self._waiting.get(unique)
+        if parked is None:  # not here yet: the kernel asks again; answered meanwhile: it takes no notice
+            self._device.send(kernel.error_reply(request.unique, errno.EAGAIN))
+        elif _is_being_killed(parked.pid):
+            self._finish(parked, kernel.failure(errno.EINTR))
 
-    def _look_up(self, request: Request) -> None:
-        node = self._tree.look_up(request.node_id, bytes(request.body).partition(b"\0")[0])
-        if not self._reply(request.unique, kernel.entry_reply(node.id, node.attr, _VALID_S)):
-            self._tree.forget(node.id, 1)
 
-    def _forget(self, request: Request) -> None:
-        self._tree.forget(request.node_id, *kernel.FORGET_IN.unpack_from(request.body))
-
-    def _batch_forget(self, request: Request) -> None:
-        for node_id, lookups in kernel.forgets(request.body):
-            self._tree.forget(node_id, lookups)
-
-    def _get_attributes(self, request: Request) -> bytes:
-        return kernel.attr_reply(self._tree.get(request.node_id).attr, _VALID_S)
-
-    def _open(self, request: Request) -> bytes:
-        if self._zero_message_open:
-            raise kernel.failure(errno.ENOSYS)
-        return kernel.open_reply(kernel.FOPEN_KEEP_CACHE)
-
-    def _list(self, request: Request, *, plus: bool) -> None:
-        _fh, offset, room, _, _, _, _ = kernel.READ_IN.unpack_from(request.body)
-        this = self._tree.get(request.node_id)
-        entries = [(position, name, this) for position, name in _DOTS if position > offset]
-        children = self._tree.entries(this.id, after_id=offset - len(_DOTS))
-        entries += [(node.id + len(_DOTS), name, node) for name, node in children]
-        records: list[bytes] = []
-        looked_up: list[int] = []
-        for position, name, node in entries:
-            record = kernel.directory_entry(node.id, position, node.mode, name)
-            room -= len(record) + (_ENTRY_BYTES if plus else 0)
-            if room < 0:
-                break
-            if plus:  # node id 0 says: only a name
-                counted = node is not this and self._tree.count_lookup(node)
-                if counted:
-                    looked_up.append(node.id)
-                records.append(kernel.entry_reply(node.id if counted else 0, node.attr, _VALID_S))
-            records.append(record)
-        if not self._reply(request.unique, b"".join(records)):
-            for node_id in looked_up:
-                self._tree.forget(node_id, 1)
+def _read_local(file: File, fd: int, offset: int, part: memoryview) -> None:
+    """Fill part from the descriptor that the file's `ready` gave."""
+    if os.preadv(fd, [part], offset) != len(part):
+        raise ValueError(f"the local copy of {file!r} ends before {offset + len(part)}")
 
 
 def _join(threads: list[threading.Thread]) -> bool:
@@ -366,32 +390,3 @@ def _is_being_killed(pid: int) -> bool:
         return False
     pending = next((int(line.split()[1], 16) for line in lines if line.startswith("SigPnd:")), 0)
     return bool(pending & 1 << (signal.SIGKILL - 1))
-
-
-def _remove_dead_mount(mountpoint: Path) -> None:
-    """Unmount what a killed server left at mountpoint; raises BootseerError when something there is alive."""
-    while there := mounts.mounts_at(mountpoint):
-        if there[-1].fstype != _FSTYPE or _is_served(mountpoint):
-            raise BootseerError(
-                f"{mountpoint} is in use: {there[-1].source} ({there[-1].fstype}) is mounted there",
-                hint="stop the agent that serves it, or choose another folder",
-            )
-        _log.warning("%s: taking away the mount of a server that is gone", mountpoint)
-        mounts.unmount(mountpoint, force=True)
-
-
-def _is_served(mountpoint: Path) -> bool:
-    """Ask the server of a mount. statvfs(3), since the kernel may answer stat(2) from memory."""
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            os.statvfs(mountpoint)
-            answers.append(True)
-        except OSError:  # ENOTCONN: nobody has /dev/fuse open
-            answers.append(False)
-
-    thread = threading.Thread(target=ask, daemon=True)  # nobody may be reading what somebody holds open
-    thread.start()
-    thread.join(_ANSWER_TIMEOUT_S)
-    return bool(answers) and answers[0]

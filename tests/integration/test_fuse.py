@@ -26,7 +26,7 @@ import pytest
 
 from bootseer_slurm import mounts
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.fuse import Server, kernel
+from bootseer_slurm.fuse import Mount, Server, kernel
 
 pytestmark = [
     pytest.mark.fuse,
@@ -81,12 +81,22 @@ def mountpoint(tmp_path: Path) -> Iterator[Path]:
         mounts.unmount(tmp_path / "blobs", force=True)
 
 
+@contextlib.contextmanager
+def _serving(mountpoint: Path, *, readers: int = 2, blocking_threads: int = 64) -> Iterator[Server]:
+    mount = Mount.open(mountpoint, readers=readers)
+    server = Server(mount, mountpoint.with_name("nodes"), blocking_threads=blocking_threads)
+    server.start()
+    try:
+        yield server
+    finally:
+        mount.close()
+        server.stop()
+
+
 @pytest.fixture
 def server(mountpoint: Path) -> Iterator[Server]:
-    server = Server(mountpoint)
-    server.start()
-    yield server
-    server.stop()
+    with _serving(mountpoint) as server:
+        yield server
 
 
 @pytest.fixture
@@ -327,10 +337,10 @@ def test_removed_while_open(server: Server, mountpoint: Path) -> None:
 
 
 def test_stuck_fetches_hold_up_nothing_else(mountpoint: Path, stuck: StuckFile) -> None:
-    server = Server(mountpoint, threads=1, blocking_threads=4)
-    server.start()
     read = "import os,sys; print(len(os.pread(os.open(sys.argv[1], os.O_RDONLY), 1 << 20, int(sys.argv[2]))))"
     children = []
+    serving = _serving(mountpoint, readers=1, blocking_threads=4)
+    server = serving.__enter__()
     try:
         paths = [server.add(f"0/stuck{number}", stuck) for number in range(8)]
         # More than the 12 background requests that the kernel allows by default.
@@ -351,8 +361,8 @@ def test_stuck_fetches_hold_up_nothing_else(mountpoint: Path, stuck: StuckFile) 
         stuck.released.set()
         assert {child.communicate(timeout=30)[0].strip() for child in children[1:]} == {str(1 << 20)}
     finally:
-        server.stop()
         stuck.released.set()
+        serving.__exit__(None, None, None)
         for child in children:
             child.kill()
             child.communicate()
@@ -451,12 +461,14 @@ def _our_descriptors() -> list[str]:
     return sorted(link for link in links if link == "/dev/fuse")
 
 
-def test_stop_leaves_nothing(mountpoint: Path) -> None:
-    server = Server(mountpoint)
+def test_closing_and_stopping_leave_nothing(mountpoint: Path) -> None:
+    mount = Mount.open(mountpoint)
+    server = Server(mount, mountpoint.with_name("nodes"))
     server.start()
-    assert len(_our_descriptors()) == 1 and _our_threads()
+    assert len(_our_descriptors()) == 2 and _our_threads()
     path = server.add("0/blob", MemoryFile(bytes(1 << 20)))
     stream = path.open("rb", buffering=0)
+    mount.close()
     server.stop()
     assert not mounts.is_mountpoint(mountpoint)
     assert _our_threads() == [] and _our_descriptors() == []
@@ -466,32 +478,45 @@ def test_stop_leaves_nothing(mountpoint: Path) -> None:
     with contextlib.suppress(OSError):  # close(2) would tell the server
         stream.close()
     server.remove("0/blob")  # nobody to tell
+    mount.close()
     server.stop()
-    Server(mountpoint).stop()
 
 
-def test_stop_with_a_fetch_that_does_not_come_back(
+def test_a_fetch_that_does_not_come_back(
     mountpoint: Path, stuck: StuckFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bootseer_slurm.fuse.server._STOP_TIMEOUT_S", 0.3)
-    server = Server(mountpoint)
-    server.start()
-    path = server.add("0/stuck", stuck)
-    with _python("import sys; open(sys.argv[1], 'rb').read()", path) as child:
+    with _serving(mountpoint) as server:
+        path = server.add("0/stuck", stuck)
+        child = _python("import sys; open(sys.argv[1], 'rb').read()", path)
         assert stuck.waiting.acquire(timeout=20)
-        server.stop()
+    with child:
         assert child.wait(10) == 1
-    assert not mounts.is_mountpoint(mountpoint) and _our_descriptors() == []
+    assert not mounts.is_mountpoint(mountpoint)
     stuck.released.set()
-    _wait_until(lambda: _our_threads() == [])
+    _wait_until(lambda: _our_threads() == [] and _our_descriptors() == [])
 
 
-def test_stop_when_the_mount_was_taken_away(mountpoint: Path) -> None:
-    server = Server(mountpoint)
-    server.start()
-    mounts.unmount(mountpoint)
-    server.stop()
-    assert _our_threads() == [] and _our_descriptors() == []
+@pytest.fixture
+def fusectl() -> Iterator[None]:
+    folder = Path("/sys/fs/fuse/connections")
+    ours = not folder.is_mount()
+    if ours:
+        mounts.mount("fusectl", folder, "fusectl", 0)
+    yield
+    if ours:
+        mounts.unmount(folder)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_the_mount_was_taken_away(mountpoint: Path, fusectl: None, held: bool) -> None:
+    with contextlib.suppress(OSError), contextlib.ExitStack() as opened:  # close(2) would tell the server
+        with _serving(mountpoint) as server:
+            path = server.add("0/blob", MemoryFile(bytes(10)))
+            if held:
+                opened.enter_context(path.open("rb", buffering=0))
+            mounts.unmount(mountpoint)
+        assert _our_threads() == [] and _our_descriptors() == []
 
 
 def _start_and_kill(mountpoint: Path) -> None:
@@ -499,8 +524,9 @@ def _start_and_kill(mountpoint: Path) -> None:
 import sys, time
 sys.path.insert(0, {str(Path(kernel.__file__).parents[2])!r})
 from pathlib import Path
-from bootseer_slurm.fuse import Server
-Server(Path(sys.argv[1])).start()
+from bootseer_slurm.fuse import Mount, Server
+mount = Mount.open(Path(sys.argv[1]))
+Server(mount, Path(sys.argv[1] + ".nodes")).start()
 print("up", flush=True)
 time.sleep(100)
 """
@@ -510,40 +536,35 @@ time.sleep(100)
         child.kill()
 
 
-def test_the_mount_of_a_killed_server_is_replaced(mountpoint: Path) -> None:
+def test_the_mount_of_a_killed_keeper_is_replaced(mountpoint: Path) -> None:
     _start_and_kill(mountpoint)
     with pytest.raises(OSError) as raised:
         os.statvfs(mountpoint)
     assert raised.value.errno == errno.ENOTCONN
-    server = Server(mountpoint)
-    server.start()
-    try:
+    with _serving(mountpoint) as server:
         assert server.add("0/blob", MemoryFile(b"data")).read_bytes() == b"data"
         assert len(mounts.mounts_at(mountpoint)) == 1
-    finally:
-        server.stop()
 
 
 def test_a_mount_that_somebody_holds_and_nobody_serves_is_replaced(
     mountpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bootseer_slurm.fuse.server._ANSWER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("bootseer_slurm.fuse.mount._ANSWER_TIMEOUT_S", 0.3)
     mountpoint.mkdir()
     device = os.open("/dev/fuse", os.O_RDWR)
     try:
         options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
         mounts.mount("bootseer", mountpoint, "fuse.bootseer", 0, options)
-        server = Server(mountpoint)
-        server.start()
-        server.stop()
+        Mount.open(mountpoint).close()
     finally:
         os.close(device)
+    assert not mounts.is_mountpoint(mountpoint)
 
 
 def test_what_is_alive_is_left_alone(server: Server, mountpoint: Path) -> None:
     path = server.add("0/blob", MemoryFile(b"data"))
     with pytest.raises(BootseerError, match="in use") as raised:
-        Server(mountpoint).start()
+        Mount.open(mountpoint)
     assert raised.value.hint
     assert path.read_bytes() == b"data"
     other = mountpoint.with_name("other")
@@ -551,15 +572,15 @@ def test_what_is_alive_is_left_alone(server: Server, mountpoint: Path) -> None:
     mounts.mount("not-ours", other, "tmpfs", 0)
     try:
         with pytest.raises(BootseerError, match="not-ours"):
-            Server(other).start()
+            Mount.open(other)
     finally:
         mounts.unmount(other)
 
 
-def test_start_says_why_it_cannot(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_says_why_it_cannot(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mountpoint.touch()
     with pytest.raises(BootseerError, match="mount point"):
-        Server(mountpoint).start()
+        Mount.open(mountpoint)
     mountpoint.unlink()
 
     def refuse(*arguments: object) -> int:
@@ -568,5 +589,5 @@ def test_start_says_why_it_cannot(mountpoint: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("bootseer_slurm.mounts._LIBC.mount", refuse)
     with pytest.raises(BootseerError, match=r"cannot mount FUSE at .*: Operation not permitted") as raised:
-        Server(mountpoint).start()
+        Mount.open(mountpoint)
     assert raised.value.hint and _our_descriptors() == [] and _our_threads() == []

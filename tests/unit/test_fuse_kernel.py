@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.fuse import kernel
-from bootseer_slurm.fuse.tree import Tree
+from bootseer_slurm.fuse.ledger import Ledger, Lookups, create
+from bootseer_slurm.fuse.tree import State, Tree
 
 _STRUCTURES = {
     "fuse_in_header": kernel.IN_HEADER.size,
@@ -33,6 +36,7 @@ _STRUCTURES = {
     "fuse_interrupt_in": kernel.INTERRUPT_IN.size,
     "fuse_notify_inval_inode_out": kernel.NOTIFY_INVAL_INODE.size,
     "fuse_notify_inval_entry_out": kernel.NOTIFY_INVAL_ENTRY.size,
+    "fuse_notify_store_out": kernel.NOTIFY_STORE.size,
 }
 # Structure, field, Struct of ours, index of the field in what it unpacks.
 _FIELDS = [
@@ -59,6 +63,7 @@ _FIELDS = [
     ("fuse_read_in", "size", kernel.READ_IN, 2),
     ("fuse_dirent", "type", kernel.DIRENT, 3),
     ("fuse_notify_inval_entry_out", "namelen", kernel.NOTIFY_INVAL_ENTRY, 1),
+    ("fuse_notify_store_out", "size", kernel.NOTIFY_STORE, 2),
 ]
 
 
@@ -75,6 +80,22 @@ class Plain:
 
     def fetch(self, offset: int, size: int) -> bytes:
         return bytes(size)
+
+
+class Saved(Tree):
+    """A tree, and what it saved; `counts` is where it keeps its look-ups."""
+
+    def __init__(self, counts: bytearray | None = None) -> None:
+        self.counts = bytearray(16 * 64) if counts is None else counts
+        self.states: list[State] = []
+        super().__init__(Lookups(memoryview(self.counts)), lambda state: self.states.append(state))
+
+    def successor(self) -> Saved:
+        """The tree of a process that takes over now."""
+        tree = Saved(self.counts)
+        if self.states:
+            tree.restore(json.loads(json.dumps(self.states[-1])))
+        return tree
 
 
 def _offset(layout: struct.Struct, index: int) -> int:
@@ -162,15 +183,18 @@ def test_notifications() -> None:
     message = kernel.notify_inval_inode(5, 4096, 0)
     assert kernel.OUT_HEADER.unpack_from(message) == (len(message), 2, 0)
     assert kernel.NOTIFY_INVAL_INODE.unpack_from(message, 16) == (5, 4096, 0)
+    header = kernel.notify_store_header(5, 4096, 100)
+    assert kernel.OUT_HEADER.unpack_from(header) == (len(header) + 100, 4, 0)
+    assert kernel.NOTIFY_STORE.unpack_from(header, 16) == (5, 4096, 100, 0)
 
 
 def test_a_removed_node_lives_until_it_is_forgotten() -> None:
-    tree = Tree()
-    assert tree.add("1000/a", Plain()) == kernel.ROOT_ID
+    tree = Saved()
+    assert tree.add("1000/a", Plain()).changed == kernel.ROOT_ID
     directory = tree.look_up(kernel.ROOT_ID, b"1000")
     node = tree.look_up(directory.id, b"a")
     tree.look_up(directory.id, b"a")
-    assert tree.remove("1000/a") == [(directory.id, b"a"), (kernel.ROOT_ID, b"1000")]
+    assert tree.remove("1000/a") == (node, [(directory.id, b"a"), (kernel.ROOT_ID, b"1000")])
     with pytest.raises(OSError) as raised:
         tree.look_up(directory.id, b"a")
     assert raised.value.errno == errno.ENOENT
@@ -187,7 +211,7 @@ def test_a_removed_node_lives_until_it_is_forgotten() -> None:
 
 
 def test_totals_and_entries() -> None:
-    tree = Tree()
+    tree = Saved()
     for number in range(5):
         tree.add(f"1000/{number}", Plain(100))
     tree.remove("1000/2")
@@ -206,11 +230,11 @@ def test_totals_and_entries() -> None:
 def test_other_paths_are_refused(path: str) -> None:
     for hostile in (path, "1/a\0b", "1/" + "n" * 256):
         with pytest.raises(ValueError, match="uid"):
-            Tree().add(hostile, Plain())
+            Saved().add(hostile, Plain())
 
 
 def test_names_are_unique_and_removed_once() -> None:
-    tree = Tree()
+    tree = Saved()
     tree.add("0/a", Plain())
     with pytest.raises(FileExistsError):
         tree.add("0/a", Plain())
@@ -220,7 +244,7 @@ def test_names_are_unique_and_removed_once() -> None:
 
 
 def test_many_threads_leave_nothing_behind() -> None:
-    tree = Tree()
+    tree = Saved(bytearray(16 * 16))  # a slot that is not given back is missed soon
 
     def work(uid: int) -> None:
         for number in range(300):
@@ -239,3 +263,113 @@ def test_many_threads_leave_nothing_behind() -> None:
         thread.join()
     assert tree.totals() == (0, 0)
     assert tree.entries(kernel.ROOT_ID, 0) == []
+
+
+def test_a_restored_tree_has_the_same_nodes_and_counts() -> None:
+    tree = Saved()
+    for path in ("1000/a", "1000/\udcff", "7/ü"):
+        tree.add(path, Plain(100))
+    directory = tree.look_up(kernel.ROOT_ID, b"1000")
+    ids = [tree.look_up(directory.id, name).id for name in (b"a", b"\xff", b"a")]
+    after = tree.successor().successor()  # nothing was saved in between: the first one's state counts
+    assert after.entries(kernel.ROOT_ID, 0) == []
+    after = tree.successor()
+    assert [after.look_up(directory.id, name).id for name in (b"a", b"\xff")] == ids[:2]
+    node = after.get(ids[0])
+    assert (node.size_bytes, node.uid, node.mtime_ns, node.file) == (100, 1000, Plain.mtime_ns, None)
+    assert node.attr == tree.get(ids[0]).attr
+    assert after.totals() == (300, 3)
+    after.remove("1000/a")
+    after.forget(node.id, 2)
+    assert after.get(node.id) is node  # three look-ups: two of the first server's, one of its own
+    after.forget(node.id, 1)
+    with pytest.raises(OSError):
+        after.get(node.id)
+    assert after.find("1000/a") is None
+
+
+def test_add_after_a_restart_takes_the_old_node_or_replaces_it() -> None:
+    tree = Saved()
+    for name in "abc":
+        tree.add(f"1000/{name}", Plain(100))
+    saves = len(tree.states)
+    directory = tree.look_up(kernel.ROOT_ID, b"1000")
+    old = tree.look_up(directory.id, b"b")
+    after = tree.successor()
+    file = Plain(100)
+    added = after.add("1000/a", file)
+    assert (added.replaced, added.changed, added.gone) == (None, None, [])
+    assert added.node.file is file and after.states == [] and len(tree.states) == saves
+    with pytest.raises(FileExistsError):
+        after.add("1000/a", file)
+    added = after.add("1000/b", Plain(101))
+    assert added.replaced is after.get(old.id) and not added.replaced.linked
+    assert added.gone == [(directory.id, b"b")] and added.node.id > old.id + 1
+    assert [name for name, _ in after.entries(directory.id, 0)] == [b"a", b"c", b"b"]
+    assert [entry[0] for entry in after.states[-1]["files"]].count(old.id) == 0
+    assert after.settle() == [(directory.id, b"c")]
+    after.save()
+    assert {entry[2] for entry in after.states[-1]["files"]} == {"a", "b"}
+    new = after.successor().add("1000/new", Plain()).node
+    assert new.id > added.node.id
+
+
+def test_settle_without_any_file_leaves_an_empty_tree() -> None:
+    tree = Saved()
+    tree.add("1000/a", Plain())
+    after = tree.successor()
+    assert [name for _, name in after.settle()] == [b"a", b"1000"]
+    after.save()
+    assert after.states[-1]["files"] == [] and after.states[-1]["directories"] == {}
+    assert after.entries(kernel.ROOT_ID, 0) == []
+
+
+def test_a_new_id_is_saved_before_its_name_can_be_looked_up() -> None:
+    seen: list[bool] = []
+    tree = Tree(Lookups(memoryview(bytearray(160))), lambda state: seen.append(tree.find("0/a") is None))
+    tree.add("0/a", Plain())
+    assert seen == [True]
+
+
+def test_what_cannot_be_saved_is_not_added() -> None:
+    def fail(state: State) -> None:
+        raise BootseerError("full")
+
+    counts = bytearray(16 * 3)
+    tree = Tree(Lookups(memoryview(counts)), fail)
+    for _ in range(5):  # and leaves no slot behind
+        with pytest.raises(BootseerError, match="full"):
+            tree.add("1000/a", Plain())
+    assert tree.totals() == (0, 0) and tree.find("1000/a") is None
+    tree = Saved(bytearray(16 * 3))
+    tree.add("1000/a", Plain())
+    with pytest.raises(BootseerError, match="more than 3 files"):
+        tree.add("1000/b", Plain())
+
+
+def test_the_ledger_says_what_was_not_answered() -> None:
+    fd = create(readers=3)
+    try:
+        ledger = Ledger(fd, 3)
+        assert ledger.found() == [] and ledger.unanswered(0) is None
+        parked = [ledger.park(unique, 5, unique * 4096, 4096, 77) for unique in (12, 10, 14)]
+        ledger.release(parked[2])
+        for reader, (opcode, unique) in enumerate(
+            [(kernel.Opcode.LOOKUP, 20), (kernel.Opcode.FORGET, 22), (kernel.Opcode.READ, 12)]
+        ):
+            message = kernel.IN_HEADER.pack(45, opcode, unique, 1, 0, 0, 77, 0, 0) + b"name\0"
+            ledger.inboxes[reader][: len(message)] = message
+        after = Ledger(fd, 3)
+        assert [each[1:] for each in after.found()] == [(10, 5, 40960, 4096, 77), (12, 5, 49152, 4096, 77)]
+        left = after.unanswered(0)
+        assert left is not None and kernel.parse(left).unique == 20 and left[-5:] == b"name\0"
+        assert after.unanswered(1) is None  # to forget twice would be wrong
+        assert after.unanswered(2) is None  # parked already
+        after.clear(0)
+        for each in after.found():
+            after.release(each)
+        last = Ledger(fd, 3)
+        assert last.unanswered(0) is None and last.found() == []
+        assert last.unanswered(2) is not None
+    finally:
+        os.close(fd)

@@ -8,12 +8,18 @@ A manifest file is one line of JSON, then the sha256 digest (32 bytes) of every 
 The blob's id is the sha256 of that file, so the same bytes with the same layout have the same id everywhere.
 Chunk i (chunk_bytes, a whole number of blocks) lies in object i % objects, at (i // objects) * chunk_bytes.
 A manifest is hostile until parsed: it comes from a folder that its user may write.
+
+The cache keeps the manifest beside the blocks. A file adopted where it lies has none; for it the cache keeps
+the same line with "format": "bootseer-file" and without a kind, and no digests behind it: these are known
+only as blocks are read, and lie in a file of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,29 +101,66 @@ def decode(content: bytes) -> Manifest:
 
     Raises IntegrityError when it is not one, or is not whole.
     """
-    end = content.find(b"\n", 0, _HEADER_LIMIT_BYTES)
-    try:
-        if end < 0:
-            raise ValueError("its first line does not end")
-        line, digests = content[:end], content[end + 1 :]
-        header: Any = json.loads(line)
-        if header["format"] != "bootseer-blob" or header["version"] != 1:
-            raise ValueError("not a manifest of version 1")
-        numbers = [header[key] for key in ("size_bytes", "block_bytes", "chunk_bytes", "objects")]
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise ValueError("a size is not a natural number")
-        layout = Layout(*numbers)
-        if layout.block_bytes not in (2**n for n in range(12, 25)) or layout.chunk_bytes % layout.block_bytes:
-            raise ValueError("block and chunk sizes do not fit each other")
-        if (
-            not layout.block_bytes <= layout.chunk_bytes <= CHUNK_BYTES
-            or not 1 <= layout.objects <= _MAX_OBJECTS
-        ):
-            raise ValueError("chunk size or number of objects out of range")
+    with _as_integrity_error():
+        header, digests = _split(content, "bootseer-blob")
+        layout = _layout(header)
         if header["kind"] not in KINDS:
             raise ValueError("unknown kind")
         if len(digests) != layout.blocks * DIGEST_BYTES:
             raise ValueError("it does not hold one digest per block")
+    return Manifest(header["kind"], layout, digests)
+
+
+def manifest_of(blob_id: str, layout: Layout, digests: bytes) -> Manifest:
+    """The manifest that has this id. Raises IntegrityError when no kind of blob gives it."""
+    for kind in KINDS:
+        manifest = Manifest(kind, layout, digests)
+        if manifest.id == blob_id:
+            return manifest
+    raise IntegrityError(f"blob {blob_id[:16]}: these digests are another blob's")
+
+
+def encode_adopted(layout: Layout) -> bytes:
+    """What the cache keeps in a manifest's place for a file adopted where it lies."""
+    header = {"format": "bootseer-file", "version": 1, **asdict(layout)}
+    return json.dumps(header, sort_keys=True).encode() + b"\n"
+
+
+def decode_adopted(content: bytes) -> Layout:
+    """The layout in such a file. Raises IntegrityError."""
+    with _as_integrity_error():
+        header, rest = _split(content, "bootseer-file")
+        if rest:
+            raise ValueError("something follows its line")
+        return _layout(header)
+
+
+@contextlib.contextmanager
+def _as_integrity_error() -> Iterator[None]:
+    try:
+        yield
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"manifest cannot be used: {error}") from error
-    return Manifest(header["kind"], layout, digests)
+
+
+def _split(content: bytes, format_: str) -> tuple[Any, bytes]:
+    """The line, parsed, and what follows it."""
+    end = content.find(b"\n", 0, _HEADER_LIMIT_BYTES)
+    if end < 0:
+        raise ValueError("its first line does not end")
+    header: Any = json.loads(content[:end])
+    if header["format"] != format_ or header["version"] != 1:
+        raise ValueError("not a manifest of version 1")
+    return header, content[end + 1 :]
+
+
+def _layout(header: Any) -> Layout:
+    numbers = [header[key] for key in ("size_bytes", "block_bytes", "chunk_bytes", "objects")]
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError("a size is not a natural number")
+    layout = Layout(*numbers)
+    if layout.block_bytes not in (2**n for n in range(12, 25)) or layout.chunk_bytes % layout.block_bytes:
+        raise ValueError("block and chunk sizes do not fit each other")
+    if not layout.block_bytes <= layout.chunk_bytes <= CHUNK_BYTES or not 1 <= layout.objects <= _MAX_OBJECTS:
+        raise ValueError("chunk size or number of objects out of range")
+    return layout

@@ -1,62 +1,145 @@
 """The prefetch of one job on this node: brings the blocks of its targets, with several reads in flight.
 
-Order: a checkpoint first, for all of it will be read; then what nobody has asked for yet of an environment
-and an image, for a start reads a part of these, and reads that wait go before any prefetch (fetch/turns.py).
-Threads: `streams` of its own, started with the first target.
+Three queues, the first that has work goes on:
+
+    hot     what a start touches: the tables of images, then the blocks of all plans by the time of touch
+    whole   checkpoints, and what has no plan: all of it
+    cold    the rest, once the start is over: one run at a time, and `cold_rate` bytes a second
+
+Reads that somebody waits for go before all of these (fetch/turns.py). During the start nothing is fetched of
+a blob with a plan but the plan, for the link is then the job's. Threads: `streams` of its own, started with
+the first target.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import threading
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import psutil
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from bootseer_slurm.agent.target import Target
+from bootseer_slurm.blob.manifest import Layout
 from bootseer_slurm.blob.reader import OnFault
+from bootseer_slurm.blob.trace import Plan
+from bootseer_slurm.config import PrefetchConfig
 from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.fetch.turns import Turns
 
 _ATTEMPTS = 5
 _ORDER = ("checkpoint", "environment", "image")
+# Blocks of a plan that lie side by side, and are this near each other in it, go by one read.
+_NEAR_BLOCKS = 64
+_FORECAST_EVERY_S = 0.05
+_FORECAST_MARGIN = 1.5  # the job's own reads and those of other jobs slow the link
+_OTHERS_S = 1.0  # a wait for a block that others fetch, before it is looked at again
+_PUSH_SHARE = 8
+_FIRST_LIMIT_BYTES = 64 * 2**20
+_NO_PLAN = Plan()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Work:
-    """One target and how far it is."""
+    """One target and how far it is. times_ms: when a start touches each hot block, in order; -1: at once."""
 
     target: Target
+    times_ms: dict[int, int]
+    planned: bool
     in_flight: int = 0
+    hot_left: int = 0  # runs queued and in flight
+    hot_over: bool = False  # there, failed, or dropped
+    hot_there: bool = False
     exhausted: bool = False
+    ended: bool = False
     start_s: float = field(default_factory=time.monotonic)
+
+    def lacking(self) -> list[int]:
+        """The hot blocks that are not there."""
+        blob = self.target.reader.blob
+        return [block for block in self.times_ms if not blob.has(block, block)]
+
+
+@dataclass(slots=True, order=True)
+class _Run:
+    """Hot blocks that one read may bring. at_ms: when a start touches them."""
+
+    at_ms: int
+    number: int
+    first: int = field(compare=False)
+    last: int = field(compare=False)
+    work: _Work = field(compare=False)
 
 
 class Prefetch:
     """Brings targets until it is stopped. Thread-safe."""
 
-    def __init__(self, turns: Turns, streams: int, *, log: EventLog, on_fault: OnFault) -> None:
+    def __init__(self, turns: Turns, config: PrefetchConfig, *, log: EventLog, on_fault: OnFault) -> None:
         """turns: of the fetch process that reads. on_fault(name, message): told of what cannot be read."""
         self._turns = turns
-        self._streams = streams
+        self._config = config
         self._log = log
         self._on_fault = on_fault
         self._works: list[_Work] = []
+        self._hot: list[_Run] = []  # a heap
+        self._numbers = itertools.count()
+        self._push_left_bytes = push_budget_bytes()
+        self._start_over = False
+        self._cold_busy = False
+        self._cold_from_s = 0.0
         self._changed = threading.Condition()
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
 
-    def add(self, target: Target) -> None:
-        """Bring this target's blocks too."""
-        wish, size_bytes = target.wish, target.reader.size_bytes
-        self._log.emit("prefetch", "begin", bytes=size_bytes, target=wish.name, what=wish.kind)
+    def add(self, target: Target, *, plan: Plan = _NO_PLAN, first: Sequence[tuple[int, int]] = ()) -> None:
+        """Bring this target's blocks too. first: ranges (offset, bytes) that its start needs at once."""
+        wish, layout = target.wish, target.reader.blob.layout
+        self._log.emit("prefetch", "begin", bytes=layout.size_bytes, target=wish.name, what=wish.kind)
+        times_ms = _hot_times(layout, plan, first)
+        work = _Work(target, times_ms, bool(plan.blocks))
+        lacking = work.lacking()
         with self._changed:
-            self._works.append(_Work(target))
+            self._works.append(work)
             self._works.sort(key=lambda work: _ORDER.index(work.target.wish.kind))
-            while len(self._threads) < self._streams:
+            for block, first_block, last_block in _runs(lacking, layout.chunk_bytes // layout.block_bytes):
+                self._queue(work, times_ms[block], first_block, last_block)
+            if not lacking:
+                self._end_hot(work, there=True)
+            while len(self._threads) < self._config.streams:
                 self._threads.append(threading.Thread(target=self._stream, name="prefetch", daemon=True))
                 self._threads[-1].start()
+            self._settle(work)
+            self._changed.notify_all()
+
+    def wait_hot(self, target: Target, timeout_s: float) -> bool:
+        """Wait until what the target's start needs is there, or will be there before it is needed.
+
+        A start touches its blocks one after the other, and the link goes on meanwhile: waiting for the last
+        of them would cost the time that the first take. False when they are not, in that time or at all.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        with self._changed:
+            work = next((work for work in self._works if work.target is target), None)
+            while work is not None and not (work.hot_over or self._over.is_set()):
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0 or self._comes_in_time(work):
+                    return left_s > 0
+                self._changed.wait(min(left_s, _FORECAST_EVERY_S))
+            return work is not None and work.hot_there
+
+    def start_over(self) -> None:
+        """The job trains: all that is left is cold."""
+        with self._changed:
+            self._start_over = True
+            for work in self._works:
+                if not work.hot_over:
+                    self._end_hot(work, there=False)
+                self._settle(work)
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -67,7 +150,7 @@ class Prefetch:
             self._over.set()
             self._changed.notify_all()
             for work in self._works:
-                if work.in_flight or not work.exhausted:
+                if not work.ended:
                     self._tell(work, "stopped")
 
     def join(self, timeout_s: float) -> None:
@@ -75,7 +158,89 @@ class Prefetch:
         for thread in self._threads:
             thread.join(timeout_s)
 
+    # The streams
+
     def _stream(self) -> None:
+        while chosen := self._next():
+            work, run, cold = chosen
+            failure: BootseerError | None = None
+            try:
+                if run is not None:
+                    self._bring_hot(run)
+                else:
+                    self._bring_any(work, cold=cold)
+            except BootseerError as error:
+                failure = error
+            if failure and not self._over.is_set():
+                self._on_fault("prefetch_failed", f"{work.target.wish.name}: {failure.message}")
+            with self._changed:
+                work.in_flight -= 1
+                if failure and run is None:
+                    work.exhausted = True
+                elif failure and not work.hot_over:
+                    self._end_hot(work, there=False)
+                if cold:
+                    self._cold_busy = False
+                self._settle(work)
+                self._changed.notify_all()
+
+    def _next(self) -> tuple[_Work, _Run | None, bool] | None:
+        """Wait for a hot run, or a target to go on with, and whether that is cold; None at the end."""
+        with self._changed:
+            while not self._over.is_set():
+                while self._hot:
+                    run = heapq.heappop(self._hot)
+                    if not run.work.hot_over:
+                        run.work.in_flight += 1
+                        return run.work, run, False
+                cold = self._start_over
+                work = next((each for each in self._works if self._wants_more(each)), None)
+                pause_s = self._cold_from_s - time.monotonic() if cold else 0.0
+                if work is not None and pause_s <= 0:
+                    work.in_flight += 1
+                    self._cold_busy = cold
+                    return work, None, cold
+                self._changed.wait(pause_s if work is not None and pause_s > 0 else None)
+        return None
+
+    def _wants_more(self, work: _Work) -> bool:
+        """Whether a target has something to do beside what is hot."""
+        if self._start_over:
+            return not (work.exhausted or self._cold_busy) and self._config.cold_rate_bytes > 0
+        return not (work.exhausted or work.planned)
+
+    def _bring_hot(self, run: _Run) -> None:
+        work, first = run.work, run.first
+        blob = work.target.reader.blob
+        if not (blob.full or blob.has(first, run.last)):
+            first = self._retried(work, first, run.last)
+        else:
+            first = run.last + 1
+        with self._changed:
+            if first <= run.last:
+                self._queue(work, run.at_ms, first, run.last)
+            work.hot_left -= 1
+            if work.hot_left or work.hot_over:
+                return
+        # Others may have had some of them in flight, and failed.
+        while (lacking := work.lacking()) and not (blob.full or work.hot_over or self._over.is_set()):
+            blob.wait(lacking[0], _OTHERS_S)
+            if not blob.has(lacking[0], lacking[0]):
+                self._retried(work, lacking[0], lacking[0])
+        with self._changed:
+            if not work.hot_over:
+                self._end_hot(work, there=not lacking)
+
+    def _bring_any(self, work: _Work, *, cold: bool) -> None:
+        begin_s = time.monotonic()
+        count_bytes = self._retried(work)
+        with self._changed:
+            work.exhausted = work.exhausted or not count_bytes
+            if cold:
+                self._cold_from_s = begin_s + count_bytes / self._config.cold_rate_bytes
+
+    def _retried(self, work: _Work, first: int = -1, last: int = -1) -> int:
+        """Fetch a hot run, and give the block to go on with; or what is missing, and give its bytes."""
         retrying = Retrying(
             retry=retry_if_exception_type(StoreError),
             stop=stop_after_attempt(_ATTEMPTS),
@@ -83,38 +248,66 @@ class Prefetch:
             sleep=self._pause,
             reraise=True,
         )
-        while work := self._next():
-            more = False
-            try:
-                more = retrying(self._run, work)
-            except BootseerError as error:
-                if not self._over.is_set():
-                    self._on_fault("prefetch_failed", f"{work.target.wish.name}: {error.message}")
-            self._done(work, more=more)
+        return retrying(self._fetch_any, work) if first < 0 else retrying(self._fetch_hot, work, first, last)
 
     def _pause(self, pause_s: float) -> None:
         self._over.wait(pause_s)
 
-    def _run(self, work: _Work) -> bool:
+    def _fetch_any(self, work: _Work) -> int:
         with self._turns.prefetch() as limit_bytes:
-            return not self._over.is_set() and work.target.reader.prefetch_run(limit_bytes)
+            return 0 if self._over.is_set() else work.target.reader.prefetch_run(limit_bytes)
 
-    def _next(self) -> _Work | None:
-        with self._changed:
-            while not self._over.is_set():
-                for work in self._works:
-                    if not work.exhausted:
-                        work.in_flight += 1
-                        return work
-                self._changed.wait()
-        return None
+    def _fetch_hot(self, work: _Work, first: int, last: int) -> int:
+        reader = work.target.reader
+        size_bytes = (last - first + 1) * reader.blob.layout.block_bytes
+        with self._turns.prefetch(size_bytes) as limit_bytes:
+            if self._over.is_set():
+                return last + 1
+            with self._changed:
+                push = reader.push is not None and self._push_left_bytes >= limit_bytes
+                self._push_left_bytes -= limit_bytes if push else 0
+            return reader.prefetch_blocks(first, last, limit_bytes, push=push)
 
-    def _done(self, work: _Work, *, more: bool) -> None:
-        with self._changed:
-            work.in_flight -= 1
-            work.exhausted = work.exhausted or not more
-            if work.exhausted and work.in_flight == 0 and not self._over.is_set():
-                self._tell(work, "end")
+    # With the lock held
+
+    def _comes_in_time(self, work: _Work) -> bool:
+        """Whether each block that is not there yet will come before a start that begins now touches it."""
+        lacking, rate_bytes = work.lacking(), self._turns.bytes_per_s
+        if not rate_bytes or any(work.times_ms[block] < 0 for block in lacking):
+            return False
+        begin_ms = min(at_ms for at_ms in work.times_ms.values() if at_ms >= 0)
+        block_bytes = work.target.reader.blob.layout.block_bytes
+        return all(
+            count * block_bytes / rate_bytes * _FORECAST_MARGIN < (work.times_ms[block] - begin_ms) / 1000
+            for count, block in enumerate(lacking, start=1)
+        )
+
+    def _queue(self, work: _Work, at_ms: int, first: int, last: int) -> None:
+        heapq.heappush(self._hot, _Run(at_ms, next(self._numbers), first, last, work))
+        work.hot_left += 1
+
+    def _end_hot(self, work: _Work, *, there: bool) -> None:
+        work.hot_over, work.hot_there = True, there
+        if there and work.times_ms:
+            layout = work.target.reader.blob.layout
+            self._log.emit(
+                "prefetch",
+                "hot",
+                bytes=sum(layout.block_size(block) for block in work.times_ms),
+                blocks=len(work.times_ms),
+                dur_s=time.monotonic() - work.start_s,
+                target=work.target.wish.name,
+                what=work.target.wish.kind,
+            )
+
+    def _settle(self, work: _Work) -> None:
+        """See whether a target is done with: all is there, or nothing more will be brought."""
+        never = not self._config.cold_rate_bytes and (work.planned or self._start_over)
+        if work.hot_over and (never or (work.planned and work.target.reader.blob.complete)):
+            work.exhausted = True
+        if work.hot_over and work.exhausted and not (work.in_flight or work.ended or self._over.is_set()):
+            work.ended = True
+            self._tell(work, "end")
 
     def _tell(self, work: _Work, name: str) -> None:
         usage, before = work.target.reader.usage, work.target.before
@@ -128,3 +321,52 @@ class Prefetch:
             target=work.target.wish.name,
             what=work.target.wish.kind,
         )
+
+
+def push_budget_bytes() -> int:
+    """How much of the memory that is free one job may have filled ahead of its reads."""
+    return psutil.virtual_memory().available // _PUSH_SHARE
+
+
+def first_ranges(value: object, size_bytes: int) -> tuple[tuple[int, int], ...]:
+    """The ranges (offset, bytes) that a fetch process says a mount needs first; what cannot be is left out.
+
+    size_bytes: of the blob.
+    """
+    ranges = []
+    left_bytes = _FIRST_LIMIT_BYTES
+    for each in value[:8] if isinstance(value, list) else []:
+        if isinstance(each, list) and len(each) == 2 and all(type(number) is int for number in each):
+            offset, count = each
+            if 0 <= offset < size_bytes and 0 < count <= min(left_bytes, size_bytes - offset):
+                ranges.append((offset, count))
+                left_bytes -= count
+    return tuple(ranges)
+
+
+def _hot_times(layout: Layout, plan: Plan, first: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """When a start touches each hot block, in ms and in that order; what a mount needs comes before all."""
+    times_ms: dict[int, int] = {}
+    for offset, size_bytes in first:
+        last = (offset + size_bytes - 1) // layout.block_bytes
+        times_ms.update(dict.fromkeys(range(offset // layout.block_bytes, last + 1), -1))
+    for block, at_ms in zip(plan.blocks, plan.times_ms, strict=True):
+        times_ms.setdefault(block, at_ms)
+    return times_ms
+
+
+def _runs(blocks: Sequence[int], per_chunk: int) -> Iterator[tuple[int, int, int]]:
+    """The blocks as runs within chunks: (the block whose turn it is, the first, the last)."""
+    near = set(blocks[:_NEAR_BLOCKS])
+    for index, block in enumerate(blocks):
+        near.update(blocks[index + _NEAR_BLOCKS : index + _NEAR_BLOCKS + 1])
+        if block not in near:
+            continue  # it went with an earlier one
+        chunk = range(block // per_chunk * per_chunk, (block // per_chunk + 1) * per_chunk)
+        first = last = block
+        while last + 1 in chunk and last + 1 in near:
+            last += 1
+        while first - 1 in chunk and first - 1 in near:
+            first -= 1
+        near.difference_update(range(first, last + 1))
+        yield block, first, last

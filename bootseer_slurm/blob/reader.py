@@ -1,25 +1,31 @@
 """Reading a blob through the cache: the chain of sources, the checks, and what was read.
 
 A Reader serves the blob's file in the FUSE file system and takes the prefetch's runs. One block is fetched
-once, whoever asks; its bytes are shown only after their digest agreed. Sources are tried in order: the store,
-then the original file, which has the same bytes. Threads: any number may call at once.
+once, whoever asks; its bytes are shown only after their digest agreed. Sources are tried in order: what an
+earlier boot left in the cache, the store, then the original file, which has the same bytes. Threads: any
+number may call at once.
+
+Bytes are pushed into the kernel's page cache only after their claim ended: the kernel waits for reads of the
+same pages, and such a read may wait for the claim.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from bootseer_slurm.blob.cache import MISSING, PRESENT, CachedBlob
 from bootseer_slurm.blob.manifest import DIGEST_BYTES
+from bootseer_slurm.blob.trace import Recorder
 from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
 
 _log = logging.getLogger(__name__)
@@ -29,10 +35,12 @@ _RETRY_PAUSE_S = 0.5
 _NO_DIGEST = bytes(DIGEST_BYTES)
 
 OnFault = Callable[[str, str], None]
+# Gives bytes from an offset on to the kernel, before anybody asks it for them.
+Push = Callable[[int, memoryview], None]
 
 
 class Source(Protocol):
-    """Where a blob's bytes come from: "store" or "origin"."""
+    """Where a blob's bytes come from: "store" or "origin"; "cache" for what is to be checked again."""
 
     name: str
 
@@ -45,6 +53,7 @@ class Usage:
     """What readers did with a blob, and where its bytes came from."""
 
     reads: int = 0
+    reads_blocked: int = 0  # of these, how many had to wait
     read_bytes: int = 0
     miss_bytes: int = 0
     blocked_s: float = 0.0
@@ -52,6 +61,24 @@ class Usage:
     last_ns: int = 0
     store_bytes: int = 0
     origin_bytes: int = 0
+    pushed_bytes: int = 0  # into the kernel's page cache: reads of these are not seen any more
+
+
+class _Kept:
+    """What is in the blob's own file since an earlier boot (a Source)."""
+
+    name = "cache"
+
+    def __init__(self, blob: CachedBlob) -> None:
+        self._blob = blob
+
+    @contextlib.contextmanager
+    def read(self, offset: int, size_bytes: int, *, demand: bool) -> Iterator[memoryview]:
+        try:
+            content = self._blob.read(offset, size_bytes)
+        except OSError as error:
+            raise StoreError(f"the cache's file cannot be read: {error.strerror}") from error
+        yield memoryview(content)
 
 
 class Reader:
@@ -64,6 +91,9 @@ class Reader:
         self.uid, self.gid = blob.uid, blob.gid
         self.mtime_ns = mtime_ns
         self.usage = Usage()
+        self.push: Push | None = None
+        self._kept = _Kept(blob)
+        self._recorders: tuple[Recorder, ...] = ()
         self._users: dict[OnFault, set[str]] = {}  # and of what each was told already
         self._sources: list[Source] = []
         self._lock = threading.Lock()
@@ -82,6 +112,15 @@ class Reader:
             self._users.pop(on_fault, None)
             self._sources = [source for source in self._sources if source not in sources]
 
+    def add_recorder(self, recorder: Recorder) -> None:
+        """Have it told of every block that is read."""
+        with self._lock:
+            self._recorders = (*self._recorders, recorder)
+
+    def remove_recorder(self, recorder: Recorder) -> None:
+        with self._lock:
+            self._recorders = tuple(each for each in self._recorders if each is not recorder)
+
     def ready(self, offset: int, size: int) -> int | None:
         """The cache file's descriptor when the whole range is there and checked (fuse.File)."""
         usage = self.usage
@@ -90,15 +129,17 @@ class Reader:
         usage.last_ns = time.time_ns()
         usage.first_ns = usage.first_ns or usage.last_ns
         block_bytes = self.blob.layout.block_bytes
-        if self.blob.has(offset // block_bytes, (offset + size - 1) // block_bytes):
-            return self.blob.fd
-        return None
+        first, last = offset // block_bytes, (offset + size - 1) // block_bytes
+        for recorder in self._recorders:
+            recorder.touch(first, last)
+        return self.blob.fd if self.blob.has(first, last) else None
 
     def fetch(self, offset: int, size: int) -> bytes:
         """The range, fetched first where it is not there (fuse.File). Raises OSError (EIO)."""
         start = time.monotonic()
         layout = self.blob.layout
         end = min(offset + size, self.size_bytes)
+        self.usage.reads_blocked += 1
         self.usage.miss_bytes += end - offset
         first, last = offset // layout.block_bytes, (end - 1) // layout.block_bytes
         unkept: dict[int, bytes] = {}
@@ -120,22 +161,46 @@ class Reader:
         within = offset - first * layout.block_bytes
         return b"".join(parts)[within : within + end - offset]
 
-    def prefetch_run(self, limit_bytes: int | None = None) -> bool:
-        """Fetch the first blocks that nobody has; False when there are none, or no room for them.
+    def prefetch_run(self, limit_bytes: int | None = None) -> int:
+        """Fetch the first blocks that nobody has; gives their bytes; 0: there are none, or no room.
 
         A run stays within one chunk, and `limit_bytes`. Raises BootseerError when no source has the bytes.
         """
-        blob, layout = self.blob, self.blob.layout
-        first = blob.next_missing()
-        if first < 0 or blob.full:
-            return False
-        last = self._last_of_run(first, layout.blocks - 1)
+        first = self.blob.next_missing()
+        while first >= 0 and not self.blob.full:
+            end = self._prefetch(first, self.blob.layout.blocks - 1, limit_bytes, push=False)
+            if end > first:
+                return self._bytes_of(first, end)
+            first = self.blob.next_missing()  # others were faster
+        return 0
+
+    def prefetch_blocks(self, first: int, last: int, limit_bytes: int, *, push: bool = False) -> int:
+        """Fetch those of these blocks that nobody has or fetches; gives the block to go on with.
+
+        One read's worth: within one chunk and `limit_bytes`. push: give the bytes to the kernel too.
+        Raises BootseerError when no source has them.
+        """
+        block = first
+        while block <= last and not self.blob.full:
+            end = self._prefetch(block, last, limit_bytes, push=push)
+            if end > block:
+                return end
+            block += 1
+        return last + 1
+
+    def _prefetch(self, first: int, last: int, limit_bytes: int | None, *, push: bool) -> int:
+        """Fetch from `first` on what one read can bring; gives the block behind, `first` if it needs none."""
+        last = self._last_of_run(first, last)
         if limit_bytes is not None:
-            last = min(last, first + max(1, limit_bytes // layout.block_bytes) - 1)
-        count = blob.claim(first, last)
+            last = min(last, first + max(1, limit_bytes // self.blob.layout.block_bytes) - 1)
+        count, unchecked = self.blob.claim(first, last)
         if count:
-            self._fetch_claimed(first, count, demand=False, unkept=None)
-        return True
+            self._fetch_claimed(first, count, unchecked=unchecked, demand=False, push=push)
+        return first + count
+
+    def _bytes_of(self, first: int, end: int) -> int:
+        block_bytes = self.blob.layout.block_bytes
+        return min(end * block_bytes, self.size_bytes) - first * block_bytes
 
     def _last_of_run(self, first: int, last: int) -> int:
         """The last block that one read can bring with `first`: runs end with their chunk."""
@@ -149,12 +214,12 @@ class Reader:
         """
         deadline = time.monotonic() + _DEMAND_PATIENCE_S
         while self.blob.states[block] != PRESENT:
-            count = self.blob.claim(block, self._last_of_run(block, last))
+            count, unchecked = self.blob.claim(block, self._last_of_run(block, last))
             if count == 0:
                 self.blob.wait(block, 1.0)
                 continue
             try:
-                self._fetch_claimed(block, count, demand=True, unkept=unkept)
+                self._fetch_claimed(block, count, unchecked=unchecked, demand=True, unkept=unkept)
                 return count
             except StoreError:
                 if time.monotonic() > deadline or not self._sources:
@@ -163,24 +228,32 @@ class Reader:
         return 1
 
     def _fetch_claimed(
-        self, first: int, count: int, *, demand: bool, unkept: dict[int, bytes] | None
+        self,
+        first: int,
+        count: int,
+        *,
+        unchecked: bool,
+        demand: bool,
+        push: bool = False,
+        unkept: dict[int, bytes] | None = None,
     ) -> None:
         """Fetch claimed blocks from the first source whose bytes are right, and end the claim."""
-        layout = self.blob.layout
-        offset = first * layout.block_bytes
-        size_bytes = min(count * layout.block_bytes, self.size_bytes - offset)
+        offset, size_bytes = first * self.blob.layout.block_bytes, self._bytes_of(first, first + count)
         failure: BootseerError = StoreError("no source is left: its job is over")
-        kept = False
+        claimed = True
         try:
-            for source in tuple(self._sources):
+            sources: tuple[Source, ...] = tuple(self._sources)
+            for source in (self._kept, *sources) if unchecked else sources:
                 try:
                     with source.read(offset, size_bytes, demand=demand) as view:
-                        self._check(first, count, view)
-                        kept = self.blob.write(offset, view)
+                        self._check(first, count, view, known=source is self._kept)
+                        kept = source is self._kept or self.blob.write(offset, view)
                         if not kept and unkept is not None:
-                            for number in range(count):
-                                start = number * layout.block_bytes
-                                unkept[first + number] = bytes(view[start : start + layout.block_bytes])
+                            self._put_aside(first, view, unkept)
+                        self.blob.settle(first, count, PRESENT if kept else MISSING)
+                        claimed = False
+                        if push and kept:
+                            self._push(offset, view)
                 except BootseerError as error:
                     name = "corrupt_block" if isinstance(error, IntegrityError) else "source_failed"
                     self._tell(name, f"{source.name}: {error.message}")
@@ -188,16 +261,34 @@ class Reader:
                     continue
                 if source.name == "store":
                     self.usage.store_bytes += size_bytes
-                else:
+                elif source.name == "origin":
                     self.usage.origin_bytes += size_bytes
                 if not kept:
                     self._tell("cache_full", "the cache's disk is full: blocks are served, not kept")
                 return
             raise failure
         finally:
-            self.blob.settle(first, count, PRESENT if kept else MISSING)
+            if claimed:
+                self.blob.settle(first, count, MISSING)
 
-    def _check(self, first: int, count: int, view: memoryview) -> None:
+    def _put_aside(self, first: int, view: memoryview, unkept: dict[int, bytes]) -> None:
+        block_bytes = self.blob.layout.block_bytes
+        for start in range(0, len(view), block_bytes):
+            unkept[first + start // block_bytes] = bytes(view[start : start + block_bytes])
+
+    def _push(self, offset: int, view: memoryview) -> None:
+        push = self.push
+        if push is None:
+            return
+        try:
+            push(offset, view)
+        except (OSError, BootseerError) as error:
+            _log.debug("blob %s: not pushed: %s", self.blob.id[:12], error)
+        else:
+            self.usage.pushed_bytes += len(view)
+
+    def _check(self, first: int, count: int, view: memoryview, *, known: bool) -> None:
+        """Compare digests. known: a block without one, as adopted files have at first, is wrong."""
         layout = self.blob.layout
         for number in range(count):
             block = first + number
@@ -205,7 +296,7 @@ class Reader:
             digest = hashlib.sha256(view[start : start + layout.block_bytes]).digest()
             place = slice(block * DIGEST_BYTES, (block + 1) * DIGEST_BYTES)
             expected = bytes(self.blob.digests[place])
-            if self.blob.adopted and expected == _NO_DIGEST:
+            if self.blob.adopted and not known and expected == _NO_DIGEST:
                 self.blob.digests[place] = digest
             elif digest != expected:
                 raise IntegrityError(f"block {block} has not the digest that was promised")

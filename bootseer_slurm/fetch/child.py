@@ -13,6 +13,7 @@ when the agent's end of the socket is closed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -21,18 +22,26 @@ import queue
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, decode
-from bootseer_slurm.blob.names import Name, file_fingerprint, read_name, user_folder
+from bootseer_slurm.blob import trace
+from bootseer_slurm.blob.jobclass import RECORD_LIMIT_BYTES, class_path, decode_wishes
+from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
+from bootseer_slurm.blob.names import Name, file_fingerprint, read_published, user_folder
 from bootseer_slurm.env.fingerprint import tree_fingerprint
-from bootseer_slurm.errors import BootseerError, InputError, IntegrityError
-from bootseer_slurm.image.squashfs import check_squashfs
-from bootseer_slurm.store import FileReader, ObjectReader, Store, open_store
+from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound
+from bootseer_slurm.image.reference import registry_reference
+from bootseer_slurm.image.squashfs import check_squashfs, head_and_tables
+from bootseer_slurm.store import Entry, FileReader, ObjectReader, Store, open_store
 
 _PR_SET_DUMPABLE = 4
 _MESSAGE_BYTES = 64 * 1024
+_SNAPSHOTS = ("docker://", "dir:/")  # names of images that stand for what was there when they were made
+_PARALLEL_READS = 8
+_CLASSES = 64  # looked through where this one has no traces
 
 
 class Child:
@@ -54,6 +63,10 @@ class Child:
             "read": self._read,
             "same": self._same,
             "write": self._write,
+            "plan": self._plan,
+            "trace": self._trace,
+            "recall": self._recall,
+            "remember": self._remember,
         }
 
     def run(self, threads: int) -> None:
@@ -100,27 +113,44 @@ class Child:
         kind, name = request["kind"], request["name"]
         reply: dict[str, Any] = {}
         fds: list[int] = []
-        if "://" in name:
-            fingerprint, original = "", None
+        original: ObjectReader | None = None
+        if "://" in name or name.startswith(_SNAPSHOTS):
+            fingerprint = ""
         else:
             name, fd, fingerprint, original = _open_original(kind, name)
             fds.append(fd)
             reply["path"] = name
         if original is not None:
             reply |= {"size_bytes": original.size_bytes, "origin": self._keep([original])}
-        reply["fingerprint"] = fingerprint
+        readable = original
         try:
-            record = read_name(self._open_store(), os.getuid(), name)
+            record = self._record(name, request.get("digest", ""))
+            if record and kind == "image" and name.startswith(_SNAPSHOTS):
+                fingerprint = record.fingerprint  # what its tag means now is asked elsewhere, if at all
             if record and record.kind == kind and record.fingerprint == fingerprint:
-                reply["blob"], manifest = self._open_blob(record)
+                reply["blob"], manifest, readable = self._open_blob(record)
+                reply["signature"] = record.signature
                 fds.append(_memory_file(manifest))
             elif record:
                 reply["warning"] = f"{name} was changed since it was put into the store"
         except BootseerError as error:
             reply["warning"] = error.message
+        reply["fingerprint"] = fingerprint
+        if kind == "image" and readable is not None:
+            with contextlib.suppress(BootseerError):  # without them a mount reads them itself
+                reply["first"] = head_and_tables(readable, name)
         return reply, fds
 
-    def _open_blob(self, record: Name) -> tuple[dict[str, Any], bytes]:
+    def _record(self, name: str, digest: str) -> Name | None:
+        """What the store has under a name, or of an image under the digest that its tag stands for now."""
+        store, uid = self._open_store(), os.getuid()
+        record = read_published(store, uid, name)
+        if digest and name.startswith("docker://") and not (record and record.fingerprint == digest):
+            pinned = read_published(store, uid, registry_reference(name).pinned(digest).name)
+            return pinned if pinned and pinned.fingerprint == digest else record
+        return record
+
+    def _open_blob(self, record: Name) -> tuple[dict[str, Any], bytes, ObjectReader]:
         store = self._open_store()
         content = store.read(f"{record.folder}/manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
         manifest = decode(content)
@@ -134,7 +164,8 @@ class Child:
                 for each in readers:
                     each.close()
                 raise IntegrityError(f"{record.name}: stripe {index} in the store is not whole")
-        return {"id": record.blob, "handle": self._keep(readers)}, content
+        blob = _Stripes(manifest.layout, readers)
+        return {"id": record.blob, "handle": self._keep(readers)}, content, blob
 
     def _read(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         start = request["slot"] * self._slot_bytes
@@ -155,10 +186,119 @@ class Child:
         return {"same": fingerprint == request["fingerprint"]}, []
 
     def _write(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """Write a small object of the user: events, traces."""
-        content = os.pread(received[0], os.fstat(received[0]).st_size, 0)
-        self._open_store().write(f"{user_folder(os.getuid())}/{request['path']}", content)
+        """Write a small object of the user, such as events."""
+        self._open_store().write(f"{user_folder(os.getuid())}/{request['path']}", _content(received))
         return {}, []
+
+    def _trace(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Keep a trace of a class and blob, in place of those that no plan needs any more."""
+        store, content = self._open_store(), _content(received)
+        folder = trace.trace_folder(os.getuid(), request["class"], request["blob"])
+        store.write(f"{folder}/{trace.trace_name(trace.decode(content))}", content)
+        for name in trace.surplus(_by_time(store, folder)):
+            store.remove(f"{folder}/{name}")
+        return {}, []
+
+    def _plan(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """What earlier starts of this class touched of a blob, or those of any class where it had none."""
+        store, reply = self._open_store(), {}
+        folder = trace.trace_folder(os.getuid(), request["class"], request["blob"])
+        paths = [f"{folder}/{name}" for name in _needed(store, folder)]
+        if not paths:
+            paths = list(self._paths_of_any_class(request["blob"]))
+        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+            traces = [each for each in pool.map(self._read_trace, paths) if each is not None]
+        damaged = [each for each in traces if isinstance(each, str)]
+        if damaged:
+            reply["warning"] = f"{len(damaged)} of {len(paths)} traces left out: {damaged[0]}"
+        plan = trace.merge(
+            [each for each in traces if not isinstance(each, str)],
+            blocks=request["blocks"],
+            block_bytes=request["block_bytes"],
+            now_ns=time.time_ns(),
+        )
+        return reply, [_memory_file(plan.encode())]
+
+    def _paths_of_any_class(self, blob_id: str) -> Iterator[str]:
+        """The newest traces of a blob, whichever class they are of."""
+        store, uid = self._open_store(), os.getuid()
+        found = []
+        for name in _by_time(store, trace.traces_folder(uid))[-_CLASSES:]:
+            folder = trace.trace_folder(uid, name, blob_id)
+            found += [
+                (entry.changed_s, entry.name, folder) for entry in store.scan(folder) if _is_whole(entry)
+            ]
+        found.sort()
+        left_out = set(trace.surplus([name for _, name, _ in found]))
+        yield from (f"{folder}/{name}" for _, name, folder in found if name not in left_out)
+
+    def _read_trace(self, path: str) -> trace.Trace | str | None:
+        """A trace; what is wrong with it; or None when it was removed meanwhile."""
+        try:
+            return trace.decode(self._open_store().read(path, limit_bytes=trace.LIMIT_BYTES))
+        except NotFound:
+            return None
+        except BootseerError as error:
+            return error.message
+
+    def _recall(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """What the last start of a class asked for."""
+        path = class_path(os.getuid(), request["class"])
+        try:
+            content = self._open_store().read(path, limit_bytes=RECORD_LIMIT_BYTES)
+        except NotFound:
+            return {"wishes": []}, []
+        return {"wishes": decode_wishes(content)}, []
+
+    def _remember(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Keep what this start of a class asked for."""
+        self._open_store().write(class_path(os.getuid(), request["class"]), _content(received))
+        return {}, []
+
+
+class _Stripes:
+    """A blob's objects as one ObjectReader, which does not own them."""
+
+    def __init__(self, layout: Layout, readers: list[ObjectReader]) -> None:
+        self.size_bytes = layout.size_bytes
+        self._layout = layout
+        self._readers = readers
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        view = view[: max(0, self.size_bytes - offset)]
+        done = 0
+        while done < len(view):
+            left_bytes = self._layout.chunk_bytes - (offset + done) % self._layout.chunk_bytes
+            extent = self._layout.extent(offset + done, min(left_bytes, len(view) - done))
+            part = view[done : done + extent.size_bytes]
+            count = self._readers[extent.object].read_into(extent.offset, part)
+            done += count
+            if count < len(part):
+                break
+        return done
+
+    def close(self) -> None: ...
+
+
+def _content(received: list[int]) -> bytes:
+    return os.pread(received[0], os.fstat(received[0]).st_size, 0)
+
+
+def _is_whole(entry: Entry) -> bool:
+    return not entry.name.startswith(".")
+
+
+def _by_time(store: Store, folder: str) -> list[str]:
+    """What lies in a folder of the store, the newest last."""
+    entries = sorted(store.scan(folder), key=lambda entry: (entry.changed_s, entry.name))
+    return [entry.name for entry in entries if _is_whole(entry)]
+
+
+def _needed(store: Store, folder: str) -> list[str]:
+    """The traces in a folder that a plan is made of."""
+    names = _by_time(store, folder)
+    left_out = set(trace.surplus(names))
+    return [name for name in names if name not in left_out]
 
 
 def _look_at(kind: str, name: str) -> tuple[str, str]:

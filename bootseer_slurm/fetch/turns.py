@@ -56,20 +56,25 @@ class Turns:
                 self._changed.notify_all()
 
     @contextlib.contextmanager
-    def prefetch(self) -> Iterator[int]:
-        """A run that nobody waits for, when it may begin; gives the most bytes it may have."""
+    def prefetch(self, size_bytes: int = CHUNK_BYTES) -> Iterator[int]:
+        """A run that nobody waits for, when it may begin; gives the most bytes it may have.
+
+        size_bytes: what it wants. A short run counts as what it is, so that many of them fill the link too.
+        """
         held_until_s = time.monotonic() + _HOLD_S
         with self._changed:
             while self._waiting and (left_s := held_until_s - time.monotonic()) > 0:
                 self._changed.wait(left_s)
-            while self._in_flight_bytes and self._in_flight_bytes + self.step_bytes > self._limit_bytes():
+            while True:
+                step_bytes = min(self.step_bytes, size_bytes)
+                if not self._in_flight_bytes or self._in_flight_bytes + step_bytes <= self._limit_bytes():
+                    break
                 self._changed.wait()
-            step_bytes = self.step_bytes
             if self._in_flight_bytes == 0:
                 self._sample_bytes, self._sample_start_s = 0, time.monotonic()
             self._in_flight_bytes += step_bytes
         try:
-            yield min(step_bytes * _RUN_STEPS, CHUNK_BYTES)
+            yield min(step_bytes * _RUN_STEPS, CHUNK_BYTES, size_bytes)
         finally:
             with self._changed:
                 self._in_flight_bytes -= step_bytes
@@ -80,6 +85,11 @@ class Turns:
         """What the fetch process reads with one call."""
         blocks = self._limit_bytes() // _STEPS // BLOCK_BYTES
         return min(max(1, blocks) * BLOCK_BYTES, CHUNK_BYTES)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The rate of the prefetch, as far as it is known; 0 before it is."""
+        return self._bytes_per_s
 
     def measured(self, size_bytes: int, steps: int, dur_s: float) -> None:
         """Learn from a run that ended."""

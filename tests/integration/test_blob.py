@@ -18,11 +18,13 @@ from pytest_mock import MockerFixture
 from bootseer_slurm.agent.prefetch import Prefetch
 from bootseer_slurm.agent.request import Wish
 from bootseer_slurm.agent.target import FetchSource
-from bootseer_slurm.blob.cache import Cache, CachedBlob
-from bootseer_slurm.blob.manifest import BLOCK_BYTES, Layout, Manifest, decode
+from bootseer_slurm.blob.cache import MISSING, UNCHECKED, Cache, CachedBlob
+from bootseer_slurm.blob.manifest import BLOCK_BYTES, Manifest, decode
 from bootseer_slurm.blob.names import file_fingerprint, read_name, user_folder
 from bootseer_slurm.blob.reader import Reader, Usage
+from bootseer_slurm.blob.trace import Recorder
 from bootseer_slurm.blob.writer import store_file
+from bootseer_slurm.config import PrefetchConfig
 from bootseer_slurm.errors import BootseerError, InputError, StoreError
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.fetch.process import FetchProcess, Reply, User
@@ -49,7 +51,7 @@ class Scene:
         self.blob_folder = self.store_folder / self.name.folder
         user = User(os.getuid(), os.getgid(), ())
         self.process = FetchProcess(user, f"file://{self.store_folder}", streams=4, timeout_s=5)
-        self.cache = Cache(folder / "cache", max_bytes=2**40, min_free_bytes=0)
+        self.cache = Cache(folder / "cache", max_bytes=2**40, min_free_bytes=0, live=folder / "live")
         self.faults: list[str] = []
 
     def resolve(self, kind: str = "checkpoint", name: str = "") -> Reply:
@@ -229,36 +231,6 @@ def test_state_survives_a_restart(scene: Scene) -> None:
     assert not again.blob.complete
 
 
-def test_unused_blobs_go_when_there_is_no_room_and_used_ones_stay(scene: Scene, tmp_path: Path) -> None:
-    reader = scene.reader()
-    prefetch(reader)
-    small = Cache(tmp_path / "cache", max_bytes=1000, min_free_bytes=0)
-    used = small.acquire(
-        reader.blob.id, reader.blob.layout, bytes(reader.blob.digests), os.getuid(), os.getgid()
-    )
-    assert used.folder.exists()
-    small.release(used)
-    assert not used.folder.exists()
-
-
-def test_a_blob_larger_than_the_cache_is_served_and_evicts_nobody(scene: Scene, tmp_path: Path) -> None:
-    reader = scene.reader()
-    prefetch(reader)
-    scene.cache.release(reader.blob)
-    small = Cache(tmp_path / "cache", max_bytes=SIZE_BYTES + 1000, min_free_bytes=0)
-    large = small.acquire("file-large", Layout(2 * SIZE_BYTES), None, os.getuid(), os.getgid())
-    assert large.full and not large.write(0, memoryview(b"x"))
-    assert reader.blob.folder.exists(), "what could not make room for it stays"
-
-
-def test_the_disk_keeps_what_others_need_of_it(scene: Scene, tmp_path: Path) -> None:
-    greedy = Cache(tmp_path / "other", max_bytes=2**40, min_free_bytes=2**60)
-    assert greedy.acquire("file-a", Layout(1000), None, os.getuid(), os.getgid()).full
-    blob = scene.cache.acquire("file-b", Layout(1000), None, os.getuid(), os.getgid())
-    blob._min_free_bytes = 2**60  # the disk filled up since
-    assert not blob.write(0, memoryview(bytes(1000))) and blob.full
-
-
 def test_an_eviction_that_was_cut_off_leaves_no_wrong_bytes(scene: Scene) -> None:
     reader = scene.reader()
     prefetch(reader)
@@ -283,7 +255,8 @@ def test_blocks_of_a_failed_read_are_prefetched_again(scene: Scene, mocker: Mock
     mocker.patch.object(scene.process, "read", fail_once)
     log = EventLog(1, 0, "n1")
     faults: list[str] = []
-    bringing = Prefetch(scene.process.turns, 4, log=log, on_fault=lambda name, _: faults.append(name))
+    config = PrefetchConfig(streams=4)
+    bringing = Prefetch(scene.process.turns, config, log=log, on_fault=lambda name, _: faults.append(name))
     target: Any = SimpleNamespace(
         wish=Wish("checkpoint", "/model"), reader=reader, before=Usage(), cached_bytes=0
     )
@@ -295,6 +268,76 @@ def test_blocks_of_a_failed_read_are_prefetched_again(scene: Scene, mocker: Mock
     bringing.join(5)
     assert reader.blob.complete and failed and not faults
     assert '"name":"stopped"' not in log.to_jsonl()
+
+
+def unchecked(reader: Reader) -> None:
+    """As after a reboot: the bytes are in the cache, and nobody compared them since."""
+    reader.blob.states[:] = bytes([UNCHECKED]) * reader.blob.layout.blocks
+
+
+def test_what_an_earlier_boot_left_is_compared_and_not_fetched(scene: Scene) -> None:
+    reader = scene.reader()
+    prefetch(reader)
+    unchecked(reader)
+    fetched_bytes = reader.usage.store_bytes
+    assert reader.ready(0, 100) is None
+    assert reader.fetch(300_000, 2**20) == scene.content[300_000 : 300_000 + 2**20]
+    prefetch(reader)
+    assert reader.blob.complete and scene.faults == []
+    assert reader.usage.store_bytes == fetched_bytes
+
+
+def test_what_changed_since_an_earlier_boot_is_fetched_again(scene: Scene) -> None:
+    reader = scene.reader()
+    prefetch(reader)
+    unchecked(reader)
+    os.pwrite(reader.blob.fd, b"wrong", 3 * BLOCK_BYTES)
+    reader.blob.states[4] = MISSING
+    assert reader.fetch(3 * BLOCK_BYTES, 2 * BLOCK_BYTES) == scene.content[3 * BLOCK_BYTES : 5 * BLOCK_BYTES]
+    assert scene.faults == ["corrupt_block"]
+    prefetch(reader)
+    assert reader.blob.path.read_bytes() == scene.content
+
+
+def test_reads_are_recorded_whether_they_wait_or_not(scene: Scene) -> None:
+    reader = scene.reader()
+    recorder = Recorder(reader.blob.layout.blocks, begin_s=time.monotonic())
+    reader.add_recorder(recorder)
+    for _ in range(2):
+        if reader.ready(BLOCK_BYTES, BLOCK_BYTES + 1) is None:
+            reader.fetch(BLOCK_BYTES, BLOCK_BYTES + 1)
+    assert [block for block, _ in recorder.touches] == [1, 2]
+    assert (reader.usage.reads, reader.usage.reads_blocked) == (2, 1)
+    reader.remove_recorder(recorder)
+    reader.ready(0, 1)
+    assert recorder.count == 2
+
+
+def test_pushed_bytes_are_right_and_were_readable_before(scene: Scene) -> None:
+    reader, pushed = scene.reader(), {}
+
+    def push(offset: int, view: memoryview) -> None:
+        # The kernel waits here for a read of the same pages, which must not wait for us.
+        assert reader.ready(offset, len(view)) is not None
+        pushed[offset] = bytes(view)
+
+    reader.push = push
+    block = reader.prefetch_blocks(2, 5, 2 * BLOCK_BYTES, push=True)
+    assert block == 4 and reader.usage.pushed_bytes == 2 * BLOCK_BYTES
+    assert pushed == {2 * BLOCK_BYTES: scene.content[2 * BLOCK_BYTES : 4 * BLOCK_BYTES]}
+    assert reader.prefetch_blocks(4, 5, 2**20) == 6
+    assert len(pushed) == 1 and reader.usage.pushed_bytes == 2 * BLOCK_BYTES
+
+
+def test_a_push_that_fails_costs_nothing(scene: Scene) -> None:
+    reader = scene.reader()
+
+    def push(_offset: int, _view: memoryview) -> None:
+        raise OSError(2, "no such inode")
+
+    reader.push = push
+    reader.prefetch_blocks(0, 0, 2**20, push=True)
+    assert reader.blob.has(0, 0) and reader.usage.pushed_bytes == 0 and scene.faults == []
 
 
 def test_each_user_of_a_blob_is_told_of_a_fault_once(scene: Scene) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,9 +18,11 @@ from pathlib import Path
 import pytest
 from pytest_mock import MockerFixture
 
-from bootseer_slurm.blob.names import user_folder
+from bootseer_slurm.blob.jobclass import encode_wishes
+from bootseer_slurm.blob.names import Name, user_folder, write_name
+from bootseer_slurm.blob.trace import STARTS, Plan, Trace, decode_plan
 from bootseer_slurm.blob.writer import store_file
-from bootseer_slurm.errors import BootseerError, InputError, StoreError
+from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, StoreError
 from bootseer_slurm.fetch.process import FetchProcess, Reply, User
 from bootseer_slurm.store import FileStore
 
@@ -132,6 +136,147 @@ def test_a_stopped_process_holds_nobody(process: FetchProcess) -> None:
     assert "takes no requests" in str(caught.value)
 
 
+def send(process: FetchProcess, op: str, content: bytes, **fields: str) -> None:
+    """Have an operation write this."""
+    fd = os.memfd_create("content")
+    try:
+        os.write(fd, content)
+        process.call(op, fds=(fd,), timeout_s=20, **fields)
+    finally:
+        os.close(fd)
+
+
+def put_trace(
+    process: FetchProcess, job: int, *blocks: int, job_class: str = "c1", partial: bool = False
+) -> None:
+    touches = tuple((block, 10 * place) for place, block in enumerate(blocks))
+    trace = Trace("blob1", "n1", job, 0, time.time_ns(), 262144, partial, "mark", touches)
+    send(process, "trace", trace.encode(), **{"class": job_class, "blob": "blob1"})
+
+
+def get_plan(process: FetchProcess, job_class: str = "c1") -> tuple[Plan, str | None]:
+    """The plan, and the warning that came with it."""
+    fields = {"class": job_class, "blob": "blob1", "blocks": 100, "block_bytes": 262144}
+    reply = process.call("plan", **fields)
+    content = os.pread(reply.fds[0], 2**20, 0)
+    close(reply)
+    return decode_plan(content, blocks=100), reply.fields.get("warning")
+
+
+def traces(tmp_path: Path, job_class: str = "c1") -> Path:
+    return tmp_path / user_folder(os.getuid()) / "traces" / job_class / "blob1"
+
+
+def test_a_plan_is_made_of_the_traces_of_earlier_starts(process: FetchProcess) -> None:
+    assert get_plan(process) == (Plan(), None)
+    put_trace(process, 1, 7, 3)
+    assert get_plan(process) == (Plan((7, 3), (0, 10), 1), None)
+    put_trace(process, 2, 7, 4)
+    put_trace(process, 3, 7, 4)
+    plan, _ = get_plan(process)
+    assert plan.blocks == (7, 4) and plan.full_starts == 3
+
+
+def test_traces_of_old_starts_are_removed(process: FetchProcess, tmp_path: Path) -> None:
+    for job in range(1, STARTS + 4):
+        put_trace(process, job, job)
+        put_trace(process, job, job, partial=True)
+    left = {path.name for path in traces(tmp_path).iterdir()}
+    jobs = range(4, STARTS + 4)
+    assert left == {f"{job}.0.n1" for job in jobs} | {f"{job}.0.n1.partial" for job in jobs}
+
+
+def test_a_new_class_learns_from_the_others(process: FetchProcess) -> None:
+    put_trace(process, 1, 5)
+    put_trace(process, 2, 5, 6, job_class="c2")
+    assert get_plan(process, "c3")[0].blocks == (5, 6)
+    put_trace(process, 3, 9, job_class="c3")
+    assert get_plan(process, "c3")[0].blocks == (9,), "its own are better, once there are some"
+
+
+def test_damaged_traces_are_left_out_and_said(process: FetchProcess, tmp_path: Path) -> None:
+    put_trace(process, 1, 5)
+    folder = traces(tmp_path)
+    (folder / "2.0.n1").write_bytes(b"garbage")
+    (folder / "3.0.n1").write_bytes(b"x" * 2_000_000)
+    (folder / "4.0.n1").mkdir()
+    (folder / "nonsense").symlink_to("/dev/zero")
+    (folder / ".5.0.n1.half").write_bytes(b"")
+    plan, warning = get_plan(process)
+    assert plan == Plan((5,), (0,), 1)
+    assert warning and warning.startswith("4 of 5 traces left out")
+
+
+def test_what_is_no_trace_is_not_kept(process: FetchProcess, tmp_path: Path) -> None:
+    with pytest.raises(BootseerError, match="trace cannot be used"):
+        send(process, "trace", b"garbage", **{"class": "c1", "blob": "blob1"})
+    assert not traces(tmp_path).exists()
+
+
+def test_what_a_class_asked_for_is_remembered(process: FetchProcess, tmp_path: Path) -> None:
+    assert process.call("recall", **{"class": "c1"}).fields["wishes"] == []
+    send(process, "remember", encode_wishes([("image", "/img/x.sqsh")]), **{"class": "c1"})
+    assert process.call("recall", **{"class": "c1"}).fields["wishes"] == [["image", "/img/x.sqsh"]]
+    assert process.call("recall", **{"class": "c2"}).fields["wishes"] == []
+    record = tmp_path / user_folder(os.getuid()) / "classes" / "c1.json"
+    record.write_text("{}")
+    with pytest.raises(IntegrityError, match="job class"):
+        process.call("recall", **{"class": "c1"})
+    record.write_bytes(b" " * 100_000)
+    with pytest.raises(StoreError, match="more than"):
+        process.call("recall", **{"class": "c1"})
+    assert process.call("recall", **{"class": "c2"}).fields["wishes"] == [], "the process lives on"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    if shutil.which("mksquashfs") is None:
+        pytest.skip("no mksquashfs")
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    for number in range(300):
+        (folder / f"file{number}").write_bytes(os.urandom(20_000))
+    made = tmp_path / "image.sqsh"
+    arguments = ["mksquashfs", folder, made, "-quiet", "-no-progress", "-processors", "1"]
+    subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
+    os.utime(made, (1_700_000_000, 1_700_000_000))
+    return made
+
+
+def check_first(first: list[list[int]], image: Path) -> None:
+    """That the head and these ranges are enough to list the image: the rest of the bytes is wiped."""
+    (_, head_bytes), (start, size_bytes) = first
+    content = image.read_bytes()
+    assert 0 < head_bytes <= 4096 and len(content) // 2 < start < len(content)
+    assert content[start + size_bytes :].strip(b"\0") == b""
+    wiped = image.with_suffix(".wiped")
+    wiped.write_bytes(content[:head_bytes] + bytes(start - head_bytes) + content[start:])
+    listing = subprocess.run(["unsquashfs", "-l", wiped], check=True, capture_output=True, text=True).stdout
+    assert listing.count("/file") == 300
+
+
+def test_an_image_says_what_a_mount_needs_first(process: FetchProcess, image: Path) -> None:
+    reply = process.call("resolve", kind="image", name=str(image))
+    close(reply)
+    check_first(reply.fields["first"], image)
+    assert "first" not in process.call("resolve", kind="checkpoint", name=str(image)).fields
+
+
+def test_an_image_of_a_registry_is_found_by_name(process: FetchProcess, image: Path, tmp_path: Path) -> None:
+    store, name = FileStore(tmp_path), "docker://registry.example/app:1"
+    assert "blob" not in process.call("resolve", kind="image", name=name).fields
+    record = store_file(store, image, kind="image", name=name, fingerprint="sha256:abc", objects=3)
+    signed = Name(**dataclasses.asdict(record) | {"signature": "hmac"})
+    write_name(store, os.getuid(), signed)
+    reply = process.call("resolve", kind="image", name=name)
+    close(reply)
+    assert reply.fields["blob"]["id"] == record.blob and "warning" not in reply.fields
+    assert (reply.fields["fingerprint"], reply.fields["signature"]) == ("sha256:abc", "hmac")
+    check_first(reply.fields["first"], image)
+    reply = process.call("resolve", kind="checkpoint", name=name)
+    assert "blob" not in reply.fields and reply.fields["warning"]
+
+
 HOSTILE = """
 import json, os, socket, sys, time
 link = socket.socket(fileno=int(sys.argv[1]))
@@ -168,14 +313,18 @@ def hostile(mocker: MockerFixture) -> Iterator[FetchProcess]:
     made.kill()
 
 
-def test_only_a_resolve_brings_descriptors(hostile: FetchProcess) -> None:
+def test_only_a_resolve_and_a_plan_bring_descriptors(hostile: FetchProcess) -> None:
     before = open_fds()
-    assert hostile.call("write").fds == []
-    assert hostile.call("same").fds == []
+    for op in ("write", "same", "trace", "recall", "remember"):
+        assert hostile.call(op).fds == []
     until(lambda: open_fds() == before)
     reply = hostile.call("resolve", name="file")
     assert len(reply.fds) == 2
     until(lambda: open_fds() == before + 2)
+    close(reply)
+    reply = hostile.call("plan")
+    assert len(reply.fds) == 1
+    until(lambda: open_fds() == before + 1)
     close(reply)
     with pytest.raises(InputError, match="no"):
         hostile.call("resolve", name="error")

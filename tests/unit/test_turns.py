@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
@@ -59,3 +60,15 @@ def test_one_run_is_always_allowed() -> None:
     for _ in range(3):
         with turns.prefetch() as run_bytes:
             assert run_bytes >= BLOCK_BYTES
+
+
+def test_short_runs_count_as_what_they_are() -> None:
+    turns = Turns()
+    start = time.monotonic()
+    while time.monotonic() - start < 0.2:
+        time.sleep(0.01)
+        turns.measured(int(3e9 * 0.01), steps=1, dur_s=0.003)
+    assert turns.step_bytes > 2 * BLOCK_BYTES
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):  # only four steps would have been
+            assert stack.enter_context(turns.prefetch(BLOCK_BYTES)) == BLOCK_BYTES

@@ -1,0 +1,426 @@
+"""The prefetch: what it brings first, what it leaves for later, and who never waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bootseer_slurm.agent import prefetch
+from bootseer_slurm.agent.prefetch import Prefetch, first_ranges
+from bootseer_slurm.agent.request import Wish
+from bootseer_slurm.blob.cache import IN_FLIGHT, MISSING, UNCHECKED, Cache
+from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES, Layout
+from bootseer_slurm.blob.reader import Reader, Usage
+from bootseer_slurm.blob.trace import Plan
+from bootseer_slurm.config import PrefetchConfig
+from bootseer_slurm.errors import StoreError
+from bootseer_slurm.events import EventLog
+from bootseer_slurm.fetch.turns import Turns
+
+BLOCKS = 64
+CONTENT = os.urandom(BLOCKS * BLOCK_BYTES)
+
+
+class Link:
+    """A source over a link of a certain rate and latency, and what was read over it, in order."""
+
+    name = "store"
+
+    def __init__(self, turns: Turns, *, bytes_per_s: float = 1e12, latency_s: float = 0.0) -> None:
+        self.reads: list[tuple[int, int]] = []  # first block, number of blocks
+        self.failing = False
+        self._turns = turns
+        self._bytes_per_s = bytes_per_s
+        self._latency_s = latency_s
+        self._lock = threading.Lock()
+        self._free_s = 0.0
+
+    @property
+    def blocks(self) -> list[int]:
+        return [block for first, count in self.reads for block in range(first, first + count)]
+
+    @contextlib.contextmanager
+    def read(self, offset: int, size_bytes: int, *, demand: bool) -> Iterator[memoryview]:
+        start_s = time.monotonic()
+        # As the fetch process does: one step in flight, so that others' reads come between.
+        step_bytes = size_bytes if demand else self._turns.step_bytes
+        with self._turns.demand() if demand else contextlib.nullcontext():
+            with self._lock:
+                self.reads.append((offset // BLOCK_BYTES, -(-size_bytes // BLOCK_BYTES)))
+            for done in range(0, size_bytes, step_bytes):
+                self._carry(min(step_bytes, size_bytes - done))
+        if not demand:
+            self._turns.measured(size_bytes, -(-size_bytes // step_bytes), time.monotonic() - start_s)
+        yield memoryview(CONTENT)[offset : offset + size_bytes]
+
+    def _carry(self, size_bytes: int) -> None:
+        with self._lock:
+            if self.failing:
+                raise StoreError("the link is down")
+            from_s = max(self._free_s, time.monotonic() + self._latency_s)
+            self._free_s = from_s + size_bytes / self._bytes_per_s
+            until_s = self._free_s
+        time.sleep(max(0.0, until_s - time.monotonic()))
+
+
+class Scene:
+    """The prefetch of a job, and what it reads from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.turns = Turns()
+        self.link = Link(self.turns)
+        self.faults: list[str] = []
+        self.log = EventLog(1, 0, "n1")
+        self._cache = Cache(folder / "cache", max_bytes=2**40, min_free_bytes=0, live=folder / "live")
+        self._made: list[Prefetch] = []
+
+    def start(self, *, streams: int = 4, cold_bytes_per_s: int = 0) -> Prefetch:
+        config = PrefetchConfig(streams=streams, cold_rate_bytes=cold_bytes_per_s)
+        self._made.append(
+            Prefetch(self.turns, config, log=self.log, on_fault=lambda name, _: self.faults.append(name))
+        )
+        return self._made[-1]
+
+    def target(self, kind: str = "image", name: str = "file-a", link: Link | None = None) -> Any:
+        blob = self._cache.acquire(name, Layout(len(CONTENT)), None, os.getuid(), os.getgid())
+        reader = Reader(blob, mtime_ns=0)
+        reader.add_user([link or self.link], lambda name, _: self.faults.append(name))
+        return SimpleNamespace(wish=Wish(kind, f"/{name}"), reader=reader, before=Usage(), cached_bytes=0)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in self.log.to_jsonl().splitlines()]
+        return [line for line in lines if line.get("kind") == "prefetch" and line["name"] == name]
+
+    def end(self) -> None:
+        for each in self._made:
+            each.stop()
+            each.join(5)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    made = Scene(tmp_path)
+    yield made
+    made.end()
+
+
+def planned(*blocks: int, every_ms: int = 10, from_ms: int = 0) -> Plan:
+    return Plan(blocks, tuple(from_ms + every_ms * place for place in range(len(blocks))), 1)
+
+
+def until(condition: Callable[[], bool], within_s: float = 10) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def block(number: int) -> bytes:
+    return CONTENT[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+
+
+# Order
+
+
+def test_tables_come_first_then_the_plan_in_its_order_and_then_nothing(scene: Scene) -> None:
+    target, bringing = scene.target(), scene.start(streams=1, cold_bytes_per_s=2**40)
+    bringing.add(target, plan=planned(40, 7, 33, 63, 2), first=[(0, 96), (63 * BLOCK_BYTES + 5, 100)])
+    assert bringing.wait_hot(target, 10)
+    assert scene.link.blocks == [0, 63, 40, 7, 33, 2]
+    time.sleep(0.2)
+    assert len(scene.link.blocks) == 6, "during the start nothing else is brought of what has a plan"
+    bringing.start_over()
+    until(lambda: target.reader.blob.complete)
+    assert target.reader.blob.path.read_bytes() == CONTENT
+    assert sorted(scene.link.blocks) == list(range(BLOCKS)), "every block once"
+
+
+def test_plans_of_two_targets_are_followed_by_time(scene: Scene) -> None:
+    late, early = Link(scene.turns), Link(scene.turns)
+    order: list[str] = []
+    for link, name in ((late, "late"), (early, "early")):
+        link.reads = Log(order, name)  # type: ignore[assignment]
+    bringing = scene.start(streams=1)
+    with scene.turns.demand():  # so that both are there before the first read
+        second = scene.target("environment", "file-b", late)
+        bringing.add(second, plan=planned(10, 20, from_ms=15, every_ms=20))
+        target = scene.target("image", "file-a", early)
+        bringing.add(target, plan=planned(1, 30, every_ms=20))
+    assert bringing.wait_hot(second, 10) and bringing.wait_hot(target, 10)
+    # The one stream may have taken the first run of the first target before the second came.
+    assert [name for name in order if name][-3:] in (
+        ["late", "early", "late"],
+        ["early", "early", "late"],
+    )
+
+
+class Log(list[tuple[int, int]]):
+    """A list that also tells whose it is when something is put in."""
+
+    def __init__(self, order: list[str], name: str) -> None:
+        self._order, self._name = order, name
+
+    def append(self, item: tuple[int, int]) -> None:
+        self._order.append(self._name)
+
+
+def test_neighbours_go_by_one_read_that_ends_with_the_chunk(scene: Scene) -> None:
+    scene.turns.measured(10**9, 1, 0.001)  # a fast link, so runs may be long
+    time.sleep(0.06)
+    scene.turns.measured(10**9, 1, 0.001)
+    target, bringing = scene.target(), scene.start(streams=1)
+    bringing.add(target, plan=planned(12, 14, 30, 13, 15, 16, 17, 29))
+    assert bringing.wait_hot(target, 10)
+    per_chunk = CHUNK_BYTES // BLOCK_BYTES
+    assert per_chunk == 16
+    assert scene.link.reads == [(12, 4), (29, 2), (16, 2)]
+
+
+def test_neighbours_that_are_needed_much_later_do_not_come_early() -> None:
+    far = [*range(100, 300, 2), 1]
+    runs = list(prefetch._runs([0, *far], 16))
+    assert runs[0] == (0, 0, 0) and runs[-1] == (1, 1, 1)
+    assert sorted(first for _, first, _ in runs) == sorted([0, *far])
+
+
+def test_a_checkpoint_and_what_has_no_plan_come_whole_and_after_what_is_hot(scene: Scene) -> None:
+    whole, hot = Link(scene.turns), Link(scene.turns)
+    order: list[str] = []
+    bringing = scene.start(streams=1)
+    image = scene.target("image", "file-a", hot)
+    checkpoint = scene.target("checkpoint", "file-b", whole)
+    whole.reads, hot.reads = Log(order, "whole"), Log(order, "hot")  # type: ignore[assignment]
+    with scene.turns.demand():
+        bringing.add(image, plan=planned(*range(0, BLOCKS, 2)))
+        bringing.add(checkpoint)
+    until(lambda: len(scene.events("end")) == 2)
+    assert checkpoint.reader.blob.complete
+    assert order.index("whole") == 32 and "hot" not in order[32:]
+
+
+# Waiting for what is hot
+
+
+def test_the_wait_ends_when_the_hot_blocks_are_there_or_in_time(scene: Scene) -> None:
+    slow = Link(scene.turns, bytes_per_s=20 * BLOCK_BYTES)
+    target, bringing = scene.target(link=slow), scene.start()
+    bringing.add(target, plan=planned(*range(0, 40, 2)))
+    assert not bringing.wait_hot(target, 0.2)
+    start_s = time.monotonic()
+    assert bringing.wait_hot(target, 10)
+    assert time.monotonic() - start_s < 5
+    assert all(target.reader.blob.has(number, number) for number in range(0, 40, 2))
+    (event,) = scene.events("hot")
+    assert (event["bytes"], event["blocks"], event["what"]) == (20 * BLOCK_BYTES, 20, "image")
+    assert 0.8 < event["dur_s"] < 5
+
+
+def test_there_is_nothing_to_wait_for_without_a_plan_or_with_all_in_the_cache(scene: Scene) -> None:
+    slow = Link(scene.turns, bytes_per_s=BLOCK_BYTES)
+    target, bringing = scene.target(link=slow), scene.start(streams=1)
+    bringing.add(target)
+    assert bringing.wait_hot(target, 0) and scene.events("hot") == []
+    warm = scene.target(name="file-b")
+    while warm.reader.prefetch_run():
+        pass
+    bringing.add(warm, plan=planned(3, 4))
+    assert bringing.wait_hot(warm, 0) and len(scene.events("hot")) == 1
+    assert not bringing.wait_hot(scene.target(name="file-c"), 0), "one that nobody brings"
+
+
+def test_hot_blocks_that_others_fetch_are_waited_for_and_fetched_when_they_fail(scene: Scene) -> None:
+    target, bringing = scene.target(), scene.start()
+    assert target.reader.blob.claim(5, 5)[0] == 1  # as another job's read
+    bringing.add(target, plan=planned(4, 5))
+    assert not bringing.wait_hot(target, 0.3)
+    assert target.reader.blob.states[5] == IN_FLIGHT
+    target.reader.blob.settle(5, 1, MISSING)
+    assert bringing.wait_hot(target, 10)
+    assert scene.link.blocks == [4, 5]
+
+
+def test_a_lost_source_is_told_and_ends_the_wait(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "_ATTEMPTS", 2)
+    scene.link.failing = True
+    target, bringing = scene.target(), scene.start()
+    bringing.add(target, plan=planned(1, 9))
+    start_s = time.monotonic()
+    assert not bringing.wait_hot(target, 10)
+    assert time.monotonic() - start_s < 5
+    until(lambda: "prefetch_failed" in scene.faults)
+    scene.link.failing = False
+    assert target.reader.fetch(9 * BLOCK_BYTES, 10) == block(9)[:10], "readers try again"
+
+
+def test_a_full_disk_ends_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, bringing = scene.target(), scene.start()
+    monkeypatch.setattr(type(target.reader.blob), "write", lambda blob, *_: setattr(blob, "full", True))
+    bringing.add(target, plan=planned(*range(0, BLOCKS, 2)))
+    assert not bringing.wait_hot(target, 10)
+    until(lambda: bool(scene.events("end")))
+    assert len(scene.link.reads) <= 4, "the reads in flight, and no more"
+    assert scene.faults == ["cache_full"]
+
+
+def test_a_stop_ends_the_wait(scene: Scene) -> None:
+    target, bringing = scene.target(link=Link(scene.turns, bytes_per_s=BLOCK_BYTES)), scene.start()
+    bringing.add(target, plan=planned(*range(0, BLOCKS, 2)))
+    threading.Timer(0.2, bringing.stop).start()
+    start_s = time.monotonic()
+    assert not bringing.wait_hot(target, 10)
+    assert time.monotonic() - start_s < 3
+    assert len(scene.events("stopped")) == 1
+
+
+# Cold
+
+
+def test_cold_keeps_to_its_rate(scene: Scene) -> None:
+    target = scene.target()
+    bringing = scene.start(cold_bytes_per_s=len(CONTENT) * 2 // 3)
+    bringing.add(target, plan=planned(0))
+    assert bringing.wait_hot(target, 10)
+    bringing.start_over()
+    start_s = time.monotonic()
+    until(lambda: target.reader.blob.complete)
+    assert 1.2 < time.monotonic() - start_s < 5
+    until(lambda: len(scene.events("end")) == 1)
+    assert max(count for _, count in scene.link.reads) <= CHUNK_BYTES // BLOCK_BYTES
+
+
+def test_without_a_cold_rate_the_rest_stays_where_it_is(scene: Scene) -> None:
+    target, bringing = scene.target(), scene.start(cold_bytes_per_s=0)
+    bringing.add(target, plan=planned(3, 9))
+    until(lambda: len(scene.events("end")) == 1)
+    bringing.start_over()
+    time.sleep(0.2)
+    assert sorted(scene.link.blocks) == [3, 9]
+    other = scene.target("checkpoint", "file-b")
+    bringing.add(other)
+    until(lambda: len(scene.events("end")) == 2)
+    assert not other.reader.blob.present_bytes
+
+
+def test_when_the_start_is_over_what_is_hot_becomes_cold(scene: Scene) -> None:
+    slow = Link(scene.turns, bytes_per_s=20 * BLOCK_BYTES)
+    target, bringing = scene.target(link=slow), scene.start(cold_bytes_per_s=10 * BLOCK_BYTES)
+    bringing.add(target, plan=planned(*range(BLOCKS - 2, 0, -2)))
+    until(lambda: len(slow.reads) >= 4)
+    bringing.start_over()
+    assert not bringing.wait_hot(target, 0)
+    before = len(slow.reads)
+    until(lambda: target.reader.blob.states[0] != MISSING)
+    time.sleep(1)
+    assert 3 <= len(slow.blocks) - before <= 20
+
+
+# Who never waits, and what is never done twice
+
+
+@pytest.mark.parametrize("queue", ["hot", "whole", "cold"])
+def test_a_read_waits_for_no_more_than_what_is_on_its_way(scene: Scene, queue: str) -> None:
+    link = Link(scene.turns, bytes_per_s=50 * BLOCK_BYTES, latency_s=0.001)
+    target, bringing = scene.target(link=link), scene.start(streams=8, cold_bytes_per_s=2**40)
+    plans = {"hot": planned(*range(58)), "whole": Plan(), "cold": planned(0)}
+    bringing.add(target, plan=plans[queue])
+    if queue == "cold":
+        bringing.start_over()
+    until(lambda: len(link.reads) >= 2)
+    waits = []
+    for number in range(63, 58, -1):
+        start_s = time.monotonic()
+        if target.reader.ready(number * BLOCK_BYTES, BLOCK_BYTES) is None:
+            assert target.reader.fetch(number * BLOCK_BYTES, BLOCK_BYTES) == block(number)
+            waits.append(time.monotonic() - start_s)
+    assert not target.reader.blob.complete, "the prefetch was still under way"
+    assert sorted(waits)[len(waits) // 2] < 0.2, "two or three blocks of 20 ms before it, and its own"
+
+
+def test_one_fetch_for_each_block_whoever_asks(scene: Scene) -> None:
+    link = Link(scene.turns, bytes_per_s=400 * BLOCK_BYTES)
+    first, second = scene.start(streams=8), scene.start(streams=8)
+    target = scene.target(link=link)
+    wrong: list[int] = []
+
+    def read(seed: int) -> None:
+        for place in range(BLOCKS):
+            number = (place * 7 + seed) % BLOCKS
+            if bytes(target.reader.fetch(number * BLOCK_BYTES, BLOCK_BYTES)) != block(number):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=read, args=(seed * 13,)) for seed in range(4)]
+    first.add(target, plan=planned(*range(0, BLOCKS, 3)))
+    second.add(target)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and sorted(link.blocks) == list(range(BLOCKS))
+    assert target.reader.usage.store_bytes == len(CONTENT)
+
+
+def test_after_a_reboot_what_is_there_is_checked_not_fetched(scene: Scene) -> None:
+    target = scene.target()
+    while target.reader.prefetch_run():
+        pass
+    target.reader.blob.states[:] = bytes([UNCHECKED]) * BLOCKS
+    fetched = len(scene.link.reads)
+    bringing = scene.start()
+    bringing.add(target, plan=planned(5, 50))
+    assert bringing.wait_hot(target, 10) and target.reader.blob.has(5, 5)
+    assert len(scene.link.reads) == fetched and not scene.faults
+
+
+# The kernel's page cache
+
+
+def test_hot_blocks_are_pushed_within_the_budget_and_cold_ones_never(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "push_budget_bytes", lambda: 3 * BLOCK_BYTES)
+    pushed: dict[int, bytes] = {}
+    target, bringing = scene.target(), scene.start(streams=1, cold_bytes_per_s=2**40)
+    target.reader.push = lambda offset, view: pushed.update({offset // BLOCK_BYTES: bytes(view)})
+    bringing.add(target, plan=planned(2, 20, 40, 60, 50))
+    assert bringing.wait_hot(target, 10)
+    bringing.start_over()
+    until(lambda: target.reader.blob.complete)
+    assert pushed == {number: block(number) for number in (2, 20, 40)}
+    assert target.reader.usage.pushed_bytes == 3 * BLOCK_BYTES
+
+
+def test_the_budget_is_a_share_of_what_is_free() -> None:
+    assert 0 < prefetch.push_budget_bytes() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+# What the fetch process says
+
+
+@pytest.mark.parametrize(
+    ("value", "ranges"),
+    [
+        (None, ()),
+        ("x", ()),
+        ([[0, 96], [900, 100]], ((0, 96), (900, 100))),
+        ([[0, 96], [900, 101]], ((0, 96),)),
+        ([[-1, 5], [0, 0], [0, -5], [1000, 1], [True, 5], ["0", 5], [1.0, 5], [1], [1, 2, 3], 7, None], ()),
+        ([[0, 1000]] * 100, ((0, 1000),) * 8),
+        ([[2**70, 1]], ()),
+    ],
+)
+def test_ranges_that_cannot_be_are_left_out(value: object, ranges: tuple[tuple[int, int], ...]) -> None:
+    assert first_ranges(value, 1000) == ranges
+
+
+def test_ranges_are_bounded_together() -> None:
+    most = 64 * 2**20
+    assert first_ranges([[0, most + 1], [0, most], [0, 1]], 2**40) == ((0, most),)

@@ -1,20 +1,22 @@
 """Mounts: the few system calls around them that Python does not offer.
 
 Owns: mount(2), umount2(2), unshare(2), the descriptor-based calls open_tree(2), mount_setattr(2) and
-move_mount(2), and the reading of /proc/self/mountinfo. Does not own: what is mounted where, and when; the
-callers decide that.
+move_mount(2), the user namespaces that idmapped mounts are made with, and the reading of
+/proc/self/mountinfo. Does not own: what is mounted where, and when; the callers decide that.
 
 A *detached* mount is one that hangs in no mount namespace: only the descriptor holds it. It can be sent to
 another process (SCM_RIGHTS) and attached there, in that process's namespace, and it goes away with its last
 descriptor.
 
 Threads and processes: no state, safe from any thread. `unshare_mount_namespace` changes the calling thread
-only. Every failure is an OSError with the kernel's errno, its text and the path.
+only; `map_root_to` forks, and `unshare_user_namespace` changes the process: both are for processes of one
+thread. Every failure is an OSError with the kernel's errno, its text and the path.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 from dataclasses import dataclass
@@ -36,11 +38,13 @@ _MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOUNT_ATTR_RDONLY = 1
 _MOUNT_ATTR_NOSUID = 2
 _MOUNT_ATTR_NODEV = 4
+_MOUNT_ATTR_IDMAP = 1 << 20
 # linux/fcntl.h, linux/sched.h
 _AT_FDCWD = -100
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_EMPTY_PATH = 0x1000
 _CLONE_NEWNS = 0x20000
+_CLONE_NEWUSER = 0x10000000
 # asm-generic/unistd.h: calls this young have one number on x86_64 and aarch64
 _SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
@@ -110,17 +114,27 @@ def open_tree_clone(path: Path | str) -> int:
     return _syscall(path, _SYS_OPEN_TREE, ctypes.c_int(_AT_FDCWD), os.fsencode(path), ctypes.c_uint(flags))
 
 
-def set_attributes(fd: int, *, read_only: bool = True, nosuid: bool = True, nodev: bool = True) -> None:
+def set_attributes(
+    fd: int,
+    *,
+    read_only: bool = True,
+    nosuid: bool = True,
+    nodev: bool = True,
+    user_namespace: int | None = None,
+) -> None:
     """Set attributes of the mount that fd stands for, and make it private (mount_setattr(2), Linux 5.12).
 
     Private, so that what someone mounts on it later never travels to the tree it was cloned from.
+    user_namespace: show the files' owners as this namespace maps them; the mount must be detached, and may
+    be mapped once only. EINVAL where the file system's driver cannot (squashfs: before Linux 6.2).
     """
     wanted = (
         (_MOUNT_ATTR_RDONLY if read_only else 0)
         | (_MOUNT_ATTR_NOSUID if nosuid else 0)
         | (_MOUNT_ATTR_NODEV if nodev else 0)
+        | (_MOUNT_ATTR_IDMAP if user_namespace is not None else 0)
     )
-    attributes = _MountAttr(attr_set=wanted, propagation=MS_PRIVATE)
+    attributes = _MountAttr(attr_set=wanted, propagation=MS_PRIVATE, userns_fd=user_namespace or 0)
     _syscall(
         f"/proc/self/fd/{fd}",
         _SYS_MOUNT_SETATTR,
@@ -163,6 +177,44 @@ def unshare_mount_namespace() -> None:
     """
     _check(_LIBC.unshare(ctypes.c_int(_CLONE_NEWNS)), "/")
     mount(None, "/", None, MS_REC | MS_SLAVE)
+
+
+def unshare_user_namespace() -> None:
+    """Give this process, of one thread, a user namespace, and a mount namespace that belongs to it.
+
+    The tree of mounts that it sees there is a copy whose attributes read-only, nosuid and nodev are locked:
+    nobody can take them away, nor from the mounts that are cloned from it (user_namespaces(7)).
+    """
+    _check(_LIBC.unshare(ctypes.c_int(_CLONE_NEWUSER | _CLONE_NEWNS)), "/")
+
+
+def map_root_to(uid: int, gid: int) -> int:
+    """Return the descriptor of a user namespace in which 0 is this user and this group, and no other id is.
+
+    For `set_attributes`. Forks; needs CAP_SETUID and CAP_SETGID. The caller closes it.
+    """
+    ready_read, ready_write = os.pipe()
+    leave_read, leave_write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(leave_write)
+            _check(_LIBC.unshare(ctypes.c_int(_CLONE_NEWUSER)), "/proc/self/ns/user")
+            os.write(ready_write, b"1")
+            os.read(leave_read, 1)  # until the parent closes its end
+        finally:
+            os._exit(0)
+    os.close(ready_write)
+    try:
+        if not os.read(ready_read, 1):
+            raise OSError(errno.EPERM, "a user namespace cannot be made", "/proc/self/ns/user")
+        for name, number in (("uid_map", uid), ("gid_map", gid)):
+            Path(f"/proc/{child}/{name}").write_text(f"0 {number} 1")
+        return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        for fd in (ready_read, leave_read, leave_write):
+            os.close(fd)
+        os.waitpid(child, 0)
 
 
 def _unescape(text: str) -> str:

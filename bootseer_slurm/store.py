@@ -8,13 +8,15 @@ touches it itself but asks the job's fetch process (fetch/child.py), so root_squ
     <uri>/users/<uid>/                   made by the user, 0700
         blobs/<id>/manifest, 0, 1, …     blob/manifest.py: the stripe objects, and the manifest written last
         names/<digest>.json              blob/names.py: which blob stands for which path
+        leases/<digest>                  blob/lease.py: who is making the blob of a name
         events/<job>.<restart>/<node>.jsonl
 
 A file:// store is used with plain system calls: parallel preads of a file are as fast as the file system
 lets them be, and pyarrow (0.3 s to import) is then never loaded on the way of a starting job.
 
-In users/ anybody can make a folder with another's uid as its name. So a file:// store uses the folder of the
-uid that it runs as only when it is that user's and nobody else can write to it. pyarrow tells no owners: on
+In users/ anybody can make a folder with another's uid as its name. So a file:// store uses the folder of a
+uid only when it is that user's and nobody else can write to it. What root puts into the store is for all: its
+folders are open, and a user's names are looked for among root's too. pyarrow tells no owners: on
 its file systems the admin makes the users' folders.
 """
 
@@ -26,12 +28,21 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from bootseer_slurm.errors import NotFound, StoreError
 
 _DIRECT_ALIGN_BYTES = 4096  # what no file system's O_DIRECT asks more than
+
+
+class Entry(NamedTuple):
+    """What lies in a folder of the store. size_bytes is 0 of a folder; changed_s: seconds since 1970."""
+
+    name: str
+    is_folder: bool
+    size_bytes: int
+    changed_s: float
 
 
 class ObjectReader(Protocol):
@@ -71,8 +82,22 @@ class Store(Protocol):
     def writer(self, path: str) -> contextlib.AbstractContextManager[Any]:
         """A file to write a large object to; it appears when the block ends without an error."""
 
+    def create(self, path: str, content: bytes) -> bool:
+        """Write a small object that is not there yet; False when it is. Raises StoreError.
+
+        Of several that try at once one gets True, on every file system that has O_EXCL. Other stores have
+        no such thing: there it is looked first and written then, and in between two may get True.
+        """
+
+    def scan(self, path: str) -> list[Entry]:
+        """All that lies in a folder, half-written objects too (`.` in front); empty when it is missing.
+
+        Raises StoreError.
+        """
+
     def list(self, path: str) -> list[str]:
         """Names in a folder, sorted; a missing folder is empty. Raises StoreError."""
+        return sorted(entry.name for entry in self.scan(path) if not entry.name.startswith("."))
 
     def remove(self, path: str) -> None:
         """Remove an object or a whole folder; nothing happens when it is missing. Raises StoreError."""
@@ -177,7 +202,7 @@ class FileStore(Store):
                 temporary.unlink(missing_ok=True)
 
     def _make_folder(self, folder: Path) -> None:
-        """Folders below the store's root are the user's own: made 0700."""
+        """Folders below the store's root are the user's own: made 0700; what root pushes is for all."""
         if folder == self._root:
             return
         if not folder.is_dir():
@@ -186,7 +211,8 @@ class FileStore(Store):
                     f"{self._root}: no such folder", hint="an admin makes it with `bootseer store init`"
                 )
             self._make_folder(folder.parent)
-            folder.mkdir(mode=0o700, exist_ok=True)
+            for_all = os.geteuid() == 0 and folder.is_relative_to(self._root / "users" / "0")
+            folder.mkdir(mode=0o755 if for_all else 0o700, exist_ok=True)
         self._check_owner(folder)  # only now, for another user may have been faster
 
     def _path(self, path: str) -> Path:
@@ -195,18 +221,18 @@ class FileStore(Store):
         return target
 
     def _check_owner(self, target: Path) -> None:
-        """See that what is used as this user's is not another's; what is missing is nobody's yet."""
-        uid = os.geteuid()
-        folder = self._root / "users" / str(uid)
-        if not target.is_relative_to(folder):
+        """See that what is used as this user's, or root's, is no other's; what is missing is nobody's yet."""
+        parts = target.relative_to(self._root).parts
+        if len(parts) < 2 or parts[0] != "users" or parts[1] not in (str(os.geteuid()), "0"):
             return
+        folder = self._root / "users" / parts[1]
         try:
             status = os.lstat(folder)
         except FileNotFoundError:
             return
         except OSError as error:
             raise StoreError(f"{folder}: cannot be looked at: {error.strerror}") from error
-        if status.st_uid != uid or not stat.S_ISDIR(status.st_mode):
+        if status.st_uid != int(parts[1]) or not stat.S_ISDIR(status.st_mode):
             raise StoreError(
                 f"{folder}: belongs to another user, or is no folder", hint="ask the admin to remove it"
             )
@@ -215,14 +241,36 @@ class FileStore(Store):
                 f"{folder}: others can write to it", hint=f"look at what is in it, then chmod 700 {folder}"
             )
 
-    def list(self, path: str) -> list[str]:
-        target = self._path(path)
+    def create(self, path: str, content: bytes) -> bool:
+        target = self._root / path
         try:
-            return sorted(name for name in os.listdir(target) if not name.startswith("."))
+            self._make_folder(target.parent)
+            with os.fdopen(
+                os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb"
+            ) as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise StoreError(f"{target}: cannot be written: {error.strerror}") from error
+        return True
+
+    def scan(self, path: str) -> list[Entry]:
+        target = self._path(path)
+        entries = []
+        try:
+            with os.scandir(target) as found:
+                for each in found:
+                    with contextlib.suppress(FileNotFoundError):
+                        status = each.stat(follow_symlinks=False)
+                        is_folder = stat.S_ISDIR(status.st_mode)
+                        size_bytes = 0 if is_folder else status.st_size
+                        entries.append(Entry(each.name, is_folder, size_bytes, status.st_mtime))
         except FileNotFoundError:
             return []
         except OSError as error:
             raise StoreError(f"{target}: cannot be listed: {error.strerror}") from error
+        return entries
 
     def remove(self, path: str) -> None:
         target = self._path(path)
@@ -297,13 +345,27 @@ class ArrowStore(Store):
                 self._filesystem.delete_file(temporary)
             raise StoreError(f"{full}: cannot be written: {error}") from error
 
-    def list(self, path: str) -> list[str]:
+    def create(self, path: str, content: bytes) -> bool:
+        full = self._path(path)
+        try:
+            if self._filesystem.get_file_info(full).type != self._fs.FileType.NotFound:
+                return False
+        except OSError as error:
+            raise StoreError(f"{full}: cannot be looked at: {error}") from error
+        self.write(path, content)
+        return True
+
+    def scan(self, path: str) -> list[Entry]:
         selector = self._fs.FileSelector(self._path(path), allow_not_found=True)
         try:
-            names = (info.base_name for info in self._filesystem.get_file_info(selector))
-            return sorted(name for name in names if not name.startswith("."))
+            found = self._filesystem.get_file_info(selector)
         except OSError as error:
             raise StoreError(f"{self._path(path)}: cannot be listed: {error}") from error
+        folder = self._fs.FileType.Directory
+        return [
+            Entry(info.base_name, info.type == folder, info.size or 0, (info.mtime_ns or 0) / 1e9)
+            for info in found
+        ]
 
     def remove(self, path: str) -> None:
         full = self._path(path)

@@ -3,11 +3,12 @@
 One small JSON object in the store for each path or URI, under the sha256 of that name:
 
     {"version": 1, "kind": "image", "name": "/lustre/img/train.sqsh", "fingerprint": "…",
-     "blob": "<id>", "folder": "users/<uid>/blobs/<token>", "made_ns": 1764000000000000000}
+     "blob": "<id>", "folder": "users/<uid>/blobs/<token>", "made_ns": 1764000000000000000, "signature": ""}
 
 A fingerprint says what the original was when the blob was made. It must mean the same on every node, so it
 holds no device, no inode and no part of a second: SFTP, for one, has none of them. To make whole seconds
 safe, no blob is made of what was changed less than SETTLE_S ago. Compare git's "racy" index entries.
+An image of a registry (image/reference.py) has the registry's manifest digest as its fingerprint.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bootseer_slurm.errors import IntegrityError, NotFound
+from bootseer_slurm.errors import IntegrityError, NotFound, StoreError
 from bootseer_slurm.store import Store
 
 SETTLE_S = 2.0  # more than the whole second that a fingerprint can tell apart
@@ -28,7 +29,11 @@ _LIMIT_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """What the store knows of one path or URI."""
+    """What the store knows of one path or URI.
+
+    signature: says that the site made this blob itself, "" when it did not. Only the agent can tell whether
+    it is a good one.
+    """
 
     kind: str
     name: str
@@ -36,6 +41,7 @@ class Name:
     blob: str
     folder: str
     made_ns: int
+    signature: str = ""
 
 
 def user_folder(uid: int) -> str:
@@ -70,12 +76,58 @@ def read_name(store: Store, uid: int, name: str) -> Name | None:
         content = store.read(_path(uid, name), limit_bytes=_LIMIT_BYTES)
     except NotFound:
         return None
+    record = _decode(content, uid, name)
+    if record.name != name:
+        raise IntegrityError(f"the store's record of {name} is damaged: it is of another name")
+    return record
+
+
+def read_published(store: Store, uid: int, name: str) -> Name | None:
+    """As `read_name`; where the user has no such name, what root published under it."""
+    found = read_name(store, uid, name)
+    if found is not None or uid == 0:
+        return found
+    try:
+        return read_name(store, 0, name)
+    except (IntegrityError, StoreError):  # root's folder may be closed, or an impostor's
+        return None
+
+
+def list_names(store: Store, uid: int) -> tuple[list[Name], list[str]]:
+    """All names of a user, sorted, and of each damaged record what is wrong with it. Raises StoreError."""
+    names, damaged = [], []
+    folder = f"{user_folder(uid)}/names"
+    for file in store.list(folder):
+        try:
+            record = _decode(store.read(f"{folder}/{file}", limit_bytes=_LIMIT_BYTES), uid, file)
+        except NotFound:
+            continue
+        except IntegrityError as error:
+            damaged.append(error.message)
+            continue
+        if _path(uid, record.name) == f"{folder}/{file}":
+            names.append(record)
+        else:
+            damaged.append(f"the store's record of {file} is damaged: it is of another name")
+    return sorted(names, key=lambda each: (each.kind, each.name)), damaged
+
+
+def remove_name(store: Store, uid: int, name: str) -> None:
+    """Forget a name; its blob stays. Nothing happens when it is not there. Raises StoreError."""
+    store.remove(_path(uid, name))
+
+
+def _decode(content: bytes, uid: int, name: str) -> Name:
+    """A record's content. Raises IntegrityError, which calls it `name`."""
     try:
         record: Any = json.loads(content)
-        if record.pop("version") != 1 or record["name"] != name or not isinstance(record["made_ns"], int):
-            raise ValueError("it is not of this name or version")
-        if not all(isinstance(record[key], str) for key in ("kind", "fingerprint", "blob", "folder")):
+        if record.pop("version") != 1 or not isinstance(record["made_ns"], int):
+            raise ValueError("it is not of this version")
+        texts = ("kind", "name", "fingerprint", "blob", "folder")
+        if not all(isinstance(record[key], str) for key in texts):
             raise ValueError("a value is not text")
+        if not isinstance(record.get("signature", ""), str):
+            raise ValueError("its signature is not text")
         folder: str = record["folder"]
         if not folder.startswith(f"{user_folder(uid)}/blobs/") or ".." in folder.split("/"):
             raise ValueError("its folder is not one of this user's blobs")

@@ -15,8 +15,10 @@ import typer
 from rich.console import Console
 
 from bootseer_slurm import config as configuration
-from bootseer_slurm.cli import settings
+from bootseer_slurm.cli import doctor, settings
+from bootseer_slurm.cli.cache import app as cache_app
 from bootseer_slurm.cli.image import app as image_app
+from bootseer_slurm.cli.importer import app as importer_app
 from bootseer_slurm.cli.progress import progress_bars, store_with_progress
 from bootseer_slurm.errors import InputError, StoreError
 
@@ -27,8 +29,10 @@ checkpoint_app = typer.Typer(no_args_is_help=True, help="Striped checkpoints in 
 profile_app = typer.Typer(no_args_is_help=True, help="Profiles, the files given as --bootseer=PROFILE.toml.")
 store_app = typer.Typer(no_args_is_help=True, help="The shared store.")
 for name, group in (("config", config_app), ("env", env_app), ("image", image_app), ("profile", profile_app),
-                    ("checkpoint", checkpoint_app), ("store", store_app)):  # fmt: skip
+                    ("cache", cache_app), ("checkpoint", checkpoint_app), ("store", store_app),
+                    ("importer", importer_app)):  # fmt: skip
     app.add_typer(group, name=name)
+app.command()(doctor.doctor)
 
 
 @app.callback()
@@ -45,13 +49,15 @@ def _root(
 def agent() -> None:
     """Run the node agent (root; started by systemd)."""
     from bootseer_slurm import log
+    from bootseer_slurm.agent.keeper import Keeper
     from bootseer_slurm.agent.server import Agent
 
     config = settings.config()
     log.set_up(config.agent.log_level)
     if os.geteuid() != 0:
         raise InputError("the agent must run as root")
-    Agent(config).run()
+    status = Keeper(config, lambda config, kept: Agent(config, kept).run()).run()
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -157,3 +157,68 @@ def test_a_symbolic_link_is_not_followed_by_unmount(tmpfs: Path, tmp_path: Path)
     with pytest.raises(OSError):
         mounts.unmount(link)
     assert mounts.is_mountpoint(tmpfs)
+
+
+def test_owners_are_mapped_for_one_user(tmpfs: Path) -> None:
+    """On a tmpfs, as its driver knows it for long: root's file is the user's, another's is nobody's."""
+    for name, owner in (("root", 0), ("other", 1000)):
+        (tmpfs / name).touch()
+        os.chown(tmpfs / name, owner, owner)
+    fd = mounts.open_tree_clone(tmpfs)
+    namespace = mounts.map_root_to(54321, 54322)
+    try:
+        mounts.set_attributes(fd, user_namespace=namespace)
+        output = _in_namespace(
+            """
+            mounts.move_mount(int(sys.argv[1]), sys.argv[2])
+            for name in ("root", "other"):
+                status = os.stat(sys.argv[2] + "/" + name)
+                print(status.st_uid, status.st_gid)
+            """,
+            *(fd, tmpfs.parent),
+            fds=(fd,),
+        )
+        with pytest.raises(OSError):  # once only
+            mounts.set_attributes(fd, user_namespace=namespace)
+    finally:
+        os.close(fd)
+        os.close(namespace)
+    assert output.split("\n") == ["54321 54322", "65534 65534"]
+    assert (tmpfs / "root").stat().st_uid == 0
+
+
+def test_no_process_is_left_of_a_mapping() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    os.close(mounts.map_root_to(54321, 54321))
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_attributes_are_locked_in_a_user_namespace_and_in_what_is_cloned_there(tmpfs: Path) -> None:
+    fd = mounts.bind_clone(tmpfs)
+    try:
+        output = _in_namespace(
+            """
+            target = sys.argv[2]
+            mounts.move_mount(int(sys.argv[1]), target)
+            def remount():
+                try:
+                    mounts.mount(None, target, None, mounts.MS_BIND | 32 | mounts.MS_RDONLY | mounts.MS_NOSUID)
+                    return "changed"
+                except OSError as error:
+                    return error.strerror
+            print(remount())
+            mounts.mount(None, target, None, mounts.MS_BIND | 32 | 7)
+            mounts.unshare_user_namespace()
+            print(remount())
+            clone = mounts.open_tree_clone(target)
+            mounts.move_mount(clone, target)
+            print(remount(), len(mounts.mounts_at(target)))
+            """,
+            *(fd, tmpfs.parent),
+            fds=(fd,),
+        )
+    finally:
+        os.close(fd)
+    assert output.split("\n") == ["changed", "Operation not permitted", "Operation not permitted 2"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bootseer_slurm.blob.names import Name, read_name, user_folder, write_name
+from bootseer_slurm.blob.names import Name, list_names, read_name, remove_name, user_folder, write_name
 from bootseer_slurm.errors import IntegrityError
 from bootseer_slurm.store import FileStore
 
@@ -41,3 +43,35 @@ def test_a_blob_of_another_folder_is_refused(tmp_path: Path, folder: str) -> Non
     write_name(FileStore(tmp_path), UID, record(folder))
     with pytest.raises(IntegrityError, match="damaged: its folder"):
         read_name(FileStore(tmp_path), UID, "/shared/a.sqsh")
+
+
+def test_a_record_without_a_signature_has_none(tmp_path: Path) -> None:
+    name = record(f"{user_folder(UID)}/blobs/abc")
+    store = FileStore(tmp_path)
+    write_name(store, UID, replace(name, signature="signed"))
+    read = read_name(store, UID, name.name)
+    assert read is not None and read.signature == "signed"
+    (file,) = (tmp_path / user_folder(UID) / "names").iterdir()
+    older = json.loads(file.read_text())
+    del older["signature"]
+    file.write_text(json.dumps(older))
+    assert read_name(store, UID, name.name) == name
+    file.write_text(json.dumps({**older, "signature": 1}))
+    with pytest.raises(IntegrityError, match="signature is not text"):
+        read_name(store, UID, name.name)
+
+
+def test_all_names_are_listed_and_damaged_records_told(tmp_path: Path) -> None:
+    store, first = FileStore(tmp_path), record(f"{user_folder(UID)}/blobs/abc")
+    second = replace(first, name="/shared/0.sqsh")
+    write_name(store, UID, first)
+    write_name(store, UID, second)
+    names = tmp_path / user_folder(UID) / "names"
+    (names / "moved.json").write_bytes(next(names.iterdir()).read_bytes())
+    (names / "broken.json").write_text("{")
+    found, damaged = list_names(store, UID)
+    assert found == [second, first]
+    assert len(damaged) == 2 and all("is damaged" in each for each in damaged)
+    remove_name(store, UID, first.name)
+    remove_name(store, UID, first.name)
+    assert list_names(store, UID)[0] == [second]

@@ -1,0 +1,95 @@
+"""Taking out of a user's part of the store what nothing there needs any more.
+
+    users/<uid>/blobs/<token>/unused    an empty object: since its time, no name has stood for this blob
+
+A blob without a name is marked first, and removed a day later: jobs that began before may still read it, and
+one that was just stored gets its name last. The store's own times are compared with each other where
+possible; a day is longer than clocks are apart. Runs as the store's user, and may run twice at once.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+
+from bootseer_slurm.blob.names import list_names, user_folder
+from bootseer_slurm.store import Entry, Store
+
+GRACE_S = 86400.0
+_UNUSED = "unused"
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")  # store.py's writer
+
+
+@dataclass(slots=True)
+class Collected:
+    """What was taken out: store paths, and bytes.
+
+    marked: blobs that go after a day. problems: what is wrong with records that are damaged.
+    """
+
+    removed: list[str] = field(default_factory=list)
+    size_bytes: int = 0
+    marked: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def collect_garbage(store: Store, uid: int, *, now_s: float | None = None) -> Collected:
+    """Remove blobs that were never completed or lost their names, dead leases and half-written objects.
+
+    While a name's record is damaged no complete blob is removed: the record may be of it.
+    now_s: seconds since 1970. Raises StoreError.
+    """
+    now_s = time.time() if now_s is None else now_s
+    root = user_folder(uid)
+    result = Collected()
+    names, result.problems = list_names(store, uid)
+    used = {name.folder for name in names}
+    for blob in store.scan(f"{root}/blobs"):
+        if blob.is_folder:
+            path = f"{root}/blobs/{blob.name}"
+            _look_at_blob(store, path, blob, path in used, now_s, result)
+    for lease in store.scan(f"{root}/leases"):
+        if now_s - lease.changed_s > GRACE_S:
+            _remove(store, f"{root}/leases/{lease.name}", lease.size_bytes, result)
+    _remove_temporary(store, root, now_s, result)
+    return result
+
+
+def _look_at_blob(
+    store: Store, path: str, folder: Entry, named: bool, now_s: float, result: Collected
+) -> None:
+    entries = store.scan(path)
+    objects = {entry.name: entry for entry in entries}
+    size_bytes = sum(entry.size_bytes for entry in entries)
+    mark = objects.get(_UNUSED)
+    if "manifest" not in objects:
+        latest_s = max([folder.changed_s, *(entry.changed_s for entry in entries)])
+        if now_s - latest_s > GRACE_S:
+            _remove(store, path, size_bytes, result)
+    elif named:
+        if mark is not None:
+            store.remove(f"{path}/{_UNUSED}")
+    elif mark is None:
+        store.write(f"{path}/{_UNUSED}", b"")
+        result.marked.append(path)
+    elif now_s - mark.changed_s > GRACE_S and not result.problems:
+        _remove(store, path, size_bytes, result)
+    else:
+        result.marked.append(path)
+
+
+def _remove_temporary(store: Store, folder: str, now_s: float, result: Collected) -> None:
+    """Remove what writers that were killed left, in all folders below."""
+    for entry in store.scan(folder):
+        path = f"{folder}/{entry.name}"
+        if entry.is_folder:
+            _remove_temporary(store, path, now_s, result)
+        elif _TEMPORARY.fullmatch(entry.name) and now_s - entry.changed_s > GRACE_S:
+            _remove(store, path, entry.size_bytes, result)
+
+
+def _remove(store: Store, path: str, size_bytes: int, result: Collected) -> None:
+    store.remove(path)
+    result.removed.append(path)
+    result.size_bytes += size_bytes

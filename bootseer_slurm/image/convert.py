@@ -1,0 +1,250 @@
+"""Making a squashfs of an image: `unpack` its layers to a folder, `pack` that folder.
+
+Runs as the calling user and needs no root: owners are not kept, all files are root's in the squashfs, as
+enroot wants them. With enroot installed, enroot does the whole; else skopeo fetches the image and umoci
+unpacks it, and rootfs.py writes what enroot's import would have added.
+
+On disk: a folder bootseer-image-<uid>-<random> in $ENROOT_TEMP_PATH or $TMPDIR, locked (flock(2)) as long
+as its process lives. It goes away with the conversion; what a killed process left, the next one removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.image import registry
+from bootseer_slurm.image.reference import Folder, Reference
+from bootseer_slurm.image.rootfs import configure, make_readable
+
+# Of 328 MB of packages level 1 makes 115 MB in 2.0 s, 3 109 MB in 2.6 s, 6 102 MB in 6.8 s (2 cores). The
+# first job that names an image waits for this, so not 6. Blocks of 256 KiB save 4 % more; but each small read
+# of a job unpacks a whole block, and the images that enroot makes have 128 KiB.
+_SQUASHFS = ("-comp", "zstd", "-Xcompression-level", "3", "-b", "128K", "-no-xattrs")
+_UNCOMPRESSED = ("-noI", "-noD", "-noF", "-noX", "-no-xattrs")
+_PACK = ("-all-root", "-noappend", "-quiet", "-no-progress", "-exit-on-error", "-wildcards", "-e", "dev/*")
+_PLACE = "TMPDIR, or ENROOT_TEMP_PATH, must name a folder with room for three times the image"
+_POLICIES = ("~/.config/containers/policy.json", "/etc/containers/policy.json")
+
+Stage = Callable[[str, int | None], None]
+Progress = Callable[[int], None]
+
+
+def convert(
+    source: Reference | Folder,
+    scratch: Path,
+    *,
+    stage: Stage = lambda text, size_bytes: None,
+    progress: Progress = lambda count: None,
+) -> Path:
+    """Make a squashfs of an image in the folder `scratch`; gives its path.
+
+    source: of a registry, pinned to its digest. stage: told what is being done, and of how many bytes if
+    known. progress: told the bytes done since.
+    Raises what `registry.resolve` does, and BootseerError when the image cannot be unpacked or packed.
+    """
+    target = scratch / "image.sqsh"
+    if isinstance(source, Folder):
+        stage("packing", None)
+        pack(Path(source.path), target, progress=progress)
+    elif not _enroot_import(source, target, _SQUASHFS, stage, progress):
+        rootfs = _unpack_layers(source, scratch, stage, progress)
+        stage("packing", None)
+        pack(rootfs, target, progress=progress)
+        remove_tree(rootfs)
+    os.utime(target, (0, 0))  # its own time says nothing, and a young file would be waited for
+    return target
+
+
+def unpack(
+    reference: Reference,
+    scratch: Path,
+    *,
+    stage: Stage = lambda text, size_bytes: None,
+    progress: Progress = lambda count: None,
+) -> Path:
+    """Make an image's root file system in `scratch`, as `enroot start` wants it; gives its path.
+
+    reference: pinned to its digest. Raises what `convert` does.
+    """
+    plain = scratch / "plain.sqsh"
+    if not _enroot_import(reference, plain, _UNCOMPRESSED, stage, progress):
+        return _unpack_layers(reference, scratch, stage, progress)
+    rootfs = scratch / "rootfs"
+    command = ["unsquashfs", "-quiet", "-no-progress", "-no-xattrs", "-dest", str(rootfs), str(plain)]
+    registry.run(command, reference.name)
+    plain.unlink()
+    make_readable(rootfs)
+    return rootfs
+
+
+def pack(rootfs: Path, target: Path, *, progress: Progress = lambda count: None) -> None:
+    """Make the squashfs `target` of a folder, without what is in its dev/. Raises BootseerError."""
+    if not rootfs.is_dir():
+        raise BootseerError(f"{rootfs}: no such folder")
+    command = ["mksquashfs", str(rootfs), str(target), *_SQUASHFS, *_PACK]
+    registry.run(command, str(rootfs), watch=_growth(target, progress))
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder of this process for the time of a block; those that killed processes left are removed first.
+
+    Raises BootseerError when none can be made; one of the block gets a hint how full the disk is.
+    """
+    base = Path(os.environ.get("ENROOT_TEMP_PATH") or tempfile.gettempdir())
+    remove_left_scratch(base)
+    path, fd = _locked_folder(base)
+    try:
+        yield path
+    except BootseerError as error:
+        # On a full disk umoci may remove what it wrote, and die with a message of something else.
+        if error.hint is None:
+            error.hint = (
+                f"{os.statvfs(path).f_bavail * os.statvfs(path).f_frsize // 2**20} MiB are free now; {_PLACE}"
+            )
+        raise
+    finally:
+        remove_tree(path)
+        os.close(fd)
+
+
+def remove_left_scratch(base: Path) -> None:
+    """Remove this user's scratch folders whose process is gone."""
+    for path in base.glob(f"{_scratch_prefix()}*"):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(fd).st_uid == os.geteuid():
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove_tree(path)
+            finally:
+                os.close(fd)
+
+
+def _locked_folder(base: Path) -> tuple[Path, int]:
+    while True:
+        try:
+            path = Path(tempfile.mkdtemp(prefix=_scratch_prefix(), dir=base))
+        except OSError as error:
+            raise BootseerError(
+                f"{base}: no place to convert an image: {error.strerror}", hint=_PLACE
+            ) from error
+        # Before it is locked, another process may take it for a left one.
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if path.exists():
+                return path, fd
+            os.close(fd)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder of this user, with those in it that he may not enter; what cannot go stays."""
+    with contextlib.suppress(OSError):
+        make_readable(path)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _scratch_prefix() -> str:
+    return f"bootseer-image-{os.geteuid()}-"
+
+
+def _enroot_import(
+    reference: Reference, target: Path, squash_options: tuple[str, ...], stage: Stage, progress: Progress
+) -> bool:
+    """Let enroot make the squashfs; False where it is not installed, or failed and there is another way."""
+    if not shutil.which("enroot"):
+        return False
+    stage("importing with enroot", None)
+    environ = registry.enroot_environ(reference) | {"ENROOT_SQUASH_OPTIONS": " ".join(squash_options)}
+    command = ["enroot", "import", "--output", str(target), reference.enroot_uri]
+    try:
+        registry.run(command, reference.name, environ=environ, watch=_growth(target, progress))
+    except BootseerError:
+        target.unlink(missing_ok=True)
+        if not (shutil.which("skopeo") and shutil.which("umoci")):
+            raise
+        return False
+    return True
+
+
+def _unpack_layers(reference: Reference, scratch: Path, stage: Stage, progress: Progress) -> Path:
+    """The root file system of an image, by skopeo and umoci."""
+    layout, rootfs = scratch / "layout", scratch / "rootfs"
+    stage("fetching", registry.download_bytes(reference))
+    policy = (
+        [] if any(os.path.exists(os.path.expanduser(path)) for path in _POLICIES) else ["--insecure-policy"]
+    )
+    with registry.skopeo_options(reference, "src-") as options:
+        # umoci knows no layers that are compressed with zstd; those with gzip stay as they are.
+        command = ["skopeo", *policy, "copy", "--quiet", "--dest-compress-format=gzip", *options]
+        command += [registry.skopeo_name(reference), "oci:layout:image"]
+        registry.run(command, reference.name, folder=scratch, watch=_growth(layout, progress))
+    stage("unpacking", None)
+    config = _image_config(layout, reference)
+    command = ["umoci", "raw", "unpack", "--rootless", "--image", "layout:image", "rootfs"]
+    registry.run(command, reference.name, folder=scratch)
+    remove_tree(layout)
+    make_readable(rootfs)
+    try:
+        configure(rootfs, config, reference.enroot_uri)
+    except OSError as error:
+        raise BootseerError(f"image {reference.name}: its etc cannot be written: {error}") from error
+    return rootfs
+
+
+def _image_config(layout: Path, reference: Reference) -> dict[str, Any]:
+    """The image's configuration in an OCI layout that holds this image only."""
+    try:
+        manifest = json.loads((layout / "index.json").read_bytes())["manifests"][0]["digest"]
+        config = json.loads(_blob(layout, json.loads(_blob(layout, manifest))["config"]["digest"]))
+        if isinstance(config, dict):
+            return config
+        reason = "it is no JSON object"
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise BootseerError(f"image {reference.name}: its configuration cannot be read: {reason}")
+
+
+def _blob(layout: Path, digest: str) -> bytes:
+    algorithm, _, value = digest.partition(":")
+    if algorithm != "sha256" or not value.isalnum():
+        raise ValueError(f"{digest[:80]!r} is no digest")
+    return (layout / "blobs/sha256" / value).read_bytes()
+
+
+def _growth(path: Path, progress: Progress) -> Callable[[], None]:
+    """Tells `progress`, whenever called, by how much a file or folder has grown."""
+    seen = 0
+
+    def look() -> None:
+        nonlocal seen
+        size_bytes = _size_bytes(path)
+        if size_bytes > seen:
+            progress(size_bytes - seen)
+            seen = size_bytes
+
+    return look
+
+
+def _size_bytes(path: Path) -> int:
+    total = 0
+    with contextlib.suppress(FileNotFoundError):
+        status = path.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            return status.st_size
+        for folder, _, files in os.walk(path):
+            for name in files:
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.lstat(os.path.join(folder, name)).st_size
+    return total

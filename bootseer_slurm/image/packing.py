@@ -1,0 +1,104 @@
+"""Who packs an image, and so whether the kernel may mount it: the agent, root, or its user.
+
+A user's own squashfs is never signed. The agent packs what a user's process sends it as a tar (see `pack`),
+and signs the result; root signs what it packed itself. Where neither is to be had, the user packs, and the
+image works all the same, through squashfuse.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Protocol
+
+from bootseer_slurm.agent import protocol
+from bootseer_slurm.agent.protocol import first
+from bootseer_slurm.errors import AgentUnavailable, BootseerError
+from bootseer_slurm.image.convert import pack
+from bootseer_slurm.image.trust import Key, sign
+
+_START_TIMEOUT_S = 10.0
+_FINISH_TIMEOUT_S = 900.0  # mksquashfs has most of its work done when the tar ends
+
+
+class Packing(Protocol):
+    """A way to make a squashfs of a root file system."""
+
+    def pack(self, rootfs: Path, target: Path) -> None:
+        """Make `target` of `rootfs`. Raises BootseerError."""
+
+    def signature(self, blob: str) -> str:
+        """The signature of what was packed, when this is its blob's id; "" without one."""
+
+
+class OwnPacking:
+    """By this process. Signed when it is root's and the site has a key."""
+
+    def __init__(self, key: Key | None = None) -> None:
+        self._key = key
+
+    def pack(self, rootfs: Path, target: Path) -> None:
+        pack(rootfs, target)
+
+    def signature(self, blob: str) -> str:
+        return sign(self._key, 0, blob) if self._key and os.geteuid() == 0 else ""
+
+
+class AgentPacking:
+    """By the agent of this node, for a job of this user; by this process where the agent does not."""
+
+    def __init__(self, socket_path: Path, job_id: str) -> None:
+        self._socket_path = socket_path
+        self._job_id = job_id
+        self._signed = ("", "")
+
+    def pack(self, rootfs: Path, target: Path) -> None:
+        try:
+            fd, self._signed = self._packed(rootfs)
+        except (BootseerError, OSError, ValueError):
+            pack(rootfs, target)
+            return
+        with open(fd, "rb") as image, target.open("xb") as file:
+            shutil.copyfileobj(image, file, 1 << 20)
+
+    def signature(self, blob: str) -> str:
+        signed, signature = self._signed
+        return signature if blob == signed else ""
+
+    def _packed(self, rootfs: Path) -> tuple[int, tuple[str, str]]:
+        """Send the tree; gives a descriptor of the image, and (its blob's id, signature)."""
+        reply, fds = self._ask("pack", [], _START_TIMEOUT_S)
+        tar = ["tar", "-C", str(rootfs), "-c", "--numeric-owner", "--exclude=./dev/*", "."]
+        try:
+            if len(fds) != 1:
+                raise AgentUnavailable("the agent does not pack")
+            done = subprocess.run(
+                tar, stdin=subprocess.DEVNULL, stdout=fds[0], stderr=subprocess.PIPE, check=False
+            )
+        finally:
+            for fd in fds:
+                os.close(fd)
+        if done.returncode:
+            raise BootseerError(f"{rootfs}: tar failed: {done.stderr.decode(errors='replace')[-300:]}")
+        ticket = [("TICKET", first(reply, "TICKET"))]
+        reply, fds = self._ask("packed", ticket, _FINISH_TIMEOUT_S)
+        if len(fds) != 1:
+            raise BootseerError("the agent gave no image")
+        return fds[0], (first(reply, "MANIFEST_ID"), first(reply, "SIGNATURE"))
+
+    def _ask(self, op: str, fields: protocol.Message, timeout_s: float) -> tuple[protocol.Message, list[int]]:
+        """One question, whose answer may bring a descriptor. Raises BootseerError, OSError or ValueError."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+            link.settimeout(timeout_s)
+            link.connect(str(self._socket_path))
+            link.sendall(protocol.encode([("OP", op), ("JOB_ID", self._job_id), *fields]))
+            link.shutdown(socket.SHUT_WR)
+            reply, fds = protocol.receive(link)
+        if first(reply, "STATUS") != "ok":
+            for fd in fds:
+                os.close(fd)
+            raise BootseerError(first(reply, "MESSAGE", "the agent refused without a reason"))
+        return reply, fds

@@ -1,0 +1,134 @@
+"""What `bootseer doctor` finds, on nodes that are put together here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bootseer_slurm import config as configuration
+from bootseer_slurm.cli import doctor
+from bootseer_slurm.config import Config
+
+STAND_IN = Path(__file__).resolve().parents[2] / "libexec" / "squashfuse"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    file = tmp_path / "bootseer.toml"
+    file.write_text(
+        f"""
+        [store]
+        uri = "file://{tmp_path}/store"
+        [cache]
+        path = "{tmp_path}/none/yet"
+        min_free = "1KiB"
+        [agent]
+        socket = "{tmp_path}/agent.sock"
+        [image]
+        site_key = "{tmp_path}/site.key"
+        """
+    )
+    (tmp_path / "store").mkdir()
+    return configuration.load(file, environ={})
+
+
+@pytest.fixture
+def bins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    folders = tmp_path / "local", tmp_path / "usr"
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.setattr(doctor, "_STEP_PATH", ":".join(map(str, folders)))
+    monkeypatch.setattr(doctor, "_PLUGSTACK", tmp_path / "slurm")
+    return folders
+
+
+def _program(path: Path, text: str = "#!/bin/sh\n") -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def _found(config: Config) -> dict[str, tuple[bool | None, str]]:
+    return {finding.thing: (finding.works, finding.meaning) for finding in doctor.findings(config)}
+
+
+@pytest.mark.usefixtures("bins")
+def test_a_bare_node(config: Config, tmp_path: Path) -> None:
+    found = _found(config)
+    for thing in ("stand-in for squashfuse", "squashfuse", "squashfuse_ll", "enroot"):
+        assert found[thing][0] is False
+    assert found["store"][0] is True
+    assert found["cache"][0] is True
+    assert found["pyxis importer"][0] is None
+    (tmp_path / "store").rmdir()
+    (tmp_path / "store").touch()
+    assert _found(config)["store"][0] is False
+
+
+def test_the_stand_in_has_to_come_first(config: Config, bins: tuple[Path, Path]) -> None:
+    local, usr = bins
+    shutil.copy(STAND_IN, local / "squashfuse")
+    assert "real one is missing" in _found(config)["stand-in for squashfuse"][1]
+    assert _found(config)["squashfuse"][0] is False
+    _program(usr / "squashfuse")
+    assert _found(config)["stand-in for squashfuse"][0] is True
+    assert _found(config)["squashfuse"] == (True, str(usr / "squashfuse"))
+    (local / "squashfuse").rename(usr / "other")
+    (usr / "squashfuse").rename(local / "squashfuse")
+    (usr / "other").rename(usr / "squashfuse")
+    assert "comes first" in _found(config)["stand-in for squashfuse"][1]
+
+
+def test_enroot_and_pyxis(config: Config, bins: tuple[Path, Path], tmp_path: Path) -> None:
+    etc = tmp_path / "etc"
+    etc.mkdir()
+    script = f'config::export ENROOT_SYSCONF_PATH     "{etc}"\nconfig::export ENROOT_NATIVE_OVERLAYFS {{}}\n'
+    _program(bins[0] / "enroot", script.format("true"))
+    assert _found(config)["enroot's kernel overlay"][0] is True
+    (etc / "enroot.conf").write_text("#ENROOT_NATIVE_OVERLAYFS yes\nENROOT_NATIVE_OVERLAYFS no\n")
+    assert _found(config)["enroot's kernel overlay"][0] is False
+    (etc / "enroot.conf").write_text("#ENROOT_NATIVE_OVERLAYFS no\nENROOT_NATIVE_OVERLAYFS   yes\n")
+    _program(bins[0] / "enroot", script.format("false"))
+    assert _found(config)["enroot's kernel overlay"][0] is True
+
+    plugstack = tmp_path / "slurm" / "plugstack.conf.d"
+    plugstack.mkdir(parents=True)
+    line = "required /usr/lib/slurm/spank_pyxis.so"
+    for text, works in (
+        ("", False),
+        (line, False),
+        (f"{line} importer=/usr/libexec/bootseer-importer", False),
+        (f"#{line} importer=/usr/libexec/bootseer-importer use_squashfuse=1", False),
+        (f"{line} importer=/usr/libexec/bootseer-importer use_squashfuse=1", True),
+    ):
+        (plugstack / "pyxis.conf").write_text(text)
+        assert _found(config)["pyxis importer"][0] is works
+
+
+@pytest.mark.fuse
+@pytest.mark.usefixtures("bins")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can try mounts")
+def test_the_site_key_decides_over_kernel_mounts(config: Config) -> None:
+    from bootseer_slurm.image.trust import make_key
+
+    assert "site.key" in _found(config)["site key"][1]
+    assert _found(config)["kernel mounts"][0] is False
+    make_key(config.image.site_key)
+    found = _found(config)
+    assert found["site key"][0] is True
+    steps = ("loop devices", "squashfs driver", "idmapped mounts", "locked mounts", "attached by a user")
+    assert found["kernel mounts"][0] is all(found[step][0] for step in steps)
+    config.image.site_key.chmod(0o644)
+    assert "0600" in _found(config)["site key"][1]
+
+
+@pytest.mark.usefixtures("bins")
+def test_the_table(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bootseer_slurm.cli.settings.config", lambda: config)
+    doctor.doctor()
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("squashfuse_ll") and " no " in line for line in lines)

@@ -51,10 +51,13 @@ def _count(value: object) -> int:
     return number
 
 
-def _level(value: str) -> str:
-    if value not in ("debug", "info", "warning", "error"):
-        raise ValueError("must be debug, info, warning or error")
-    return value
+def _choice(*choices: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"must be {', '.join(choices[:-1])} or {choices[-1]}")
+        return value
+
+    return parse
 
 
 def _setting(default: str | int | list[str], parse: Callable[[Any], Any], meaning: str) -> Any:
@@ -94,8 +97,12 @@ class AgentConfig:
     socket: Path = _setting(
         "/run/bootseer/agent.sock", _absolute, "where prolog, plugin and `bootseer mark` find it"
     )
-    blobs: Path = _setting("/run/bootseer/blobs", _absolute, "where the node's FUSE file system is mounted")
-    log_level: str = _setting("info", _level, "debug, info, warning or error")
+    blobs: Path = _setting(
+        "/run/bootseer/blobs", _absolute, "where images and environments are mounted; checkpoints beside it"
+    )
+    log_level: str = _setting(
+        "info", _choice("debug", "info", "warning", "error"), "debug, info, warning or error"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,30 @@ class PrefetchConfig:
     streams: int = _setting(8, _count, "parallel reads of one job on one node")
     attach_wait_s: float = _setting(
         "5s", parse_duration, "a step waits at most this long for names to be looked up"
+    )
+    hot_wait_s: float = _setting(
+        "10s", parse_duration, "a container waits at most this long for the blocks that its start needs"
+    )
+    cold_rate_bytes: int = _setting(
+        "64MiB", parse_bytes, "per second, for what no earlier start needed; 0: such blocks only when read"
+    )
+    start_quiet_s: float = _setting(
+        "30s", parse_duration, "a start that does not say training_started is over when nothing new is read"
+    )
+    start_cap_s: float = _setting("15m", parse_duration, "and at the latest after this time")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """[image]: container images."""
+
+    kernel_mount: str = _setting(
+        "auto",
+        _choice("auto", "on", "off"),
+        "auto, on or off: mount images that the agent or the site made by the kernel, not by squashfuse",
+    )
+    site_key: Path = _setting(
+        "/etc/bootseer/site.key", _absolute, "signs what the agents made; 0600, the same on all nodes"
     )
 
 
@@ -127,6 +158,7 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
     prefetch: PrefetchConfig = field(default_factory=PrefetchConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
     shadow: ShadowConfig = field(default_factory=ShadowConfig)
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -136,6 +168,7 @@ _TABLES: dict[str, type] = {
     "cache": CacheConfig,
     "agent": AgentConfig,
     "prefetch": PrefetchConfig,
+    "image": ImageConfig,
     "shadow": ShadowConfig,
 }
 

@@ -28,6 +28,7 @@ struct plugin_config plugin_config = {
 	.socket_path = "/run/bootseer/agent.sock",
 	.timeout_ms = 2000,
 	.checker = NULL,
+	.libexec = NULL,
 };
 
 /* What this command's own options asked for. Slurm calls the callbacks in this order, and the last one holds:
@@ -109,6 +110,8 @@ void options_configure(int ac, char **av)
 			plugin_config.socket_path = av[i] + 7;
 		} else if (strncmp(av[i], "bootseer=", 9) == 0 && av[i][9] == '/') {
 			plugin_config.checker = av[i] + 9;
+		} else if (strncmp(av[i], "libexec=", 8) == 0 && av[i][8] == '/') {
+			plugin_config.libexec = av[i] + 8;
 		} else if (strncmp(av[i], "timeout_ms=", 11) == 0) {
 			char *end = NULL;
 			long timeout_ms = strtol(av[i] + 11, &end, 10);

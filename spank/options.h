@@ -42,6 +42,7 @@ struct plugin_config {
 	const char *socket_path; /* of the agent */
 	int timeout_ms;          /* for one attach, all in all */
 	const char *checker;     /* the bootseer executable that checks profiles, or NULL */
+	const char *libexec;     /* the folder of our squashfuse, or NULL */
 };
 
 extern struct plugin_config plugin_config;

@@ -181,6 +181,23 @@ static void set_environment(spank_t spank, const struct agent_reply *reply)
 	}
 }
 
+/* enroot, which pyxis runs as a child of this process, finds our squashfuse before the real one. Containers and tasks
+ * have a PATH of their own. */
+static void put_libexec_first(void)
+{
+	const char *path = getenv("PATH");
+	char *longer = NULL;
+
+	if (plugin_config.libexec == NULL)
+		return;
+	if (asprintf(&longer, "%s:%s", plugin_config.libexec,
+		     path == NULL ? "/usr/local/bin:/usr/bin:/bin" : path) < 0)
+		return;
+	if (setenv("PATH", longer, 1) != 0)
+		slurm_error("bootseer: cannot set PATH");
+	free(longer);
+}
+
 static bool get_user(spank_t spank, struct attach_user *user)
 {
 	gid_t *gids = NULL;
@@ -225,6 +242,7 @@ void stepd_attach(spank_t spank)
 	status = agent_reply_get(&reply, "STATUS");
 	if (status != NULL && strcmp(status, "ok") == 0) {
 		step.attached = true;
+		put_libexec_first();
 		set_environment(spank, &reply);
 		show_binds(&reply, &user, agent_now_ns() + (int64_t)plugin_config.timeout_ms * 1000000);
 	} else {

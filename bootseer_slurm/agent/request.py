@@ -5,6 +5,7 @@ Every value here was typed by the job's user and is read by root: all is checked
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ import tomli
 
 from bootseer_slurm.agent.protocol import Message, first
 from bootseer_slurm.errors import InputError
+from bootseer_slurm.image.reference import parse
 
 _VALUE_LIMIT = 4096
 _TARGET_LIMIT = 16
@@ -31,6 +33,7 @@ class Job:
     nodelist: str = ""
     partition: str = ""
     name: str = ""
+    account: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ def parse_job(message: Message) -> Job:
         nodelist=first(message, "NODELIST")[:_VALUE_LIMIT],
         partition=first(message, "PARTITION")[:256],
         name=first(message, "JOB_NAME")[:256],
+        account=first(message, "ACCOUNT")[:256],
     )
 
 
@@ -76,11 +80,41 @@ def parse_request(message: Message) -> Request | None:
     for key, kind in (("IMAGE", "image"), ("ENV", "environment"), ("CHECKPOINT", "checkpoint")):
         value = first(message, key)
         if value:
-            wishes.append(Wish(kind, _checked(key.lower(), value)))
+            wishes.append(_wish(kind, key.lower(), value))
     image = first(message, "CONTAINER_IMAGE")
-    if image.startswith("/") and not any(wish.kind == "image" for wish in wishes):
-        wishes.append(Wish("image", _checked("container image", image)))
+    if image and not any(wish.kind == "image" for wish in wishes):
+        with contextlib.suppress(InputError):  # pyxis tells what is wrong with its own option
+            wishes.append(image_wish(image))
     return Request(mode == "observe", tuple(dict.fromkeys(wishes))[:_TARGET_LIMIT])
+
+
+def _wish(kind: str, key: str, value: str) -> Wish:
+    """The wish of an option or a profile. Raises InputError that names the key."""
+    if kind == "image" and value.startswith(("docker://", "dir:/")):
+        return image_wish(value)
+    return Wish(kind, _checked(key, value))
+
+
+def image_wish(text: str) -> Wish:
+    """The wish for an image as people, pyxis and enroot name it: a path, a folder, or one of a registry.
+
+    Raises InputError.
+    """
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme != "docker":  # as it was put into the store
+        return Wish("image", _checked("image", text))
+    return Wish("image", parse(text).name)
+
+
+def learned_wishes(value: object) -> list[Wish]:
+    """The wishes of a class's record, read by a process that is the user's; what is not one is left out."""
+    wishes: list[Wish] = []
+    for entry in value[:_TARGET_LIMIT] if isinstance(value, list) else []:
+        with contextlib.suppress(InputError, ValueError, TypeError):
+            kind, name = entry
+            if kind in _PROFILE_KEYS.values() and isinstance(name, str):
+                wishes.append(Wish(kind, _checked("env" if kind == "environment" else kind, name)))
+    return wishes
 
 
 def parse_profile(text: str) -> Request:
@@ -106,7 +140,7 @@ def parse_profile(text: str) -> Request:
             continue
         for name in names:
             try:
-                wishes.append(Wish(_PROFILE_KEYS[key], _checked(key, name)))
+                wishes.append(_wish(_PROFILE_KEYS[key], key, name))
             except InputError as error:
                 problems.append(error.message)
     if len(wishes) > _TARGET_LIMIT:

@@ -1,7 +1,10 @@
 """One job on this node, from its prolog to its epilog.
 
-Owns the job's fetch process, its targets, its prefetch and its events. Everything slow happens in
+Owns the job's fetch process, its targets, its prefetch, its traces and its events. Everything slow happens in
 threads of the session's own: `begin` and `mark` return at once, `attach` waits `attach_wait_s` at most.
+
+What is brought, for each kind of thing: what the options and pyxis ask for; else what this job class asked
+for at its last start (blob/jobclass.py), which is not shown to a step before one asks for it.
 """
 
 from __future__ import annotations
@@ -12,36 +15,54 @@ import pwd
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
-
-from bootseer_slurm.agent.prefetch import Prefetch
-from bootseer_slurm.agent.request import Job, Request, Wish
+from bootseer_slurm.agent.journal import Journal
+from bootseer_slurm.agent.prefetch import Prefetch, first_ranges
+from bootseer_slurm.agent.publish import Publisher
+from bootseer_slurm.agent.recording import Recording
+from bootseer_slurm.agent.request import Job, Request, Wish, image_wish, learned_wishes
 from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.target import Bind, Target
+from bootseer_slurm.blob.jobclass import encode_wishes, job_class
 from bootseer_slurm.config import Config
-from bootseer_slurm.errors import BootseerError, StoreError
+from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.fetch.process import FetchProcess, User
+from bootseer_slurm.image.trust import Key, read_key
 
 _log = logging.getLogger(__name__)
 
 _PUBLISH_DELAY_S = 2.0  # the other tasks' marks come within it
 _JOIN_S = 5.0  # for threads whose fetch process was killed
-_PUBLISH_PATIENCE_S = 15.0  # a shared file system may show others' new folders seconds later
+_LOOK_UP_LIMIT_S = 25.0  # for an importer, which waits for one name
+_SETTLED_STARTS = 3  # with whole traces; then a plan is good enough to push its blocks
+_WHOLE_TRACE_EVERY = 8
+
+
+@dataclass(slots=True)
+class _Sought:
+    """One wish. asked: by the job itself, not only learned from its class."""
+
+    asked: bool
+    looked_up: threading.Event = field(default_factory=threading.Event)
+    begun: threading.Event = field(default_factory=threading.Event)  # its prefetch, or it is not used
+    target: Target | None = None
 
 
 class Session:
     """A job that asked for Bootseer. Thread-safe."""
 
-    def __init__(self, job: Job, node: str, config: Config, shelf: Shelf) -> None:
+    def __init__(self, job: Job, node: str, config: Config, shelf: Shelf, journal: Journal) -> None:
         self.job = job
-        self.log = EventLog(job.job_id, job.restart, node)
+        self.log = EventLog(job.job_id, job.restart, node, path=journal.events_path(job.job_id, job.restart))
         self._config = config
         self._shelf = shelf
+        self._journal = journal
         self._folder = config.agent.blobs.parent / "env" / f"{job.job_id}.{job.restart}"
-        self._wishes: dict[Wish, threading.Event] = {}
+        self._sought: dict[Wish, _Sought] = {}
         self._targets: list[Target] = []
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -51,13 +72,18 @@ class Session:
         self._user: User | None = None
         self._prefetch: Prefetch | None = None
         self._observe = False
-        self._publishing = False
-        self._attached: set[str] = set()
+        self._ending_start = False
+        no_key = Key(b"", "kernel_mount is off")
+        self._key = no_key if config.image.kernel_mount == "off" else read_key(config.image.site_key)
+        self._class = job_class(job.uid, job.account, job.name)
+        self._publisher = Publisher(job.job_id, self._fetcher)
+        self._recording = Recording(
+            job, node, self._class, config.prefetch, publisher=self._publisher, on_over=self._end_start
+        )
 
     def begin(self, request: Request, *, hook_start_ns: int | None) -> None:
         """Start to bring what the job wishes."""
         now_ns = time.time_ns()
-        self._observe = request.observe
         if hook_start_ns:
             self.log.emit("hook", "begin", t_ns=hook_start_ns)
             self.log.emit("hook", "received", t_ns=now_ns)
@@ -71,34 +97,76 @@ class Session:
             partition=self.job.partition or None,
             job_name=self.job.name or None,
         )
+        self._bring_all(request)
+
+    def take_up(self, request: Request) -> None:
+        """Go on where an agent was killed."""
+        self.log.emit("fault", "agent_restarted", level="warning", message="the agent was started again")
+        self._bring_all(request)
+
+    def _bring_all(self, request: Request) -> None:
+        self._observe = request.observe
         self.add(request)
+        if not request.observe:
+            kinds = {wish.kind for wish in request.wishes}
+            self._start_thread(self._recall, kinds)
+
+    def wants(self, request: Request) -> bool:
+        """Whether a request has anything new."""
+        with self._lock:
+            return any(wish not in self._sought or not self._sought[wish].asked for wish in request.wishes)
 
     def add(self, request: Request) -> None:
         """Bring these too; what was asked for already is not asked for twice."""
         if request.observe or self._observe:
             return
         for wish in request.wishes:
-            with self._lock:
-                if self._over.is_set() or wish in self._wishes:
-                    continue
-                self._wishes[wish] = threading.Event()
-                thread = threading.Thread(
-                    target=self._bring,
-                    args=(wish, len(self._wishes)),
-                    name=f"bring-{self.job.job_id}",
-                    daemon=True,
-                )
-                self._threads.append(thread)
-            thread.start()
+            self._seek(wish, asked=True)
+
+    def _seek(self, wish: Wish, *, asked: bool) -> _Sought:
+        with self._lock:
+            sought = self._sought.get(wish)
+            if sought is not None:
+                sought.asked = sought.asked or asked
+                return sought
+            sought = self._sought[wish] = _Sought(asked)
+        self._start_thread(self._bring, wish, sought)
+        return sought
+
+    def _start_thread(self, work: object, *args: object) -> None:
+        with self._lock:
+            if self._over.is_set():
+                return
+            name = f"bring-{self.job.job_id}"
+            thread = threading.Thread(target=work, args=args, name=name, daemon=True)  # type: ignore[arg-type]
+            self._threads.append(thread)
+        thread.start()
+
+    def _recall(self, kinds: set[str]) -> None:
+        """Bring what this class asked for at its last start, of kinds that are not asked for now."""
+        try:
+            of_class: dict[str, Any] = {"class": self._class}
+            fields = self._fetcher().call("recall", **of_class).fields
+        except BootseerError as error:
+            _log.info("nothing recalled: %s", error, extra={"job": self.job.job_id})
+            return
+        for wish in learned_wishes(fields.get("wishes")):
+            if wish.kind not in kinds:
+                self.log.emit("plan", "learned", target=wish.name, what=wish.kind)
+                self._seek(wish, asked=False)
+
+    def wait_looked_up(self, deadline_s: float) -> None:
+        """Wait until the names are looked up, or time.monotonic() is `deadline_s`."""
+        for sought in list(self._sought.values()):
+            sought.looked_up.wait(max(0.0, deadline_s - time.monotonic()))
 
     def attach(self, step: str) -> tuple[list[Bind], dict[str, str]]:
         """What a step shall see: mounts over its originals (the caller closes them), and its environment."""
         self.log.emit("step", "attach", step=step)
-        deadline = time.monotonic() + self._config.prefetch.attach_wait_s
-        for looked_up in list(self._wishes.values()):
-            looked_up.wait(max(0.0, deadline - time.monotonic()))
+        self.wait_looked_up(time.monotonic() + self._config.prefetch.attach_wait_s)
         with self._lock:
-            targets = list(self._targets)
+            asked = {wish: sought for wish, sought in self._sought.items() if sought.asked}
+        targets = [sought.target for sought in asked.values() if sought.target is not None]
         environ = {
             f"BOOTSEER_{target.wish.kind.upper()}": str(target.served_path())
             for target in targets
@@ -107,8 +175,8 @@ class Session:
         with_path = [target for target in targets if target.path is not None]
         with ThreadPoolExecutor(len(with_path) or 1) as pool:  # one that does not answer holds up no other
             binds = [bind for bind in pool.map(self._bind, with_path) if bind]
-        for wish, looked_up in self._wishes.items():
-            if not looked_up.is_set():
+        for wish, sought in asked.items():
+            if not sought.looked_up.is_set():
                 self._shadow("skipped", wish, "the store had not answered when the step started")
         # An inner target is shown first: below an outer one it could no longer be told from the original.
         return sorted(binds, key=lambda bind: -len(bind.path)), environ
@@ -122,15 +190,36 @@ class Session:
         self._shadow("shown", target.wish, None)
         return bind
 
+    def image(self, name: str, digest: str) -> tuple[str, str]:
+        """Where the job's user can open an image, once what its start needs is there, and its fingerprint.
+
+        digest: what the registry says that its tag means now, or "". Waits `hot_wait_s` for the blocks.
+        Raises NotFound when the store does not have the image, or has an older one under this tag.
+        """
+        wish = image_wish(name)
+        if self._observe:
+            raise InputError("this job only wants to be measured")
+        sought = self._seek(wish, asked=True)
+        wanted = [("JOB_ID", str(self.job.job_id)), ("UID", str(self.job.uid))]
+        self._journal.note(self.job.job_id, [*wanted, ("BOOTSEER", "1"), ("IMAGE", wish.name)])
+        sought.begun.wait(_LOOK_UP_LIMIT_S)
+        target = sought.target
+        if target is None or (digest and target.fingerprint != digest):
+            target = self._bring(wish, sought, digest)  # again: the importer may just have made it
+        if target is None or (digest and target.fingerprint != digest):
+            raise NotFound(f"image {wish.name}: not in the store, or an older one")
+        self._prefetcher().wait_hot(target, self._config.prefetch.hot_wait_s)
+        return str(target.served_path()), target.fingerprint
+
     def mark(self, name: str, *, t_ns: int, step: str | None, task: int | None) -> None:
         """Record where the job is. Raises InputError when a value is not usable."""
         self.log.emit("mark", name, t_ns=t_ns, step=step, task=task)
         if name == "training_started":
             with self._lock:
-                if self._publishing or self._over.is_set():
+                if self._ending_start or self._over.is_set():
                     return
-                self._publishing = True
-            threading.Thread(target=self._publish_later, daemon=True).start()
+                self._ending_start = True
+            threading.Thread(target=self._end_start_later, daemon=True).start()
 
     def stage(self, name: str, *, t_ns: int, step: str, task: int | None, detail: str | None) -> None:
         """Record what the plugin says of a step."""
@@ -152,6 +241,8 @@ class Session:
             self._summarise(target)
         self.log.emit("hook", "epilog", message=reason)
         self.log.emit("session", "end")
+        self._recording.finish("end")
+        self._remember()
         self._publish()
         if self._process:
             self._process.kill()
@@ -166,6 +257,27 @@ class Session:
         except OSError:
             pass
         self.log.close()
+        self._journal.forget_events(self.job.job_id, self.job.restart)
+
+    def _end_start_later(self) -> None:
+        if not self._over.wait(_PUBLISH_DELAY_S):  # else the end does all this
+            self._end_start("mark")
+            with self._lock:
+                self._ending_start = False
+
+    def _end_start(self, why: str) -> None:
+        """The job trains: what it touched until now was its start, and the rest can wait."""
+        if self._prefetch:
+            self._prefetch.start_over()
+        self._recording.finish(why)
+        self._publish()
+
+    def _remember(self) -> None:
+        """Tell the next start of this class what this one asked for."""
+        if not self._observe and self._process:
+            with self._lock:
+                asked = [(wish.kind, wish.name) for wish, sought in self._sought.items() if sought.asked]
+            self._publisher.write("remember", encode_wishes(asked), **{"class": self._class})
 
     def _fetcher(self) -> FetchProcess:
         """The job's fetch process, started when first needed."""
@@ -186,48 +298,67 @@ class Session:
         turns = self._fetcher().turns
         with self._lock:
             if self._prefetch is None:
-                self._prefetch = Prefetch(
-                    turns, self._config.prefetch.streams, log=self.log, on_fault=self._fault
-                )
+                self._prefetch = Prefetch(turns, self._config.prefetch, log=self.log, on_fault=self._fault)
                 if self._over.is_set():
                     self._prefetch.stop()
             return self._prefetch
 
-    def _bring(self, wish: Wish, number: int) -> None:
-        """Look one wish up, then have it prefetched (a thread of its own)."""
+    def _bring(self, wish: Wish, sought: _Sought, digest: str = "") -> Target | None:
+        """Look one wish up, then have it prefetched; gives None when it cannot be used."""
         try:
-            target = self._look_up(wish, number)
-        except (BootseerError, OSError) as error:
-            self._fault(f"{wish.kind}_not_used", str(error))
-        except Exception as error:  # the fetch process is the user's: its reply may lack anything
-            _log.exception("%s %s", wish.kind, wish.name, extra={"job": self.job.job_id})
-            self._fault(f"{wish.kind}_not_used", f"{wish.kind} {wish.name}: {type(error).__name__}")
-        else:
+            target = self._look_up(wish, digest)
             with self._lock:
                 over = self._over.is_set()
                 if not over:
                     self._targets.append(target)
+                    sought.target = target
             if over:
                 target.close()
-            else:
-                self._prefetcher().add(target)
+                return None
+            sought.looked_up.set()
+            self._begin_prefetch(target)
+            return target
+        except (BootseerError, OSError) as error:
+            if not (isinstance(error, NotFound) and (not sought.asked or _can_be_imported(wish))):
+                self._fault(f"{wish.kind}_not_used", str(error))
+        except Exception as error:  # the fetch process is the user's: its reply may lack anything
+            _log.exception("%s %s", wish.kind, wish.name, extra={"job": self.job.job_id})
+            self._fault(f"{wish.kind}_not_used", f"{wish.kind} {wish.name}: {type(error).__name__}")
         finally:
-            self._wishes[wish].set()
+            sought.looked_up.set()
+            sought.begun.set()
+        return None
 
-    def _look_up(self, wish: Wish, number: int) -> Target:
+    def _begin_prefetch(self, target: Target) -> None:
+        self._recording.add(target)
+        target.take_plan(self._class)
+        trusted = target.wish.kind == "image" and target.is_signed(self._key)
+        # Blocks that are pushed are read unseen: of every few starts, one is recorded whole.
+        if target.plan.full_starts >= _SETTLED_STARTS and self.job.job_id % _WHOLE_TRACE_EVERY:
+            target.push()
+        first = first_ranges(target.first, target.reader.size_bytes)
+        self._prefetcher().add(target, plan=target.plan, first=first)
+        if trusted:
+            try:
+                target.mount_image()
+            except BootseerError as error:
+                self._fault("kernel_mount_failed", error.message)
+
+    def _look_up(self, wish: Wish, digest: str) -> Target:
         target = Target(
             wish,
             self.job,
             self._fetcher(),
             self._shelf,
             roots=self._config.shadow.roots,
+            digest=digest,
             on_fault=lambda name, message: self._fault(name, f"{wish.name}: {message}"),
         )
         try:
             if target.warning:
                 self._fault("store_not_used", target.warning)
             if wish.kind == "environment":
-                target.mount_snapshot(self._folder / str(number), self.job)
+                target.mount_snapshot(self._folder, self.job)
         except BaseException:
             target.close()
             raise
@@ -259,37 +390,16 @@ class Session:
         _log.warning("%s: %s", name, message, extra={"job": self.job.job_id})
         self.log.emit("fault", name, level="warning", message=message)
 
-    def _publish_later(self) -> None:
-        if self._over.wait(_PUBLISH_DELAY_S):
-            return  # the end writes them itself
-        self._publish()
-        with self._lock:
-            self._publishing = False
-
     def _publish(self) -> None:
-        """Write the events so far to the store, with the user's rights; the newest is written last."""
+        """Write the events so far to the store; the newest is written last."""
+        path = Path("events") / f"{self.job.job_id}.{self.job.restart}" / f"{self.log.node}.jsonl"
         with self._publish_lock:
-            self._write_events()
+            self._publisher.write("write", self.log.to_jsonl().encode(), path=str(path))
 
-    def _write_events(self) -> None:
-        content = self.log.to_jsonl().encode()
-        fd = os.memfd_create("bootseer-events", os.MFD_CLOEXEC)
-        try:
-            os.write(fd, content)
-            path = Path("events") / f"{self.job.job_id}.{self.job.restart}" / f"{self.log.node}.jsonl"
-            # All nodes of a job write at once; the rights of the folder that the first makes may come later.
-            for attempt in Retrying(
-                retry=retry_if_exception_type(StoreError),
-                stop=stop_after_delay(_PUBLISH_PATIENCE_S),
-                wait=wait_exponential(multiplier=0.2, max=2),
-                reraise=True,
-            ):
-                with attempt:
-                    self._fetcher().call("write", path=str(path), fds=(fd,))
-        except BootseerError as error:
-            _log.warning("events not written: %s", error, extra={"job": self.job.job_id})
-        finally:
-            os.close(fd)
+
+def _can_be_imported(wish: Wish) -> bool:
+    """Whether pyxis's importer makes what the store does not have."""
+    return wish.kind == "image" and not wish.name.startswith("/")
 
 
 def _user(job: Job) -> User:

@@ -16,6 +16,7 @@ from typing import Any
 from bootseer_slurm import mounts
 from bootseer_slurm.agent.request import Job, Wish
 from bootseer_slurm.agent.shelf import Shelf
+from bootseer_slurm.blob import trace
 from bootseer_slurm.blob.manifest import (
     BLOCK_BYTES,
     CHUNK_BYTES,
@@ -25,9 +26,11 @@ from bootseer_slurm.blob.manifest import (
     decode,
 )
 from bootseer_slurm.blob.reader import OnFault, Reader, Source, Usage
+from bootseer_slurm.blob.trace import Plan, Recorder, decode_plan
 from bootseer_slurm.env.attach import Snapshot
 from bootseer_slurm.errors import InputError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.fetch.process import FetchProcess, Reply
+from bootseer_slurm.image.trust import Key, is_signed
 
 _SAME_TIMEOUT_S = 1.0  # a step waits for this
 _HUGE_BYTES = 64 * 2**30
@@ -73,31 +76,38 @@ class Target:
         shelf: Shelf,
         *,
         roots: tuple[Path, ...],
+        digest: str = "",
         on_fault: OnFault,
     ) -> None:
-        """Look it up. on_fault: told of faults of the data path, see Reader. Raises BootseerError."""
+        """Look it up. Raises BootseerError.
+
+        digest: of an image, what its tag means now. on_fault: told of faults of the data path, see Reader.
+        """
         self.wish = wish
         self.path: str | None = None
         self.warning: str | None = None
+        self.plan = Plan()
+        self.recorder: Recorder | None = None
         self._process = process
         self._shelf = shelf
         self._on_fault = on_fault
         self._original: int | None = None
         self._sources: list[Source] = []
         self._snapshot: Snapshot | None = None
-        reply = process.call("resolve", kind=wish.kind, name=wish.name)
+        reply = process.call("resolve", kind=wish.kind, name=wish.name, digest=digest)
         fds = list(reply.fds)
         try:
             if "path" in reply.fields:
                 self._original = fds.pop(0)
                 self.path = self._shown_path(roots)
-            self.reader = self._take(reply, fds, job)
+            self.reader, self.warm = self._take(reply, fds, job)
         except BaseException:
             self.close()
             raise
         finally:
             for fd in fds:
                 os.close(fd)
+        self.first: object = reply.fields.get("first")  # as the user's process says
         self.cached_bytes = self.reader.blob.present_bytes
         self.before = _copy(self.reader.usage)
 
@@ -111,9 +121,10 @@ class Target:
             )
         return path
 
-    def _take(self, reply: Reply, fds: list[int], job: Job) -> Reader:
+    def _take(self, reply: Reply, fds: list[int], job: Job) -> tuple[Reader, bool]:
         fields = reply.fields
-        self._fingerprint = str(fields.get("fingerprint", ""))
+        self.fingerprint = str(fields.get("fingerprint", ""))
+        self.signature = str(fields.get("signature", ""))
         self.warning = fields.get("warning")
         if "blob" in fields:
             content = os.pread(fds[0], min(os.fstat(fds[0]).st_size, MANIFEST_LIMIT_BYTES), 0)
@@ -147,6 +158,7 @@ class Target:
             blob_id,
             layout,
             digests,
+            kind=self.wish.kind,
             uid=job.uid,
             gid=job.gid,
             mtime_ns=os.fstat(self._original).st_mtime_ns if self._original is not None else 0,
@@ -154,9 +166,59 @@ class Target:
             on_fault=self._on_fault,
         )
 
+    @property
+    def trace_key(self) -> str:
+        """What its traces are kept under: the same on all nodes, unlike the id of an adopted file."""
+        if not self.reader.blob.adopted:
+            return self.reader.blob.id
+        return "file-" + hashlib.sha256(f"{self.path}\0{self.fingerprint}".encode()).hexdigest()
+
+    @property
+    def partial(self) -> bool:
+        """Whether reads may have been answered by the kernel, unseen by the recorder."""
+        pushed = self.reader.usage.pushed_bytes > self.before.pushed_bytes
+        return self.warm or pushed or self._shelf.bypassed(self.reader)
+
+    def is_signed(self, key: Key) -> bool:
+        """Whether the kernel may mount this image: an agent packed it for this user, or root for all."""
+        blob = self.reader.blob
+        return any(is_signed(key, uid, blob.id, self.signature) for uid in (blob.uid, 0))
+
+    def take_plan(self, job_class: str) -> None:
+        """Learn what earlier starts touched. Without a plan, what is read comes when it is read."""
+        if self.wish.kind == "checkpoint":
+            return
+        layout = self.reader.blob.layout
+        fields: dict[str, Any] = {"class": job_class, "blob": self.trace_key}
+        fields |= {"blocks": layout.blocks, "block_bytes": layout.block_bytes}
+        try:
+            reply = self._process.call("plan", **fields)
+        except StoreError as error:
+            self._on_fault("plan_not_used", error.message)
+            return
+        try:
+            if "warning" in reply.fields:
+                self._on_fault("trace_damaged", str(reply.fields["warning"]))
+            content = os.pread(reply.fds[0], trace.LIMIT_BYTES, 0)
+            self.plan = decode_plan(content, blocks=layout.blocks)
+        except IntegrityError as error:
+            self._on_fault("plan_not_used", error.message)
+        finally:
+            for fd in reply.fds:
+                os.close(fd)
+
+    def push(self) -> None:
+        """Have what is prefetched of it given to the kernel."""
+        self._shelf.push(self.reader)
+
+    def mount_image(self) -> None:
+        """Have the kernel mount this image, which must be signed. Raises BootseerError."""
+        self._shelf.mount_image(self.reader)
+
     def mount_snapshot(self, folder: Path, job: Job) -> None:
-        """Mount an environment's snapshot at a new folder. Raises BootseerError."""
-        self._snapshot = Snapshot(self._shelf.served_path(self.reader), folder, uid=job.uid, gid=job.gid)
+        """Mount an environment's snapshot in a folder, or take up the mount there. Raises BootseerError."""
+        place = folder / self.reader.blob.id[:16]
+        self._snapshot = Snapshot(self._shelf.served_path(self.reader), place, uid=job.uid, gid=job.gid)
 
     def served_path(self) -> Path:
         """Where the blob can be opened by its user, for targets that have no path of their own."""
@@ -169,7 +231,7 @@ class Target:
         """
         if self.path is None or self._original is None:
             raise NotFound(f"{self.wish.name}: has no path to be shown at")
-        fields: dict[str, Any] = {"kind": self.wish.kind, "name": self.path, "fingerprint": self._fingerprint}
+        fields: dict[str, Any] = {"kind": self.wish.kind, "name": self.path, "fingerprint": self.fingerprint}
         if not self._process.call("same", timeout_s=_SAME_TIMEOUT_S, **fields).fields.get("same"):
             raise InputError(f"{self.path}: was changed after it was looked up")
         status = os.fstat(self._original)

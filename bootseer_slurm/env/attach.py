@@ -28,13 +28,16 @@ class Snapshot:
     def __init__(self, image: Path, target: Path, *, uid: int, gid: int) -> None:
         """Mount the squashfs `image`, a file that this user may open, at the new folder `target`.
 
-        Raises BootseerError when squashfuse is missing or the mount fails.
+        Where an agent that was killed mounted it already, that mount goes on being used: squashfuse does not
+        end with the agent. Raises BootseerError when squashfuse is missing or the mount fails.
         """
         self.path = target
+        self._process: subprocess.Popen[bytes] | None = None
+        if mounts.is_mountpoint(target):
+            return
         program = next(filter(None, (shutil.which(name, path=_PATH) for name in _PROGRAMS)), None)
         if program is None:
             raise BootseerError("squashfuse is not installed on this node", hint="apt-get install squashfuse")
-        self._process: subprocess.Popen[bytes] | None = None
         options = f"rootmode=40000,user_id={uid},group_id={gid},allow_other,default_permissions"
         flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
 import shutil
@@ -11,24 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bootseer_slurm import mounts
 from bootseer_slurm.agent import protocol
+from tests.integration.node import ALICE, BOB, Node, node, wait_until
 
+__all__ = ["node"]
 pytestmark = [
     pytest.mark.fuse,
     pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root, /dev/fuse"),
 ]
-_ALICE, _BOB = 54321, 54322
-# What a test changes in the agent's process comes between these two.
-_BEFORE = "import sys, threading, time\nfrom bootseer_slurm.agent import server\n"
-_AFTER = "\nfrom bootseer_slurm.__main__ import main\nsys.argv = ['bootseer', 'agent']\nmain()\n"
 # Another user's: opens connections, says how many the agent left open, and waits until stdin ends.
 _OPEN = """
 import select, socket, sys
@@ -56,96 +52,6 @@ print(sum(os.wait()[1] == 0 for _ in range(int(sys.argv[1]))))
 """
 
 
-class Node:
-    """A node's folder, and the agent that runs in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.run = folder / "run"
-        self.socket = self.run / "agent.sock"
-        self.processes: list[subprocess.Popen[bytes]] = []
-        (folder / "store").mkdir()
-        (folder / "store").chmod(0o1777)
-        (folder / "bootseer.toml").write_text(
-            f'[store]\nuri = "file://{folder}/store"\n'
-            f'[cache]\npath = "{folder}/cache"\nmin_free = "1MiB"\n'
-            f'[agent]\nsocket = "{self.socket}"\nblobs = "{self.run}/blobs"\n'
-        )
-
-    def launch(self, changes: str = "") -> subprocess.Popen[bytes]:
-        """Start an agent; changes: Python that it runs first."""
-        process = subprocess.Popen(
-            [sys.executable, "-c", _BEFORE + changes + _AFTER],
-            env=os.environ | {"BOOTSEER_CONFIG": str(self.folder / "bootseer.toml")},
-            stderr=(self.folder / "log").open("ab"),
-        )
-        self.processes.append(process)
-        return process
-
-    def start(self, changes: str = "") -> subprocess.Popen[bytes]:
-        """Start an agent and wait until it answers."""
-        process = self.launch(changes)
-        wait_until(lambda: process.poll() is not None or self.answers())
-        assert process.poll() is None, self.log
-        return process
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
-
-    def connect(self) -> socket.socket:
-        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        link.settimeout(10)
-        link.connect(str(self.socket))
-        return link
-
-    def ask(self, op: str, **fields: object) -> protocol.Message:
-        with self.connect() as link:
-            link.sendall(protocol.encode([("OP", op), *((key, str(value)) for key, value in fields.items())]))
-            link.shutdown(socket.SHUT_WR)
-            reply, fds = protocol.receive(link)
-        assert fds == []
-        assert ("STATUS", "ok") in reply, reply
-        return reply
-
-    def answers(self) -> bool:
-        with contextlib.suppress(OSError, AssertionError):
-            self.ask("status")
-            return True
-        return False
-
-    def jobs(self) -> set[int]:
-        status = json.loads(protocol.first(self.ask("status"), "STATUS_JSON"))
-        return {job["job"] for job in status["jobs"]}
-
-    def job_files(self) -> set[str]:
-        return {path.name for path in (self.run / "jobs").iterdir()}
-
-    def clear(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        for mount in reversed(mounts.mounts_below(self.run)):
-            mounts.unmount(mount.point, force=True)
-
-
-@pytest.fixture
-def node() -> Iterator[Node]:
-    folder = Path(tempfile.mkdtemp(prefix="bootseer-agent-"))  # others must get here, unlike to tmp_path
-    folder.chmod(0o755)
-    node = Node(folder)
-    yield node
-    node.clear()
-    shutil.rmtree(folder)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
-
-
 @contextlib.contextmanager
 def connections_of(uid: int, node: Node, count: int) -> Iterator[int]:
     """Connections that another user opens and says nothing on; gives how many the agent keeps open."""
@@ -162,7 +68,8 @@ def connections_of(uid: int, node: Node, count: int) -> Iterator[int]:
 
 
 def test_descriptors_that_a_client_sends_are_not_kept(node: Node) -> None:
-    fds = Path(f"/proc/{node.start().pid}/fd")
+    node.start()
+    fds = Path(f"/proc/{node.agent_pid}/fd")
     before = len(list(fds.iterdir()))
     with node.connect() as link:
         for _ in range(20):
@@ -183,13 +90,13 @@ def test_a_request_has_one_deadline(node: Node) -> None:
 
 
 def test_goes_on_when_it_had_no_descriptors(node: Node) -> None:
-    process = node.start()
-    wait_until(lambda: node.answers())
-    soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, hard))
+    node.start()
+    pid = node.agent_pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))
     with node.connect():
         wait_until(lambda: "connection not taken" in node.log)
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
     node.ask("status")
 
 
@@ -210,19 +117,19 @@ threading.Thread.start = fail
 def test_a_user_with_many_connections_keeps_nobody_out(node: Node) -> None:
     # 60 s: those that the agent keeps open stay so while the test looks, and an answer must not wait for them.
     node.start("server._REQUEST_TIMEOUT_S = 60.0")
-    with connections_of(_ALICE, node, 100) as alices, connections_of(_BOB, node, 4) as bobs:
+    with connections_of(ALICE, node, 100) as alices, connections_of(BOB, node, 4) as bobs:
         assert (alices, bobs) == (8, 4)
         begin_s = time.monotonic()
         node.ask("status")
         assert time.monotonic() - begin_s < 20
-    with connections_of(_ALICE, node, 3) as alices:  # the room is given back
+    with connections_of(ALICE, node, 3) as alices:  # the room is given back
         assert alices == 3
 
 
 def test_many_users_keep_root_not_out(node: Node) -> None:
     node.start("server._REQUEST_TIMEOUT_S = 60.0")
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(connections_of(_ALICE + n, node, 8)) for n in range(8)]
+        opened = [stack.enter_context(connections_of(ALICE + n, node, 8)) for n in range(8)]
         assert opened == [8] * 6 + [0] * 2
         begin_s = time.monotonic()
         node.ask("status")
@@ -272,9 +179,9 @@ def test_each_session_has_a_file(node: Node) -> None:
     node.start()
     assert node.job_files() == set()
     assert (node.run / "jobs").stat().st_mode & 0o777 == 0o755
-    node.ask("prolog", JOB_ID=1, UID=_ALICE, BOOTSEER="observe")
-    node.ask("prolog", JOB_ID=2, UID=_ALICE)
-    node.ask("attach", JOB_ID=3, UID=_ALICE, STEP_ID=0, BOOTSEER="observe")
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER="observe")
+    node.ask("prolog", JOB_ID=2, UID=ALICE)
+    node.ask("attach", JOB_ID=3, UID=ALICE, STEP_ID=0, BOOTSEER="observe")
     assert node.job_files() == {"1", "3"}
     node.ask("epilog", JOB_ID=1)
     node.ask("epilog", JOB_ID=3)
@@ -284,19 +191,19 @@ def test_each_session_has_a_file(node: Node) -> None:
 
 def test_a_new_start_ends_the_session_of_the_one_before(node: Node) -> None:
     node.start()
-    node.ask("attach", JOB_ID=3, UID=_ALICE, STEP_ID=0, BOOTSEER="observe")
-    node.ask("prolog", JOB_ID=3, UID=_ALICE, RESTART=1)
+    node.ask("attach", JOB_ID=3, UID=ALICE, STEP_ID=0, BOOTSEER="observe")
+    node.ask("prolog", JOB_ID=3, UID=ALICE, RESTART=1)
     assert node.jobs() == set()
 
 
 def test_a_lost_epilog_ends_when_no_step_is_left(node: Node, tmp_path: Path) -> None:
     program = shutil.copy("/bin/sleep", tmp_path / "slurmstepd")
-    node.start("server._REAP_EVERY_S, server._REAP_AGE_S = 0.5, 1.5")
+    node.start("table._REAP_EVERY_S, table._REAP_AGE_S = 0.5, 1.5")
     with subprocess.Popen(["slurmstepd: [1.batch]", "100"], executable=program) as step:
         begin_s = time.monotonic()
         for job_id in (1, 2):
-            node.ask("attach", JOB_ID=job_id, UID=_ALICE, STEP_ID=0, BOOTSEER="observe")
-        node.ask("prolog", JOB_ID=3, UID=_ALICE, BOOTSEER="observe")  # waits for its first step
+            node.ask("attach", JOB_ID=job_id, UID=ALICE, STEP_ID=0, BOOTSEER="observe")
+        node.ask("prolog", JOB_ID=3, UID=ALICE, BOOTSEER="observe")  # waits for its first step
         wait_until(lambda: node.jobs() == {1, 3})
         assert time.monotonic() - begin_s > 1.5
         time.sleep(1.5)
@@ -308,11 +215,11 @@ def test_a_lost_epilog_ends_when_no_step_is_left(node: Node, tmp_path: Path) -> 
 
 def test_one_round_without_a_step_ends_nothing(node: Node) -> None:
     node.start("""
-server._REAP_EVERY_S, server._REAP_AGE_S = 0.2, 0
+table._REAP_EVERY_S, table._REAP_AGE_S = 0.2, 0
 rounds = iter([set(), {1}] * 10 + [set()] * 1000)
-server.jobs_with_steps = lambda: next(rounds)
+table.jobs_with_steps = lambda: next(rounds)
 """)
-    node.ask("attach", JOB_ID=1, UID=_ALICE, STEP_ID=0, BOOTSEER="observe")
+    node.ask("attach", JOB_ID=1, UID=ALICE, STEP_ID=0, BOOTSEER="observe")
     time.sleep(2)
     assert node.jobs() == {1}
     wait_until(lambda: node.jobs() == set())
@@ -321,10 +228,10 @@ server.jobs_with_steps = lambda: next(rounds)
 @pytest.mark.parametrize(("lasts_s", "limit_s"), [(2, 20), (600, 3)], ids=["at once", "bounded"])
 def test_sessions_end_at_the_same_time(node: Node, lasts_s: int, limit_s: int) -> None:
     process = node.start(
-        f"server._END_LIMIT_S = {limit_s}\nserver.Session.end = lambda self, reason: time.sleep({lasts_s})"
+        f"table._END_LIMIT_S = {limit_s}\nsession.Session.end = lambda self, reason: time.sleep({lasts_s})"
     )
     for job_id in range(1, 9):
-        node.ask("prolog", JOB_ID=job_id, UID=_ALICE, BOOTSEER="observe")
+        node.ask("prolog", JOB_ID=job_id, UID=ALICE, BOOTSEER="observe")
     node.ask("epilog", JOB_ID=1)  # ends already, and is waited for too
     begin_s = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -335,13 +242,13 @@ def test_sessions_end_at_the_same_time(node: Node, lasts_s: int, limit_s: int) -
 
 def test_many_marks_at_once_are_taken(node: Node) -> None:
     """The tasks of a node that leave one barrier: their user has little room, but a mark takes little time."""
-    node.start("server._USER_CONNECTIONS = 2")
-    node.ask("prolog", JOB_ID=1, UID=_ALICE, BOOTSEER="observe")
+    node.start("room._USER_CONNECTIONS = 2")
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER="observe")
     with subprocess.Popen(
         [sys.executable, "-c", _MARK, "64"],
         env={"SLURM_JOB_ID": "1", "BOOTSEER_AGENT_SOCKET": str(node.socket)},
-        user=_ALICE,
-        group=_ALICE,
+        user=ALICE,
+        group=ALICE,
         extra_groups=[],
         stdout=subprocess.PIPE,
     ) as child:

@@ -139,7 +139,7 @@ class Cluster:
             time.sleep(0.2)
 
     def agent(self, node: str, action: str) -> None:
-        """Start, stop, kill or hang the agent of a node."""
+        """Start, stop, kill, crash or hang the agent of a node."""
         self.script("agent", node, action)
 
     def _environ(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import namespaces
-from .layout import CONTROLLER, REPO, ClusterError, State, poll
+from .layout import CONTROLLER, REPO, ClusterError, Process, State, poll
 from .settings import GROUP, USERS
 
 SLURMDBD_PORT = 6819
@@ -225,6 +225,19 @@ def signal_agent(state: State, node: str, number: int) -> None:
     process.signal(number, group=True)
     if number == signal.SIGKILL:
         process.wait(5)
+
+
+def crash_agent(state: State, node: str) -> None:
+    """Kill a node's agent proper, which its keeper then starts again; raises ClusterError when none runs."""
+    keeper = state.process(node, "agent")
+    if keeper is None or not keeper.alive:
+        raise ClusterError(f"no agent runs on {node}")
+    children = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text().split()
+    agent = Process.of(int(children[0])) if children else None
+    if agent is None:
+        raise ClusterError(f"the agent on {node} is just being started")
+    agent.signal(signal.SIGKILL)
+    agent.wait(5)
 
 
 def _accepts(address: str | tuple[str, int]) -> bool:

@@ -34,11 +34,16 @@ PACKAGES = [
     "squashfs-tools",
     "squashfuse",
     "bubblewrap",
+    "busybox-static",
+    "docker-registry",
     "mmdebstrap",
     "pkg-config",
     "procps",
     "shellcheck",
+    "skopeo",
+    "umoci",
     "util-linux",
+    "zstd",
 ]
 POLICY = Path("/usr/sbin/policy-rc.d")
 

@@ -23,6 +23,9 @@ GROUP, GROUP_ID = "research", 20000
 HOOK = REPO / "prolog.d" / "50-bootseer"
 PLUGIN = REPO / "spank" / "spank_bootseer.so"
 COMMAND = REPO / ".venv" / "bin" / "bootseer"
+IMPORTER = COMMAND.with_name("bootseer-importer")
+# Where pyxis is looked for below /usr: where its own `make install` puts it, and where a Debian package does.
+PYXIS = ("local/lib/slurm/spank_pyxis.so", "lib/*/slurm*/spank_pyxis.so")
 
 SLURM_CONF = """\
 ClusterName=bootseer
@@ -128,7 +131,7 @@ def _check_users() -> None:
 
 
 def _write_plugstack(slurm: Path) -> None:
-    """plugstack.conf includes plugstack.conf.d; the plugin is there when it can be built."""
+    """plugstack.conf includes plugstack.conf.d: our plugin, and pyxis when it is installed."""
     if (PLUGIN.parent / "Makefile").exists():
         done = subprocess.run(
             ["make", "-C", str(PLUGIN.parent)],
@@ -144,7 +147,13 @@ def _write_plugstack(slurm: Path) -> None:
     _put(slurm / "plugstack.conf", f"include {include}/*.conf\n")
     if PLUGIN.exists():
         shipped = (REPO / "conf/plugstack.conf.d/bootseer.conf").read_text()
-        _put(include / "bootseer.conf", shipped.replace(PLUGIN.name, f"{PLUGIN} bootseer={COMMAND}"))
+        arguments = f"bootseer={COMMAND} libexec={REPO / 'libexec'}"
+        _put(include / "bootseer.conf", shipped.replace(PLUGIN.name, f"{PLUGIN} {arguments}"))
+    if pyxis := [path for pattern in PYXIS for path in Path("/usr").glob(pattern)]:
+        # Read after bootseer.conf: pyxis shall find what our plugin mounts. Required: with "optional", a task
+        # whose container does not start is run on the node itself.
+        importer = f" importer={IMPORTER}" if IMPORTER.exists() else ""
+        _put(include / "pyxis.conf", f"required {pyxis[0]} use_squashfuse=1{importer}\n")
 
 
 def _install_hook(slurm: Path) -> None:

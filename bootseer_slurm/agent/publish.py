@@ -1,0 +1,50 @@
+"""Writing a job's small objects into the store: events, traces, what its class started from.
+
+Always through the job's fetch process, so with its user's rights. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+
+from bootseer_slurm.errors import BootseerError, StoreError
+from bootseer_slurm.fetch.process import FetchProcess
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE_S = 15.0  # a shared file system may show others' new folders seconds later
+
+
+class Publisher:
+    """Writes for one job."""
+
+    def __init__(self, job_id: int, fetcher: Callable[[], FetchProcess]) -> None:
+        """fetcher: gives the job's fetch process, or raises BootseerError."""
+        self._job_id = job_id
+        self._fetcher = fetcher
+
+    def write(self, op: str, content: bytes, **fields: Any) -> bool:
+        """Have an operation of the fetch process write this; False, with a warning logged, when it cannot."""
+        fd = os.memfd_create("bootseer-object", os.MFD_CLOEXEC)
+        try:
+            os.write(fd, content)
+            # All nodes of a job write at once; the rights of the folder that the first makes may come later.
+            for attempt in Retrying(
+                retry=retry_if_exception_type(StoreError),
+                stop=stop_after_delay(_PATIENCE_S),
+                wait=wait_exponential(multiplier=0.2, max=2),
+                reraise=True,
+            ):
+                with attempt:
+                    self._fetcher().call(op, fds=(fd,), **fields)
+        except BootseerError as error:
+            _log.warning("%s not written: %s", op, error, extra={"job": self._job_id})
+            return False
+        finally:
+            os.close(fd)
+        return True

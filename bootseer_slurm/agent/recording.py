@@ -1,0 +1,102 @@
+"""What one start of a job touched: recorded until the start is over, then written as traces.
+
+The start is over at the mark training_started ("mark"), when nothing new was read for `start_quiet_s`
+("quiet"), at `start_cap_s` ("cap"), or with the job ("end"). Owns the recorders of the session's targets and
+one thread that watches the time. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bootseer_slurm.agent.publish import Publisher
+from bootseer_slurm.agent.request import Job
+from bootseer_slurm.agent.target import Target
+from bootseer_slurm.blob.trace import Recorder, Trace
+from bootseer_slurm.config import PrefetchConfig
+
+_LOOK_EVERY_S = 1.0
+# What is read whole needs no plan.
+_RECORDED = ("image", "environment")
+
+
+class Recording:
+    """The traces of one job on one node."""
+
+    def __init__(
+        self,
+        job: Job,
+        node: str,
+        job_class: str,
+        config: PrefetchConfig,
+        *,
+        publisher: Publisher,
+        on_over: Callable[[str], None],
+    ) -> None:
+        """on_over: told, by a thread of its own, why the start is over; not when `finish` said so."""
+        self._job = job
+        self._node = node
+        self._class = job_class
+        self._config = config
+        self._publisher = publisher
+        self._on_over = on_over
+        self._begin_s = time.monotonic()
+        self._targets: list[Target] = []
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+        self._watcher: threading.Thread | None = None
+
+    def add(self, target: Target) -> None:
+        """Record this target too, unless the start is over."""
+        if target.wish.kind not in _RECORDED:
+            return
+        with self._lock:
+            if self._over.is_set():
+                return
+            target.recorder = Recorder(target.reader.blob.layout.blocks, begin_s=self._begin_s)
+            target.reader.add_recorder(target.recorder)
+            self._targets.append(target)
+            if self._watcher is None:
+                self._watcher = threading.Thread(target=self._watch, name="recording", daemon=True)
+                self._watcher.start()
+
+    def finish(self, ended: str) -> None:
+        """The start is over: write what was recorded. A second call does nothing."""
+        with self._lock:
+            if self._over.is_set():
+                return
+            self._over.set()
+            targets = list(self._targets)
+        for target in targets:
+            recorder = target.recorder
+            assert recorder is not None
+            target.reader.remove_recorder(recorder)
+            if not recorder.touches:
+                continue
+            trace = Trace(
+                blob=target.trace_key,
+                node=self._node,
+                job=self._job.job_id,
+                restart=self._job.restart,
+                made_ns=time.time_ns(),
+                block_bytes=target.reader.blob.layout.block_bytes,
+                partial=target.partial,
+                ended=ended,
+                touches=tuple(recorder.touches),
+            )
+            fields: dict[str, Any] = {"class": self._class, "blob": target.trace_key}
+            self._publisher.write("trace", trace.encode(), **fields)
+
+    def _watch(self) -> None:
+        while not self._over.wait(_LOOK_EVERY_S):
+            now_s = time.monotonic()
+            last_s = max(
+                (recorder.last_s for target in self._targets if (recorder := target.recorder)), default=0
+            )
+            if now_s - self._begin_s > self._config.start_cap_s:
+                self._on_over("cap")
+            elif last_s and now_s - last_s > self._config.start_quiet_s:
+                self._on_over("quiet")

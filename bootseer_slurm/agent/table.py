@@ -1,0 +1,183 @@
+"""The sessions of this node, one for each job id: begun, found, ended, and taken up again by a new agent.
+
+Owns the table and its journal on disk. Thread-safe. One thread reaps sessions whose epilog was lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+
+from bootseer_slurm.agent.journal import Journal
+from bootseer_slurm.agent.protocol import Message, first
+from bootseer_slurm.agent.request import Job, Request, number, parse_job, parse_request
+from bootseer_slurm.agent.session import Session
+from bootseer_slurm.errors import BootseerError, NotFound
+
+_log = logging.getLogger(__name__)
+
+_END_LIMIT_S = 20.0  # for all sessions when the agent stops; the systemd unit allows 30 s
+_RESTORE_LIMIT_S = 60.0  # readers of what was being looked up when an agent died wait this long for the next
+# An interactive job may pause between its steps; what is lost by waiting is some disk.
+_REAP_EVERY_S = 1800.0
+_REAP_AGE_S = 3600.0
+_REAP_AGE_WITHOUT_STEP_S = 86400.0  # an allocation may wait long for its first step on this node
+_STEP_TITLE = re.compile(r"^slurmstepd: \[(\d+)\.")
+
+
+def jobs_with_steps() -> set[int]:
+    """The jobs that have a step on this node: each step's slurmstepd names it, "slurmstepd: [1234.batch]"."""
+    jobs: set[int] = set()
+    for process in psutil.process_iter(["name"]):
+        if (process.info["name"] or "").startswith("slurmstepd"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                jobs.update(map(int, _STEP_TITLE.findall(" ".join(process.cmdline()))))
+    return jobs
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A session in the table. absent: rounds in a row in which its job had no step on this node."""
+
+    session: Session
+    begin_s: float
+    had_step: bool = False
+    absent: int = 0
+
+
+class Table:
+    """The sessions of one node."""
+
+    def __init__(self, make: Callable[[Job, str], Session], journal: Journal) -> None:
+        """make: a session of a job on the node that Slurm calls so."""
+        self._make = make
+        self._journal = journal
+        self._entries: dict[int, _Entry] = {}
+        self._endings: list[threading.Thread] = []
+        self._lock = threading.Lock()
+
+    def begin(self, message: Message) -> None:
+        """A job's prolog: end what an earlier start of it left, and begin when it asks. Raises InputError."""
+        job, request = parse_job(message), parse_request(message)
+        self.end(job.job_id, "requeued")  # a session of this job is of an earlier start
+        if request is None:
+            return
+        with self._lock:
+            session = self._keep(job, message)
+        session.begin(request, hook_start_ns=number(message, "HOOK_START_NS", "0"))
+
+    def step(self, message: Message) -> Session | None:
+        """The session of a step's job, with what the step asks for added; None when the job is not ours.
+
+        A job that asked in this step only, or whose prolog was lost, begins here. Raises InputError.
+        """
+        job, request = parse_job(message), parse_request(message)
+        with self._lock:
+            entry = self._entries.get(job.job_id)
+            if entry is None and request is not None:
+                self._keep(job, message).begin(request, hook_start_ns=None)
+                entry = self._entries[job.job_id]
+            elif entry is not None and request is not None and entry.session.wants(request):
+                self._journal.note(job.job_id, message)
+            if entry is None or entry.session.job.uid != job.uid:
+                return None
+            entry.had_step, entry.absent = True, 0
+        entry.session.add(request or Request(observe=True))
+        return entry.session
+
+    def find(self, job_id: int) -> Session:
+        """The session of a job. Raises NotFound."""
+        with self._lock:
+            entry = self._entries.get(job_id)
+        if entry is None:
+            raise NotFound(f"job {job_id} did not ask for Bootseer on this node")
+        return entry.session
+
+    def jobs(self) -> list[Job]:
+        """The jobs that have a session."""
+        with self._lock:
+            return [entry.session.job for entry in self._entries.values()]
+
+    def end(self, job_id: int, reason: str) -> None:
+        """Take a job's session out of the table, if there is one, and end it in a thread."""
+        with self._lock:
+            entry = self._entries.get(job_id)
+            if entry is None:
+                return
+            thread = threading.Thread(target=entry.session.end, args=(reason,), daemon=True)
+            thread.start()
+            del self._entries[job_id]
+            self._journal.forget(job_id)
+            self._endings = [each for each in self._endings if each.is_alive()] + [thread]
+
+    def end_all(self, reason: str) -> None:
+        """End the sessions, all at once, and wait for them and for those that are ending already."""
+        for job in self.jobs():
+            self.end(job.job_id, reason)
+        deadline_s = time.monotonic() + _END_LIMIT_S
+        for thread in self._endings:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+
+    def restore(self) -> None:
+        """Take up the sessions of an agent that was killed."""
+        for job_id, messages in list(self._journal.jobs()):
+            try:
+                job, request = parse_job(messages[0]), parse_request(messages[0])
+                if request is None or job.job_id != job_id:
+                    continue
+                with self._lock:
+                    session = self._make(job, first(messages[0], "NODENAME"))
+                    self._entries[job_id] = _Entry(session, time.monotonic())
+                session.take_up(request)
+                for message in messages[1:]:
+                    added = parse_request(message)
+                    if added is not None:
+                        session.add(added)
+                _log.warning("session taken up again", extra={"job": job_id})
+            except BootseerError as error:
+                _log.error("session cannot be taken up: %s", error, extra={"job": job_id})
+
+    def wait_restored(self) -> None:
+        """Wait until what these sessions had is looked up again, `_RESTORE_LIMIT_S` at most."""
+        deadline_s = time.monotonic() + _RESTORE_LIMIT_S
+        with self._lock:
+            sessions = [entry.session for entry in self._entries.values()]
+        for session in sessions:
+            session.wait_looked_up(deadline_s)
+
+    def reap(self, stop: threading.Event) -> None:
+        """End, round by round, the sessions whose epilog was lost, until `stop` is set."""
+        while not stop.wait(_REAP_EVERY_S):
+            try:
+                for job_id in self._without_step(jobs_with_steps()):
+                    _log.warning("no step left and no epilog", extra={"job": job_id})
+                    self.end(job_id, "no step left")
+            except (psutil.Error, OSError, RuntimeError) as error:  # the next may do better
+                _log.warning("cannot look for sessions without a step: %s", error)
+
+    def _keep(self, job: Job, message: Message) -> Session:
+        """A new session in the table and the journal; the caller holds the lock."""
+        session = self._make(job, first(message, "NODENAME"))
+        self._entries[job.job_id] = _Entry(session, time.monotonic())
+        self._journal.note(job.job_id, message)
+        return session
+
+    def _without_step(self, jobs: set[int]) -> list[int]:
+        """Note which jobs have a step in this round; give those whose session is to be ended."""
+        over = []
+        with self._lock:
+            for job_id, entry in self._entries.items():
+                entry.had_step |= job_id in jobs
+                # Two rounds, for a job has no step for a moment between one and the next.
+                entry.absent = 0 if job_id in jobs else entry.absent + 1
+                age_s = _REAP_AGE_S if entry.had_step else _REAP_AGE_WITHOUT_STEP_S
+                if entry.absent >= 2 and time.monotonic() - entry.begin_s > age_s:
+                    over.append(job_id)
+        return over

@@ -1,0 +1,216 @@
+"""An agent that is killed while jobs start: no reader gets an error or a wrong byte, and jobs keep their session."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bootseer_slurm import mounts
+from bootseer_slurm.agent import protocol
+from tests.integration.node import ALICE, Node, digest_of, node, wait_until
+
+__all__ = ["node"]
+pytestmark = [
+    pytest.mark.fuse,
+    pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root, /dev/fuse"),
+]
+# Reads a file in pieces and prints its digest.
+_READ = """
+import hashlib, os, sys
+fd, digest = os.open(sys.argv[1], os.O_RDONLY), hashlib.sha256()
+while part := os.read(fd, int(sys.argv[2])):
+    digest.update(part)
+print(digest.hexdigest())
+"""
+
+
+def make_file(node: Node, name: str, size_bytes: int) -> Path:
+    """A file of alice's that is old enough to be used."""
+    path = node.folder / "data" / name
+    path.write_bytes(random.Random(name).randbytes(size_bytes))
+    os.chown(path, ALICE, ALICE)
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+    return path
+
+
+def attach(node: Node, job: int) -> dict[str, int]:
+    """What a step is shown: path -> descriptor of its mount."""
+    reply, fds = node.request("attach", JOB_ID=job, UID=ALICE, STEP_ID=0)
+    binds = [value for key, value in reply if key == "BIND"]
+    return {bind.split(":", 3)[3]: fds[int(bind.split(":")[0])] for bind in binds}
+
+
+def reader(path: str, step_bytes: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-S", "-c", _READ, path, str(step_bytes)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_again_and_again_while_jobs_read(node: Node) -> None:
+    model = make_file(node, "model.bin", 150 * 2**20)
+    node.start()
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
+    # Slow enough that most is still to come: alice's fetch process is stopped every now and then.
+    mount = attach(node, 1)[str(model)]
+    readers = [reader(f"/proc/{os.getpid()}/fd/{mount}", step) for step in (1 << 20, 70_000)]
+    rng = random.Random(1)
+    for _ in range(8):
+        time.sleep(rng.random() * 0.2)
+        node.crash()
+    for each in readers:
+        output, errors = each.communicate(timeout=60)
+        assert errors == ""
+        assert output.strip() == digest_of(model)
+    assert node.jobs() == {1}
+    os.close(mount)
+    node.ask("epilog", JOB_ID=1)
+    events = node.events(1)
+    assert {"begin", "end"} <= {event["name"] for event in events if event["kind"] == "session"}
+    assert sum(event["name"] == "agent_restarted" for event in events) == 8
+    wait_until(lambda: not any(mount.root == "/1" for mount in mounts.mounts_below(node.run)))
+
+
+def test_what_was_fetched_is_not_fetched_again(node: Node) -> None:
+    model = make_file(node, "model.bin", 40 * 2**20)
+    node.start()
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
+    kept = node.run / "events" / "1.0"
+
+    def ends() -> int:
+        return kept.read_text().count('"kind":"prefetch","name":"end"')
+
+    wait_until(lambda: kept.exists() and ends() == 1)
+    node.crash()
+    wait_until(lambda: ends() == 2)
+    node.ask("epilog", JOB_ID=1)
+    first, second = (event for event in node.events(1) if (event["kind"], event["name"]) == ("prefetch", "end"))
+    assert first["bytes"] == 40 * 2**20
+    assert (second["bytes"], second["bytes_cached"]) == (0, 40 * 2**20)
+
+
+def test_an_upgrade_loads_code_anew_and_keeps_the_mounts(node: Node) -> None:
+    model = make_file(node, "model.bin", 30 * 2**20)
+    keeper = node.start()
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
+    mount = attach(node, 1)[str(model)]
+    before = [entry.mount_id for entry in mounts.mounts_below(node.run)]
+    pid = node.agent_pid
+    keeper.send_signal(signal.SIGHUP)
+    node.wait_for_another(pid)
+    assert keeper.poll() is None
+    assert [entry.mount_id for entry in mounts.mounts_below(node.run)] == before
+    with reader(f"/proc/{os.getpid()}/fd/{mount}", 1 << 20) as each:
+        output, errors = each.communicate(timeout=60)
+    assert (output.strip(), errors) == (digest_of(model), ""), node.log
+    os.close(mount)
+    keeper.send_signal(signal.SIGTERM)
+    assert keeper.wait(30) == 0
+    assert mounts.mounts_below(node.run) == []
+
+
+def test_an_agent_that_waits_for_its_own_files_can_be_killed(node: Node) -> None:
+    """A thread of it that looks a file of its own up cannot end before that is answered: by the next agent."""
+    model = make_file(node, "model.bin", 2**20)
+    flag = node.folder / "hang"
+    node.start(f"""
+import os, pathlib
+from bootseer_slurm.fuse import answers
+flag = pathlib.Path({str(flag)!r})
+real = answers.Answers._look_up
+def look_up(self, request):
+    if flag.exists():
+        time.sleep(1000)
+    return real(self, request)
+answers.Answers._look_up = look_up
+def touch():
+    while not flag.exists():
+        time.sleep(0.01)
+    with open({str(node.folder / "touched")!r}, "w"):
+        os.stat({str(node.run / "checkpoints" / str(ALICE) / "nothing")!r})
+threading.Thread(target=touch, daemon=True).start()
+""")
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
+    pid = node.agent_pid
+    flag.touch()
+    wait_until((node.folder / "touched").exists)
+    time.sleep(0.2)
+    os.kill(pid, signal.SIGKILL)
+    flag.unlink()
+    node.wait_for_another(pid)
+    mount = attach(node, 1)[str(model)]
+    with reader(f"/proc/{os.getpid()}/fd/{mount}", 1 << 20) as each:
+        output, errors = each.communicate(timeout=60)
+    assert (output.strip(), errors) == (digest_of(model), ""), node.log
+    os.close(mount)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text())
+
+
+def test_an_agent_that_cannot_live_is_started_ever_later_and_ends_with_its_status(node: Node) -> None:
+    process = node.launch("keeper._PAUSES_S = (0.0, 0.2)\nserver.Agent.run = lambda self: __import__('os').kill(__import__('os').getpid(), 9)")
+    time.sleep(3)
+    assert process.poll() is None
+    killed = node.log.count("is started again")
+    assert 3 < killed < 40
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    broken = node.launch("def fail(self): raise server.InputError('cannot')\nserver.Agent.run = fail")
+    assert broken.wait(30) == 2
+    assert mounts.mounts_below(node.run) == []
+
+
+def test_a_keeper_that_is_killed_takes_its_agent_with_it(node: Node) -> None:
+    keeper = node.start()
+    pid = node.agent_pid
+    keeper.kill()
+    keeper.wait()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    node.start()
+    assert node.jobs() == set()
+
+
+def test_the_session_of_a_killed_agent_knows_what_steps_asked_for(node: Node) -> None:
+    first, second = make_file(node, "a.bin", 2**20), make_file(node, "b.bin", 2**20)
+    node.start()
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=first, JOB_NAME="train", ACCOUNT="a")
+    reply, fds = node.request("attach", JOB_ID=1, UID=ALICE, STEP_ID=0, BOOTSEER=1, CHECKPOINT=second)
+    for fd in fds:
+        os.close(fd)
+    assert len(fds) == 2, reply
+    node.ask("mark", JOB_ID=1, NAME="image_loaded", TIME_NS=time.time_ns())
+    node.crash()
+    shown = attach(node, 1)
+    assert set(shown) == {str(first), str(second)}
+    for fd in shown.values():
+        os.close(fd)
+    node.ask("epilog", JOB_ID=1)
+    names = [event["name"] for event in node.events(1)]
+    assert "image_loaded" in names and names.count("agent_restarted") == 1
+    assert (node.run / "jobs").is_dir() and node.job_files() == set()
+    wait_until(lambda: list((node.run / "events").iterdir()) == [])
+
+
+def test_a_damaged_journal_costs_its_job_only(node: Node) -> None:
+    model = make_file(node, "a.bin", 2**20)
+    node.start()
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
+    jobs = node.run / "jobs"
+    (jobs / "2").write_text('[["JOB_ID", "9"], ["UID", "54321"], ["BOOTSEER", "1"]]\n')
+    (jobs / "3").write_text("[[[")
+    (jobs / "4").write_text(json.dumps([["JOB_ID", "4"]]) + "\n")
+    with contextlib.suppress(OSError):
+        (jobs / "x").write_text("[]\n")
+    node.crash()
+    assert node.jobs() == {1}
+    assert protocol.first(node.ask("status"), "STATUS") == "ok"

@@ -1,0 +1,84 @@
+"""The arms with Bootseer: what Slurm, pyxis and enroot do at a start, in order, with the real programs.
+
+    prolog.d/50-bootseer     as slurmd calls it, with what `sbatch --bootseer` passes on; the clock starts
+    bootseer-importer get    as pyxis calls it, as the user; its answer is the image
+    libexec/squashfuse       as enroot calls it, in the user's namespaces (image_enter.sh)
+    the job; bootseer mark training_started as soon as it has imported
+    bootseer-importer release, and the hook as epilog
+
+All starts are of one job class, so the first one, which is not counted, records what the next ones prefetch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+from bench.image_arms import NODE, ROOT, Arm, Step
+from bench.image_inputs import ALICE, Inputs
+from cluster.client import Cluster
+from cluster.layout import REPO, ClusterError
+
+HOOK = str(REPO / "prolog.d" / "50-bootseer")
+BIN = REPO / ".venv" / "bin"
+STAND_IN = str(REPO / "libexec" / "squashfuse")
+JOB_NAME = "bench-image"
+RUNTIME = "/run/bench-pyxis"
+
+_job_ids = itertools.count(800_000 + int(time.time()) % 100_000 * 10)
+
+
+def publish(cluster: Cluster, inputs: Inputs, name: str, digest: str) -> None:
+    """Put the image into the store as alice's, under a registry's name, signed as packed by the site."""
+    python = str(BIN / "python")
+    program = str(REPO / "scripts" / "lib" / "bench" / "image_publish.py")
+    for user, *command in (
+        (None, str(BIN / "bootseer"), "store", "init"),
+        ("alice", str(BIN / "bootseer"), "image", "push", inputs.shared),
+        (None, python, program, inputs.shared, name, digest, str(ALICE)),
+    ):
+        done = cluster.exec("login", *command, user=user, timeout_s=300)
+        if done.returncode != 0:
+            raise ClusterError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+
+
+def arm(title: str, uri: str, *, mode: str = "1", head_start_s: float = 0.0, heavy: bool = False) -> Arm:
+    """A start of a new job. mode: as SPANK_BOOTSEER_MODE. head_start_s: between the prolog and the step."""
+    job_id = next(_job_ids)
+    slurm = {
+        "SLURM_JOB_ID": str(job_id),
+        "SLURM_JOB_UID": str(ALICE),
+        "SLURM_JOB_GID": str(ALICE),
+        "SLURM_JOB_USER": "alice",
+        "SLURM_JOB_ACCOUNT": "research",
+        "SLURM_NODELIST": NODE,
+        "SLURMD_NODENAME": NODE,
+        "SLURM_JOB_PARTITION": "main",
+        "SLURM_JOB_RESTART_COUNT": "0",
+        "SPANK_BOOTSEER_MODE": mode,
+        "SPANK_BOOTSEER_JOB_NAME": JOB_NAME,
+        "SPANK_BOOTSEER_CONTAINER_IMAGE": uri,
+    }
+    step = {
+        "SLURM_JOB_ID": str(job_id),
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_UID": str(ALICE),
+        "PYXIS_RUNTIME_PATH": RUNTIME,
+    }
+    importer = str(BIN / "bootseer-importer")
+    steps: list[Step] = [
+        {"name": "prolog", "argv": [HOOK], "env": slurm | {"SLURM_SCRIPT_CONTEXT": "prolog_slurmd"},
+         "timed": head_start_s == 0},
+        {"name": "head start", "pause_s": head_start_s, "timed": False},
+        {"name": "importer", "argv": [importer, "get", uri], "user": "alice", "env": step, "prints": "image"},
+    ]  # fmt: skip
+    marking = [str(BIN / "bootseer"), "mark", "training_started"]
+    mark: Step = {"name": "mark", "argv": marking, "user": "alice", "env": step}
+    release: Step = {"name": "release", "argv": [importer, "release"], "user": "alice", "env": step}
+    epilog: Step = {
+        "name": "epilog",
+        "argv": [HOOK],
+        "env": slurm | {"SLURM_SCRIPT_CONTEXT": "epilog_slurmd"},
+    }
+    enter = [STAND_IN, "{image}", ROOT]
+    return Arm(title, steps, heavy=heavy, empty=True, imported=[mark], ended=[release, epilog], enter=enter)

@@ -288,7 +288,7 @@ class Prefetch:
 
     def _end_hot(self, work: _Work, *, there: bool) -> None:
         work.hot_over, work.hot_there = True, there
-        if there and work.times_ms:
+        if there and work.planned:
             layout = work.target.reader.blob.layout
             self._log.emit(
                 "prefetch",

@@ -113,7 +113,7 @@ def learned_wishes(value: object) -> list[Wish]:
         with contextlib.suppress(InputError, ValueError, TypeError):
             kind, name = entry
             if kind in _PROFILE_KEYS.values() and isinstance(name, str):
-                wishes.append(Wish(kind, _checked("env" if kind == "environment" else kind, name)))
+                wishes.append(_wish(kind, "env" if kind == "environment" else kind, name))
     return wishes
 
 

@@ -374,6 +374,8 @@ class Session:
             target=target.wish.name,
             what=target.wish.kind,
             reads=usage.reads - before.reads,
+            reads_blocked=usage.reads_blocked - before.reads_blocked,
+            pushed_bytes=usage.pushed_bytes - before.pushed_bytes,
             read_bytes=read_bytes,
             miss_bytes=miss_bytes,
             hit_bytes=max(0, read_bytes - miss_bytes),

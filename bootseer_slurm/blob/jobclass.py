@@ -78,4 +78,6 @@ def _is_wish(kind: object, name: object) -> bool:
         return False
     if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in name):
         return False
+    if kind == "image" and name.startswith("dir:/"):
+        return True
     return name.startswith("/") or (kind != "environment" and bool(_URI.fullmatch(name)))

@@ -259,7 +259,7 @@ def _transfer(node: str, what: str, target: str, events: list[Event], trained_ns
         fetched_bytes=sum(event.bytes or 0 for event in ends) if ends else None,
         cached_bytes=int(ends[0].number("bytes_cached")) if ends else None,
         dur_s=sum(event.dur_s or 0.0 for event in ends) if ends else None,
-        in_time=_in_time(ends, trained_ns) if planned and trained_ns is not None else None,
+        in_time=_in_time(events, trained_ns) if planned and trained_ns is not None else None,
         reads=sum(int(event.number("reads")) for event in reads) if reads else None,
         read_bytes=sum(int(event.number("read_bytes")) for event in reads),
         hit_bytes=sum(int(event.number("hit_bytes")) for event in reads),
@@ -268,8 +268,10 @@ def _transfer(node: str, what: str, target: str, events: list[Event], trained_ns
     )
 
 
-def _in_time(ends: Sequence[Event], trained_ns: int) -> bool:
-    return bool(ends) and ends[-1].name == "end" and ends[-1].t_ns <= trained_ns
+def _in_time(events: Sequence[Event], trained_ns: int) -> bool:
+    """Whether all that the start needs was there: what is hot, where that is known, else the whole."""
+    there = [event for event in events if event.kind == "prefetch" and event.name in ("hot", "end")]
+    return any(event.t_ns <= trained_ns for event in there)
 
 
 def _problems(nodes: Sequence[NodeEvents]) -> tuple[Problem, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -78,14 +79,19 @@ def test_agents_killed_while_containers_read_cost_nothing(site: Site, image: str
     crashes = 0
     with ThreadPoolExecutor(1) as pool:
         start = pool.submit(site.run, name, "--bootseer")
-        while not start.done():
+        # Now and then: an agent that is killed again and again is started ever later.
+        for _ in range(4):
+            time.sleep(0.7)
             for node in site.cluster.nodes:
                 done = site.cluster.script("agent", node, "crash", check=False)
-                crashes += done.returncode == 0
-            time.sleep(0.4)
+                crashes += done.returncode == 0 and not start.done()
         starts = start.result()
     assert crashes >= 4
-    assert starts == site.expected(mounted_by, shadow=image != "registry")
+    # One that finds no agent at this very moment starts through squashfuse.
+    kinds = {start.mounted_by for start in starts}
+    assert kinds <= {mounted_by, FUSE}
+    expected = site.expected(FUSE, shadow=image != "registry")
+    assert [replace(start, mounted_by=FUSE) for start in starts] == expected
     assert_nothing_left(site)
 
 
@@ -125,5 +131,5 @@ def test_a_start_that_is_cancelled_leaves_nothing(site: Site) -> None:
         start = pool.submit(site.cluster.exec, "login", *argv, user="alice", timeout_s=120)
         time.sleep(3)
         site.cluster.exec("login", "scancel", "-u", "alice")
-        assert start.result().returncode != 0
+        assert "CANCELLED" in start.result().stderr
     assert_nothing_left(site)

@@ -10,14 +10,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop_after_delay, wait_exponential
 
 from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.fetch.process import FetchProcess
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE_S = 15.0  # a shared file system may show others' new folders seconds later
+_PATIENCE_S = 10.0  # a shared file system may show others' new folders seconds later
 
 
 class Publisher:
@@ -27,6 +27,7 @@ class Publisher:
         """fetcher: gives the job's fetch process, or raises BootseerError."""
         self._job_id = job_id
         self._fetcher = fetcher
+        self._gave_up = False  # on the store: it is not waited for a second time
 
     def write(self, op: str, content: bytes, **fields: Any) -> bool:
         """Have an operation of the fetch process write this; False, with a warning logged, when it cannot."""
@@ -36,15 +37,17 @@ class Publisher:
             # All nodes of a job write at once; the rights of the folder that the first makes may come later.
             for attempt in Retrying(
                 retry=retry_if_exception_type(StoreError),
-                stop=stop_after_delay(_PATIENCE_S),
+                stop=stop_after_attempt(1) if self._gave_up else stop_after_delay(_PATIENCE_S),
                 wait=wait_exponential(multiplier=0.2, max=2),
                 reraise=True,
             ):
                 with attempt:
                     self._fetcher().call(op, fds=(fd,), **fields)
         except BootseerError as error:
+            self._gave_up = True
             _log.warning("%s not written: %s", op, error, extra={"job": self._job_id})
             return False
         finally:
             os.close(fd)
+        self._gave_up = False
         return True

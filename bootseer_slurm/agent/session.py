@@ -10,8 +10,6 @@ for at its last start (blob/jobclass.py), which is not shown to a step before on
 from __future__ import annotations
 
 import logging
-import os
-import pwd
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 _PUBLISH_DELAY_S = 2.0  # the other tasks' marks come within it
 _JOIN_S = 5.0  # for threads whose fetch process was killed
+_LOOK_UPS = 64  # of one job on one node: each costs the agent memory and a thread
 _LOOK_UP_LIMIT_S = 25.0  # for an importer, which waits for one name
 _SETTLED_STARTS = 3  # with whole traces; then a plan is good enough to push its blocks
 _WHOLE_TRACE_EVERY = 8
@@ -71,6 +70,7 @@ class Session:
         self._process: FetchProcess | None = None
         self._user: User | None = None
         self._prefetch: Prefetch | None = None
+        self._lookups = 0
         self._observe = False
         self._ending_start = False
         no_key = Key(b"", "kernel_mount is off")
@@ -129,7 +129,12 @@ class Session:
             if sought is not None:
                 sought.asked = sought.asked or asked
                 return sought
-            sought = self._sought[wish] = _Sought(asked)
+            sought = _Sought(asked)
+            if len(self._sought) >= _LOOK_UPS:
+                sought.looked_up.set()
+                sought.begun.set()
+                return sought
+            self._sought[wish] = sought
         self._start_thread(self._bring, wish, sought)
         return sought
 
@@ -199,9 +204,10 @@ class Session:
         wish = image_wish(name)
         if self._observe:
             raise InputError("this job only wants to be measured")
+        is_new = self.wants(Request(observe=False, wishes=(wish,)))
         sought = self._seek(wish, asked=True)
-        wanted = [("JOB_ID", str(self.job.job_id)), ("UID", str(self.job.uid))]
-        self._journal.note(self.job.job_id, [*wanted, ("BOOTSEER", "1"), ("IMAGE", wish.name)])
+        if is_new:
+            self._note(wish)
         sought.begun.wait(_LOOK_UP_LIMIT_S)
         target = sought.target
         if target is None or (digest and target.fingerprint != digest):
@@ -210,6 +216,11 @@ class Session:
             raise NotFound(f"image {wish.name}: not in the store, or an older one")
         self._prefetcher().wait_hot(target, self._config.prefetch.hot_wait_s)
         return str(target.served_path()), target.fingerprint
+
+    def _note(self, wish: Wish) -> None:
+        """Let an agent after this one know of a wish that came from an importer."""
+        job = [("JOB_ID", str(self.job.job_id)), ("UID", str(self.job.uid))]
+        self._journal.note(self.job.job_id, [*job, ("BOOTSEER", "1"), ("IMAGE", wish.name)])
 
     def mark(self, name: str, *, t_ns: int, step: str | None, task: int | None) -> None:
         """Record where the job is. Raises InputError when a value is not usable."""
@@ -238,7 +249,10 @@ class Session:
         if self._prefetch:
             self._prefetch.stop()
         for target in targets:
-            self._summarise(target)
+            self.log.emit("access", "summary", **target.summary())
+        for wish, sought in self._sought.items():
+            if sought.asked and sought.target is None and _can_be_imported(wish):
+                self._fault("image_not_used", f"image {wish.name}: not in the store")
         self.log.emit("hook", "epilog", message=reason)
         self.log.emit("session", "end")
         self._recording.finish("end")
@@ -281,7 +295,8 @@ class Session:
 
     def _fetcher(self) -> FetchProcess:
         """The job's fetch process, started when first needed."""
-        user = self._user or _user(self.job)  # not under the lock: a directory service may be slow
+        # Not under the lock: a directory service may be slow.
+        user = self._user or User.of(self.job.uid, self.job.gid)
         with self._lock:
             self._user = user
             if self._process is None:
@@ -306,6 +321,10 @@ class Session:
     def _bring(self, wish: Wish, sought: _Sought, digest: str = "") -> Target | None:
         """Look one wish up, then have it prefetched; gives None when it cannot be used."""
         try:
+            with self._lock:
+                self._lookups += 1
+            if self._lookups > _LOOK_UPS:
+                raise InputError(f"{wish.kind} {wish.name}: this job asked for too much")
             target = self._look_up(wish, digest)
             with self._lock:
                 over = self._over.is_set()
@@ -364,26 +383,6 @@ class Session:
             raise
         return target
 
-    def _summarise(self, target: Target) -> None:
-        usage, before = target.reader.usage, target.before
-        read_bytes = usage.read_bytes - before.read_bytes
-        miss_bytes = usage.miss_bytes - before.miss_bytes
-        self.log.emit(
-            "access",
-            "summary",
-            target=target.wish.name,
-            what=target.wish.kind,
-            reads=usage.reads - before.reads,
-            reads_blocked=usage.reads_blocked - before.reads_blocked,
-            pushed_bytes=usage.pushed_bytes - before.pushed_bytes,
-            read_bytes=read_bytes,
-            miss_bytes=miss_bytes,
-            hit_bytes=max(0, read_bytes - miss_bytes),
-            blocked_s=usage.blocked_s - before.blocked_s,
-            first_ns=usage.first_ns,
-            last_ns=usage.last_ns,
-        )
-
     def _shadow(self, name: str, wish: Wish, message: str | None) -> None:
         level = "info" if name == "shown" else "warning"
         self.log.emit("shadow", name, target=wish.name, what=wish.kind, message=message, level=level)
@@ -402,11 +401,3 @@ class Session:
 def _can_be_imported(wish: Wish) -> bool:
     """Whether pyxis's importer makes what the store does not have."""
     return wish.kind == "image" and not wish.name.startswith("/")
-
-
-def _user(job: Job) -> User:
-    try:
-        groups = os.getgrouplist(pwd.getpwuid(job.uid).pw_name, job.gid)
-    except KeyError:
-        groups = [job.gid]
-    return User(job.uid, job.gid, tuple(groups))

@@ -179,6 +179,25 @@ class Target:
         pushed = self.reader.usage.pushed_bytes > self.before.pushed_bytes
         return self.warm or pushed or self._shelf.bypassed(self.reader)
 
+    def summary(self) -> dict[str, Any]:
+        """What was read of it since it was looked up, as the event tells it."""
+        usage, before = self.reader.usage, self.before
+        read_bytes = usage.read_bytes - before.read_bytes
+        miss_bytes = usage.miss_bytes - before.miss_bytes
+        return {
+            "target": self.wish.name,
+            "what": self.wish.kind,
+            "reads": usage.reads - before.reads,
+            "reads_blocked": usage.reads_blocked - before.reads_blocked,
+            "pushed_bytes": usage.pushed_bytes - before.pushed_bytes,
+            "read_bytes": read_bytes,
+            "miss_bytes": miss_bytes,
+            "hit_bytes": max(0, read_bytes - miss_bytes),
+            "blocked_s": usage.blocked_s - before.blocked_s,
+            "first_ns": usage.first_ns,
+            "last_ns": usage.last_ns,
+        }
+
     def is_signed(self, key: Key) -> bool:
         """Whether the kernel may mount this image: an agent packed it for this user, or root for all."""
         blob = self.reader.blob

@@ -18,6 +18,7 @@ import json
 import logging
 import mmap
 import os
+import pwd
 import queue
 import socket
 import subprocess
@@ -55,6 +56,15 @@ class User:
     uid: int
     gid: int
     groups: tuple[int, ...]
+
+    @classmethod
+    def of(cls, uid: int, gid: int) -> User:
+        """A user with the groups that this node knows of him."""
+        try:
+            groups = os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
+        except KeyError:
+            groups = [gid]
+        return cls(uid, gid, tuple(groups))
 
 
 @dataclass(slots=True)

@@ -2,9 +2,10 @@
 
 One link carries the job's own reads and the prefetch, first come first served: whoever reads waits behind
 what the prefetch has in flight. So that is kept as small as fills the link: the delivered rate times the
-shortest time a read ever took, and _QUEUE_S more (the bandwidth-delay product, which BBR keeps to for the
-same reason: Cardwell et al. 2016). And no run begins while the agent reads for somebody who waits. A run is
-what is asked of the fetch process at once; it reads it in steps, of which one is in flight.
+shortest time a read ever took, twice, and _QUEUE_S more (twice the bandwidth-delay product, as BBR keeps to
+for the same reason: Cardwell et al. 2016; with once, a rate that was measured low would stay low). And no run
+begins while the agent reads for somebody who waits. A run is what is asked of the fetch process at once; it
+reads it in steps, of which one is in flight.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES
 
+_GAIN = 2
 # How long others wait for us on a fast link: the time of a few of their own requests.
 _QUEUE_S = 0.002
 # On a slow link two blocks keep it busy: one on its way, one asked for.
@@ -103,4 +105,4 @@ class Turns:
                 self._sample_bytes, self._sample_start_s = 0, now_s
 
     def _limit_bytes(self) -> int:
-        return max(_LEAST_BYTES, int(self._bytes_per_s * (self._least_s + _QUEUE_S)))
+        return max(_LEAST_BYTES, int(self._bytes_per_s * (_GAIN * self._least_s + _QUEUE_S)))

@@ -301,3 +301,26 @@ def test_bob_cannot_mark_or_read_alices_job(inputs: Inputs) -> None:
     blobs = inputs.cluster.exec("n1", "sh", "-c", "ls /run/bootseer/blobs/20001", user="bob")
     assert "Permission denied" in blobs.stderr
     inputs.cluster.wait(job_id, 60)
+
+
+def test_a_bare_second_start_brings_what_the_script_named_in_its_srun_lines(inputs: Inputs) -> None:
+    """The learned plan: in the prolog nothing is known of the image but what this class asked for last time."""
+    srun = f"srun --bootseer-image={HOME}/img.sqsh bash -c"
+    script = JOB.replace("srun bash -c", srun).replace("#SBATCH", "#SBATCH --bootseer -J learns\n#SBATCH", 1)
+    first, lines = inputs.run(script=script)
+    assert lines == inputs.expected(image=1)
+    assert not any('"learned"' in node for node in events(inputs, first))
+    inputs.cluster.script("drop-caches", "--bootseer")
+    second, lines = inputs.run(script=script)
+    assert lines == inputs.expected(image=1)
+    for node in events(inputs, second):
+        assert node.index('"name":"learned"') < node.index('"name":"attach","step":"0"'), "not by the step"
+
+
+def events(inputs: Inputs, job_id: int) -> list[str]:
+    """Each node's events."""
+    inputs.report(job_id)
+    folder = inputs.cluster.shared / f"bootseer/users/20001/events/{job_id}.0"
+    files = sorted(folder.glob("*.jsonl"))
+    assert len(files) == 3
+    return [path.read_text() for path in files]

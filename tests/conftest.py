@@ -11,7 +11,7 @@ import pytest
 
 LEVELS = ("unit", "hooks", "spank", "integration", "slurm", "hdfs", "pyxis")
 # What CI's machine has: a test that needs one of these and is skipped there is a failure.
-EXPECTED_IN_CI = ("fuse", "slurm")
+EXPECTED_IN_CI = ("fuse", "registry", "slurm")
 
 
 def pytest_report_header() -> str:
@@ -21,6 +21,7 @@ def pytest_report_header() -> str:
         "fuse": Path("/dev/fuse").exists(),
         "slurm": shutil.which("slurmctld") is not None,
         "squashfuse": shutil.which("squashfuse") is not None,
+        "registry": all(map(shutil.which, ("docker-registry", "skopeo", "umoci"))),
         "pyxis": shutil.which("enroot") is not None,
     }
     return "capabilities: " + " ".join(f"{name}={'yes' if there else 'no'}" for name, there in found.items())

@@ -2,6 +2,7 @@
 
     <run>/jobs/<job id>             one message a line, as JSON: the prolog's or the step's that began the
                                     session, then each that added something; 0600
+    <run>/ending/<job>.<restart>    the same, of a session that is just ending
     <run>/events/<job>.<restart>    the events so far (events.EventLog)
 
 `run` is the socket's folder, in memory: after a reboot no job is left. The hook looks whether a job's file is
@@ -26,8 +27,9 @@ class Journal:
     """The jobs' files below one folder."""
 
     def __init__(self, run: Path) -> None:
-        self._jobs, self._events = run / "jobs", run / "events"
+        self._jobs, self._ending, self._events = run / "jobs", run / "ending", run / "events"
         self._jobs.mkdir(mode=0o755, exist_ok=True)
+        self._ending.mkdir(mode=0o700, exist_ok=True)
         self._events.mkdir(mode=0o700, exist_ok=True)
 
     def events_path(self, job_id: int, restart: int) -> Path:
@@ -46,23 +48,35 @@ class Journal:
         except OSError as error:
             _log.warning("%s: cannot be written: %s", path, error.strerror, extra={"job": job_id})
 
-    def forget(self, job_id: int) -> None:
-        """The job's session is over; its events are in the store, or lost."""
+    def end(self, job_id: int, restart: int) -> None:
+        """The job's session begins to end: a later one of this job has a file of its own."""
         with contextlib.suppress(OSError):
-            (self._jobs / str(job_id)).unlink()
+            (self._jobs / str(job_id)).rename(self._ending / f"{job_id}.{restart}")
 
-    def forget_events(self, job_id: int, restart: int) -> None:
-        """The events were handed on."""
-        with contextlib.suppress(OSError):
-            self.events_path(job_id, restart).unlink()
+    def forget(self, job_id: int, restart: int) -> None:
+        """The session has ended, and its events were handed on."""
+        for path in (self._ending / f"{job_id}.{restart}", self.events_path(job_id, restart)):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def jobs(self) -> Iterator[tuple[int, list[Message]]]:
         """Each job and its messages, as an agent left them that was killed."""
         for path in sorted(self._jobs.iterdir()):
-            with contextlib.suppress(OSError, ValueError):
-                messages = [_message(line) for line in path.read_text().splitlines() if line.endswith("]")]
-                if messages:
-                    yield int(path.name), messages
+            if path.name.isdecimal() and (messages := _messages(path)):
+                yield int(path.name), messages
+
+    def endings(self) -> list[Message]:
+        """What began each session that was just ending."""
+        found = (_messages(path) for path in sorted(self._ending.iterdir()))
+        return [messages[0] for messages in found if messages]
+
+
+def _messages(path: Path) -> list[Message]:
+    """A file's messages; none where it cannot be read. The last line may have been cut off."""
+    try:
+        return [_message(line) for line in path.read_text().splitlines() if line.endswith("]")]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def _message(line: str) -> Message:

@@ -242,7 +242,7 @@ def _clear_left(run: Path, home: Path) -> None:
         for folder in (*(run / name).glob("*/*"), *(run / name).glob("*")):
             with contextlib.suppress(OSError):
                 folder.rmdir()
-    for folder in (home / "jobs", home / "events"):
+    for folder in (home / "jobs", home / "ending", home / "events"):
         with contextlib.suppress(FileNotFoundError):
             for file in folder.iterdir():
                 with contextlib.suppress(OSError):

@@ -271,7 +271,7 @@ class Session:
         except OSError:
             pass
         self.log.close()
-        self._journal.forget_events(self.job.job_id, self.job.restart)
+        self._journal.forget(self.job.job_id, self.job.restart)
 
     def _end_start_later(self) -> None:
         if not self._over.wait(_PUBLISH_DELAY_S):  # else the end does all this

@@ -111,11 +111,14 @@ class Table:
             entry = self._entries.get(job_id)
             if entry is None:
                 return
-            thread = threading.Thread(target=entry.session.end, args=(reason,), daemon=True)
-            thread.start()
             del self._entries[job_id]
-            self._journal.forget(job_id)
-            self._endings = [each for each in self._endings if each.is_alive()] + [thread]
+            self._journal.end(job_id, entry.session.job.restart)
+            self._end_in_thread(entry.session, reason)
+
+    def _end_in_thread(self, session: Session, reason: str) -> None:
+        thread = threading.Thread(target=session.end, args=(reason,), daemon=True)
+        thread.start()
+        self._endings = [each for each in self._endings if each.is_alive()] + [thread]
 
     def end_all(self, reason: str) -> None:
         """End the sessions, all at once, and wait for them and for those that are ending already."""
@@ -126,7 +129,11 @@ class Table:
             thread.join(max(0.0, deadline_s - time.monotonic()))
 
     def restore(self) -> None:
-        """Take up the sessions of an agent that was killed."""
+        """Take up the sessions of an agent that was killed, and end those that were just ending."""
+        for message in self._journal.endings():
+            with contextlib.suppress(BootseerError):
+                session = self._make(parse_job(message), first(message, "NODENAME"))
+                self._end_in_thread(session, "job ended")
         for job_id, messages in list(self._journal.jobs()):
             try:
                 job, request = parse_job(messages[0]), parse_request(messages[0])

@@ -25,7 +25,10 @@ from bootseer_slurm.image.rootfs import configure
 from tests.integration.images import ENROOT, FILES, SYSTEM_PATH, UID, Scene
 from tests.integration.registry import LOGIN, Registry, lacking, running_registry
 
-pytestmark = pytest.mark.skipif(bool(lacking()), reason=f"not installed: {', '.join(lacking())}")
+pytestmark = [
+    pytest.mark.registry,
+    pytest.mark.skipif(bool(lacking()), reason=f"not installed: {', '.join(lacking())}"),
+]
 
 
 @pytest.fixture(scope="module")

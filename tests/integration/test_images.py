@@ -21,7 +21,10 @@ from bootseer_slurm.image.reference import Folder, parse
 from tests.integration.images import FILES, UID, Scene
 from tests.integration.registry import Registry, lacking, running_registry
 
-pytestmark = pytest.mark.skipif(bool(lacking()), reason=f"not installed: {', '.join(lacking())}")
+pytestmark = [
+    pytest.mark.registry,
+    pytest.mark.skipif(bool(lacking()), reason=f"not installed: {', '.join(lacking())}"),
+]
 
 
 @pytest.fixture(scope="module")

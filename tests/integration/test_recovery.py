@@ -201,6 +201,28 @@ def test_the_session_of_a_killed_agent_knows_what_steps_asked_for(node: Node) ->
     wait_until(lambda: list((node.run / "events").iterdir()) == [])
 
 
+def test_killed_while_a_session_ends_its_events_are_written(node: Node) -> None:
+    model = make_file(node, "a.bin", 2**20)
+    upgraded = node.folder / "upgraded"  # until then the store hangs
+    node.start(f"""
+import pathlib
+if not pathlib.Path({str(upgraded)!r}).exists():
+    session.Publisher.write = lambda *_, **__: time.sleep(1000)
+""")
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
+    node.ask("mark", JOB_ID=1, NAME="checkpoint_loaded", TIME_NS=time.time_ns())
+    node.ask("epilog", JOB_ID=1)
+    assert node.job_files() == set()
+    keeper = node.processes[0]
+    upgraded.touch()
+    pid = node.agent_pid
+    keeper.send_signal(signal.SIGHUP)
+    node.wait_for_another(pid)
+    names = [event["name"] for event in node.events(1)]
+    assert "checkpoint_loaded" in names and "end" in names
+    wait_until(lambda: not list((node.run / "events").iterdir()) and not list((node.run / "ending").iterdir()))
+
+
 def test_a_damaged_journal_costs_its_job_only(node: Node) -> None:
     model = make_file(node, "a.bin", 2**20)
     node.start()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop_after_delay, wait_exponential
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.fetch.process import FetchProcess
@@ -18,6 +18,7 @@ from bootseer_slurm.fetch.process import FetchProcess
 _log = logging.getLogger(__name__)
 
 _PATIENCE_S = 10.0  # a shared file system may show others' new folders seconds later
+_IMPATIENCE_S = 2.0  # with a store that was waited for already: the end of a session has 20 s in all
 
 
 class Publisher:
@@ -27,22 +28,23 @@ class Publisher:
         """fetcher: gives the job's fetch process, or raises BootseerError."""
         self._job_id = job_id
         self._fetcher = fetcher
-        self._gave_up = False  # on the store: it is not waited for a second time
+        self._gave_up = False
 
     def write(self, op: str, content: bytes, **fields: Any) -> bool:
         """Have an operation of the fetch process write this; False, with a warning logged, when it cannot."""
         fd = os.memfd_create("bootseer-object", os.MFD_CLOEXEC)
         try:
             os.write(fd, content)
+            patience_s = _IMPATIENCE_S if self._gave_up else _PATIENCE_S
             # All nodes of a job write at once; the rights of the folder that the first makes may come later.
             for attempt in Retrying(
                 retry=retry_if_exception_type(StoreError),
-                stop=stop_after_attempt(1) if self._gave_up else stop_after_delay(_PATIENCE_S),
+                stop=stop_after_delay(patience_s),
                 wait=wait_exponential(multiplier=0.2, max=2),
                 reraise=True,
             ):
                 with attempt:
-                    self._fetcher().call(op, fds=(fd,), **fields)
+                    self._fetcher().call(op, fds=(fd,), timeout_s=patience_s, **fields)
         except BootseerError as error:
             self._gave_up = True
             _log.warning("%s not written: %s", op, error, extra={"job": self._job_id})

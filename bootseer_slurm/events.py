@@ -13,8 +13,11 @@ session   begin, end                uid, user, nodelist, mode ("prefetch" | "obs
 step      attach, task_start        step; task_start also task
 prefetch  begin, end                target, what; begin: bytes = size of the blob;
                                     end: bytes = fetched from the store, bytes_cached = there already, dur_s
+          hot                       target, what, bytes, blocks, dur_s: all that the plan names is there
+plan      learned                   target, what: asked for by the last start of this job class
 shadow    shown, skipped, failed    target, what; message = why
-access    summary                   target, what, reads, read_bytes, hit_bytes, miss_bytes,
+access    summary                   target, what, reads, reads_blocked, read_bytes, hit_bytes,
+                                    miss_bytes, pushed_bytes,
                                     blocked_s = time that readers waited for the store, first_ns, last_ns
 mark      <name>                    step, task; image_loaded, environment_loaded, checkpoint_loaded and
                                     training_started have a meaning to the report

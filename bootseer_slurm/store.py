@@ -9,6 +9,8 @@ touches it itself but asks the job's fetch process (fetch/child.py), so root_squ
         blobs/<id>/manifest, 0, 1, …     blob/manifest.py: the stripe objects, and the manifest written last
         names/<digest>.json              blob/names.py: which blob stands for which path
         leases/<digest>                  blob/lease.py: who is making the blob of a name
+        traces/<class>/<blob>/<job>.<restart>.<node>[.partial]   blob/trace.py
+        classes/<class>.json             blob/jobclass.py: what the last start of a job class asked for
         events/<job>.<restart>/<node>.jsonl
 
 A file:// store is used with plain system calls: parallel preads of a file are as fast as the file system

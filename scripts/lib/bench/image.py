@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 from bench import image_arms as arms
-from bench import image_inputs
+from bench import image_inputs, image_ours
 from bench.image_inputs import Inputs
 from bench.rows import Row
 from cluster.client import Cluster
@@ -65,7 +66,7 @@ def local_rows(results: Results) -> list[Row]:
             f"{name}, against an ext4 tree",
             seconds(each) / tree_s,
             "×",
-            None,
+            1.3 if name == "local, kernel" else None,
             1.0,
             f"{how}; tree {tree_s:.2f} s",
         )
@@ -76,26 +77,74 @@ def local_rows(results: Results) -> list[Row]:
 
 def link_rows(cluster: Cluster, inputs: Inputs, link: str, step: Callable[[str], None]) -> list[Row]:
     """One link: the rounds, and what follows from them."""
-    kernel = [arm for arm in arms.local(inputs) if arm.name == "local, kernel"]
-    results: Results = {}
-    rates = []
-    for number in range(REPEATS):
-        step(f"dd, {number + 1} of {REPEATS}")
-        rates.append(arms.measure_dd(cluster, inputs, DD_BYTES))
-        merge(results, arms.rounds(cluster, inputs, [*kernel, *arms.remote(inputs)], 1, step))
-        with arms.far_store(cluster, DELAY_S):
-            merge(results, arms.rounds(cluster, inputs, arms.far(inputs), 1, step))
-    with arms.registry(cluster, inputs) as address:
-        merge(results, arms.rounds(cluster, inputs, [arms.stock(address)], STOCK_REPEATS, step))
+    results = link_rounds(cluster, inputs, link, step)
+    rates = [result["bytes_per_s"] for result in results.pop("dd")]
     link_bytes_per_s = median(rates)
-    how = f"{link}, cold page cache, {REPEATS} repeats ({STOCK_REPEATS} of stock), medians, interleaved; "
-    how += f"dd {link_bytes_per_s / 1e6:.0f} MB/s; image {inputs.image_bytes / 1e6:.0f} MB"
     local_s = seconds(results["local, kernel"])
-    return [
+    how = (
+        f"{link}, cold page cache and empty agent's cache, {REPEATS} interleaved repeats ({STOCK_REPEATS} of "
+    )
+    how += f"stock), medians, bytes compared; dd {link_bytes_per_s / 1e6:.0f} MB/s; image "
+    how += f"{inputs.image_bytes / 1e6:.0f} MB"
+    ours = results["with Bootseer"]
+    hot_bytes = median(each["hot_bytes"] for each in ours)
+    rate = median(each["hot_bytes"] / each["hot_s"] for each in ours)
+    bound_s = hot_bytes / link_bytes_per_s + local_s
+    copy_s = seconds(results["copy first, kernel"])
+    far_s, ours_far_s = seconds(results["lazy over sshfs at 1 ms, kernel"]), seconds(results["at 1 ms"])
+    added_s = seconds(ours) - local_s
+    blocked = sum(each["reads_blocked"] for each in ours) / sum(each["reads"] for each in ours)
+    heavy_s, heavy_copy_s = seconds(results["heavy"]), seconds(results["copy first, kernel, reads a third"])
+    far = (ours_far_s - local_s) / (far_s - local_s)
+    targets = [
+        ("hot prefetch, share of dd", rate / link_bytes_per_s, "", 0.95, 1.0, True),
+        ("start, against hot bytes / link + local", seconds(ours) / bound_s, "×", 1.15, 1.0, False),
+        ("what the link adds, of what copying adds", added_s / (copy_s - local_s), "", 0.2, None, False),
+        ("at 1 ms: what the link adds, of a kernel mount over sshfs", far, "", 0.5, None, False),
+        ("stock, against ours", seconds(results["stock"]) / seconds(ours), "×", 10.0, None, True),
+        ("reads that waited", blocked, "", 0.01, None, False),
+        ("reads a third: ours, against copying first", heavy_s / heavy_copy_s, "×", 1.0, None, False),
+    ]
+    rows = [
+        Row(f"{link}: {name}", value, unit, target, limit, how, at_least)
+        for name, value, unit, target, limit, at_least in targets
+    ]
+    return rows + [
         Row(f"{link}: {name}", seconds(each), "s", None, local_s, how)
         for name, each in results.items()
         if name != "local, kernel"
     ]
+
+
+def link_rounds(cluster: Cluster, inputs: Inputs, link: str, step: Callable[[str], None]) -> Results:
+    """All starts over one link; "dd" has the link's own rates."""
+    kernel = [arm for arm in arms.local(inputs) if arm.name == "local, kernel"]
+    results: Results = {}
+
+    def ours(name: str, **options: Any) -> None:
+        step(f"{name}, {number + 1} of {REPEATS}")
+        result = image_ours.measured(cluster, inputs, image_ours.URI, **options)
+        results.setdefault(name, []).append(result)
+
+    image_ours.publish(cluster, inputs)
+    image_ours.forget(cluster)
+    for heavy in (False, True):  # these are recorded, and not counted
+        step("recording")
+        image_ours.measured(cluster, inputs, image_ours.URI, heavy=heavy)
+    for number in range(REPEATS):
+        step(f"dd, {number + 1} of {REPEATS}")
+        rate = arms.measure_dd(cluster, inputs, DD_BYTES)
+        results.setdefault("dd", []).append({"bytes_per_s": rate})
+        merge(results, arms.rounds(cluster, inputs, [*kernel, *arms.remote(inputs)], 1, step))
+        ours("with Bootseer")
+        ours("10 s head start", head_start_s=10.0)
+        ours("heavy", heavy=True)
+        with arms.far_store(cluster, DELAY_S):
+            merge(results, arms.rounds(cluster, inputs, arms.far(inputs), 1, step))
+            ours("at 1 ms")
+    with arms.registry(cluster, inputs) as address:
+        merge(results, arms.rounds(cluster, inputs, [arms.stock(address)], STOCK_REPEATS, step))
+    return results
 
 
 def merge(results: Results, more: Results) -> None:

@@ -12,9 +12,11 @@ All starts are of one job class, so the first one, which is not counted, records
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 import time
 
-from bench.image_arms import NODE, ROOT, Arm, Step
+from bench.image_arms import NODE, ROOT, Arm, Result, Step, start
 from bench.image_inputs import ALICE, Inputs
 from cluster.client import Cluster
 from cluster.layout import REPO, ClusterError
@@ -24,27 +26,63 @@ BIN = REPO / ".venv" / "bin"
 STAND_IN = str(REPO / "libexec" / "squashfuse")
 JOB_NAME = "bench-image"
 RUNTIME = "/run/bench-pyxis"
+EVENTS_PATIENCE_S = 60.0
+# By digest: no registry needs to be asked what a tag means.
+DIGEST = "sha256:" + "1" * 64
+URI = f"docker://registry.example/bench@{DIGEST}"
 
 _job_ids = itertools.count(800_000 + int(time.time()) % 100_000 * 10)
 
 
-def publish(cluster: Cluster, inputs: Inputs, name: str, digest: str) -> None:
-    """Put the image into the store as alice's, under a registry's name, signed as packed by the site."""
+def publish(cluster: Cluster, inputs: Inputs) -> None:
+    """Put the image into the store as alice's, under a registry's name, signed as packed by the site.
+
+    The node gets the key, as every node of a site has it.
+    """
     python = str(BIN / "python")
     program = str(REPO / "scripts" / "lib" / "bench" / "image_publish.py")
     for user, *command in (
         (None, str(BIN / "bootseer"), "store", "init"),
         ("alice", str(BIN / "bootseer"), "image", "push", inputs.shared),
-        (None, python, program, inputs.shared, name, digest, str(ALICE)),
+        (None, python, program, inputs.shared, URI, DIGEST, str(ALICE)),
     ):
         done = cluster.exec("login", *command, user=user, timeout_s=300)
         if done.returncode != 0:
             raise ClusterError(f"{' '.join(command)} failed: {done.stderr.strip()}")
 
 
-def arm(title: str, uri: str, *, mode: str = "1", head_start_s: float = 0.0, heavy: bool = False) -> Arm:
-    """A start of a new job. mode: as SPANK_BOOTSEER_MODE. head_start_s: between the prolog and the step."""
+def measured(
+    cluster: Cluster, inputs: Inputs, uri: str, *, head_start_s: float = 0.0, heavy: bool = False
+) -> Result:
+    """One start of a new job, and what its node told of it (docs/events.md).
+
+    Beside what every start gives: hot_bytes and hot_s of the prefetch, reads, reads_blocked.
+    """
     job_id = next(_job_ids)
+    result = start(cluster, inputs, arm(job_id, uri, head_start_s=head_start_s, heavy=heavy))
+    events = cluster.shared / f"bootseer/users/{ALICE}/events/{job_id}.0/{NODE}.jsonl"
+    deadline_s = time.monotonic() + EVENTS_PATIENCE_S
+    while not (events.exists() and '"session","name":"end"' in events.read_text()):
+        if time.monotonic() > deadline_s:
+            raise ClusterError(f"job {job_id} sent no events")
+        time.sleep(0.1)
+    found = [json.loads(line) for line in events.read_text().splitlines()]
+    for event in found:
+        if (event["kind"], event["name"]) == ("prefetch", "hot"):
+            result |= {"hot_bytes": event["bytes"], "hot_s": event["dur_s"]}
+        if event["kind"] == "access":
+            result |= {"reads": event["reads"], "reads_blocked": event["reads_blocked"]}
+    return result
+
+
+def forget(cluster: Cluster) -> None:
+    """Forget what earlier starts touched."""
+    shutil.rmtree(cluster.shared / f"bootseer/users/{ALICE}/traces", ignore_errors=True)
+
+
+def arm(job_id: int, uri: str, *, head_start_s: float, heavy: bool) -> Arm:
+    """A start of a new job. head_start_s: between the prolog and the step."""
+    title = "with Bootseer"
     slurm = {
         "SLURM_JOB_ID": str(job_id),
         "SLURM_JOB_UID": str(ALICE),
@@ -55,8 +93,8 @@ def arm(title: str, uri: str, *, mode: str = "1", head_start_s: float = 0.0, hea
         "SLURMD_NODENAME": NODE,
         "SLURM_JOB_PARTITION": "main",
         "SLURM_JOB_RESTART_COUNT": "0",
-        "SPANK_BOOTSEER_MODE": mode,
-        "SPANK_BOOTSEER_JOB_NAME": JOB_NAME,
+        "SPANK_BOOTSEER_MODE": "1",
+        "SPANK_BOOTSEER_JOB_NAME": f"{JOB_NAME}-{heavy}",
         "SPANK_BOOTSEER_CONTAINER_IMAGE": uri,
     }
     step = {

@@ -37,7 +37,7 @@ _ORDER = ("checkpoint", "environment", "image")
 # Blocks of a plan that lie side by side, and are this near each other in it, go by one read.
 _NEAR_BLOCKS = 64
 _FORECAST_EVERY_S = 0.05
-_FORECAST_MARGIN = 1.5  # the job's own reads and those of other jobs slow the link
+_FORECAST_MARGIN = 1.1  # what is late comes as soon as it is asked for: reads go before the prefetch
 _OTHERS_S = 1.0  # a wait for a block that others fetch, before it is looked at again
 _PUSH_SHARE = 8
 _FIRST_LIMIT_BYTES = 64 * 2**20

@@ -134,7 +134,7 @@ def block(number: int) -> bytes:
 def test_tables_come_first_then_the_plan_in_its_order_and_then_nothing(scene: Scene) -> None:
     target, bringing = scene.target(), scene.start(streams=1, cold_bytes_per_s=2**40)
     bringing.add(target, plan=planned(40, 7, 33, 63, 2), first=[(0, 96), (63 * BLOCK_BYTES + 5, 100)])
-    assert bringing.wait_hot(target, 10)
+    until(lambda: len(scene.events("hot")) == 1)
     assert scene.link.blocks == [0, 63, 40, 7, 33, 2]
     time.sleep(0.2)
     assert len(scene.link.blocks) == 6, "during the start nothing else is brought of what has a plan"
@@ -155,7 +155,7 @@ def test_plans_of_two_targets_are_followed_by_time(scene: Scene) -> None:
         bringing.add(second, plan=planned(10, 20, from_ms=15, every_ms=20))
         target = scene.target("image", "file-a", early)
         bringing.add(target, plan=planned(1, 30, every_ms=20))
-    assert bringing.wait_hot(second, 10) and bringing.wait_hot(target, 10)
+    until(lambda: len(scene.events("hot")) == 2)
     # The one stream may have taken the first run of the first target before the second came.
     assert [name for name in order if name][-3:] in (
         ["late", "early", "late"],
@@ -179,7 +179,7 @@ def test_neighbours_go_by_one_read_that_ends_with_the_chunk(scene: Scene) -> Non
     scene.turns.measured(10**9, 1, 0.001)
     target, bringing = scene.target(), scene.start(streams=1)
     bringing.add(target, plan=planned(12, 14, 30, 13, 15, 16, 17, 29))
-    assert bringing.wait_hot(target, 10)
+    until(lambda: len(scene.events("hot")) == 1)
     per_chunk = CHUNK_BYTES // BLOCK_BYTES
     assert per_chunk == 16
     assert scene.link.reads == [(12, 4), (29, 2), (16, 2)]
@@ -222,6 +222,15 @@ def test_the_wait_ends_when_the_hot_blocks_are_there_or_in_time(scene: Scene) ->
     (event,) = scene.events("hot")
     assert (event["bytes"], event["blocks"], event["what"]) == (20 * BLOCK_BYTES, 20, "image")
     assert 0.8 < event["dur_s"] < 5
+
+
+def test_the_wait_ends_early_when_each_block_comes_before_it_is_touched(scene: Scene) -> None:
+    slow = Link(scene.turns, bytes_per_s=10 * BLOCK_BYTES)
+    target, bringing = scene.target(link=slow), scene.start()
+    bringing.add(target, plan=planned(*range(0, 40, 2), every_ms=1000))
+    assert bringing.wait_hot(target, 10)
+    assert scene.events("hot") == [], "2 s of the link, of which a start needs the first block only"
+    until(lambda: len(scene.events("hot")) == 1)
 
 
 def test_there_is_nothing_to_wait_for_without_a_plan_or_with_all_in_the_cache(scene: Scene) -> None:

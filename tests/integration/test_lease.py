@@ -58,7 +58,8 @@ def lease(folder: Path) -> Lease:
 
 
 def leases(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder / user_folder(UID) / "leases"))
+    names = os.listdir(folder / user_folder(UID) / "leases")
+    return sorted(name for name in names if not name.startswith("."))  # what is just being written
 
 
 def test_who_waits_gets_it_when_the_holder_is_done(tmp_path: Path, holder: subprocess.Popen[str]) -> None:

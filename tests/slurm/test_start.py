@@ -306,7 +306,8 @@ def test_bob_cannot_mark_or_read_alices_job(inputs: Inputs) -> None:
 def test_a_bare_second_start_brings_what_the_script_named_in_its_srun_lines(inputs: Inputs) -> None:
     """The learned plan: in the prolog nothing is known of the image but what this class asked for last time."""
     srun = f"srun --bootseer-image={HOME}/img.sqsh bash -c"
-    script = JOB.replace("srun bash -c", srun).replace("#SBATCH", "#SBATCH --bootseer -J learns\n#SBATCH", 1)
+    # A script works before its srun; what the prolog began takes some tenths of a second.
+    script = JOB.replace("srun bash -c", f"sleep 2\n{srun}").replace("#SBATCH", "#SBATCH --bootseer -J learns\n#SBATCH", 1)
     first, lines = inputs.run(script=script)
     assert lines == inputs.expected(image=1)
     assert not any('"learned"' in node for node in events(inputs, first))

@@ -273,6 +273,8 @@ class Prefetch:
     def _comes_in_time(self, work: _Work) -> bool:
         """Whether each block that is not there yet will come before a start that begins now touches it."""
         lacking, rate_bytes = work.lacking(), self._turns.bytes_per_s
+        if not lacking:
+            return True  # and the stream that brought the last one is about to say so
         if not rate_bytes or any(work.times_ms[block] < 0 for block in lacking):
             return False
         begin_ms = min(at_ms for at_ms in work.times_ms.values() if at_ms >= 0)

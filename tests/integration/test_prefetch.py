@@ -17,7 +17,7 @@ import pytest
 from bootseer_slurm.agent import prefetch
 from bootseer_slurm.agent.prefetch import Prefetch, first_ranges
 from bootseer_slurm.agent.request import Wish
-from bootseer_slurm.blob.cache import IN_FLIGHT, MISSING, UNCHECKED, Cache
+from bootseer_slurm.blob.cache import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, Cache
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES, Layout
 from bootseer_slurm.blob.reader import Reader, Usage
 from bootseer_slurm.blob.trace import Plan
@@ -231,6 +231,21 @@ def test_the_wait_ends_early_when_each_block_comes_before_it_is_touched(scene: S
     assert bringing.wait_hot(target, 10)
     assert scene.events("hot") == [], "2 s of the link, of which a start needs the first block only"
     until(lambda: len(scene.events("hot")) == 1)
+
+
+def test_tables_without_a_plan_that_others_just_brought_are_there(scene: Scene) -> None:
+    """All is present, and the stream that waited for it has not said so yet."""
+    scene.turns.measured(10**9, 1, 0.001)
+    time.sleep(0.06)
+    scene.turns.measured(10**9, 1, 0.001)
+    target, bringing = scene.target(), scene.start(streams=1)
+    assert target.reader.blob.claim(0, 0)[0] == 1  # as another job's read
+    bringing.add(target, first=[(0, BLOCK_BYTES)])
+    work = bringing._works[0]
+    assert not bringing._comes_in_time(work)
+    target.reader.blob.settle(0, 1, PRESENT)
+    work.hot_over = False
+    assert bringing._comes_in_time(work)
 
 
 def test_there_is_nothing_to_wait_for_without_a_plan_or_with_all_in_the_cache(scene: Scene) -> None:

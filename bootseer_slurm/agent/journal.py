@@ -42,7 +42,7 @@ class Journal:
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
-                os.write(fd, json.dumps(message).encode() + b"\n")
+                os.write(fd, b"\n" + json.dumps(message).encode() + b"\n")  # not behind a torn line
             finally:
                 os.close(fd)
         except OSError as error:
@@ -72,11 +72,13 @@ class Journal:
 
 
 def _messages(path: Path) -> list[Message]:
-    """A file's messages; none where it cannot be read. The last line may have been cut off."""
-    try:
-        return [_message(line) for line in path.read_text().splitlines() if line.endswith("]")]
-    except (OSError, ValueError, TypeError):
-        return []
+    """A file's messages; none where it cannot be read. A line may have been cut off."""
+    messages = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError, TypeError):
+                messages.append(_message(line))
+    return messages
 
 
 def _message(line: str) -> Message:

@@ -171,6 +171,8 @@ class Prefetch:
                     self._bring_any(work, cold=cold)
             except BootseerError as error:
                 failure = error
+            except Exception as error:  # a stream that died would hold up what waits for it
+                failure = StoreError(f"{type(error).__name__}: {error}")
             if failure and not self._over.is_set():
                 self._on_fault("prefetch_failed", f"{work.target.wish.name}: {failure.message}")
             with self._changed:

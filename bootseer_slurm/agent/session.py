@@ -114,6 +114,8 @@ class Session:
     def wants(self, request: Request) -> bool:
         """Whether a request has anything new."""
         with self._lock:
+            if len(self._sought) >= _LOOK_UPS:
+                return False
             return any(wish not in self._sought or not self._sought[wish].asked for wish in request.wishes)
 
     def add(self, request: Request) -> None:
@@ -130,7 +132,7 @@ class Session:
                 sought.asked = sought.asked or asked
                 return sought
             sought = _Sought(asked)
-            if len(self._sought) >= _LOOK_UPS:
+            if self._over.is_set() or len(self._sought) >= _LOOK_UPS:
                 sought.looked_up.set()
                 sought.begun.set()
                 return sought
@@ -206,6 +208,8 @@ class Session:
             raise InputError("this job only wants to be measured")
         is_new = self.wants(Request(observe=False, wishes=(wish,)))
         sought = self._seek(wish, asked=True)
+        if sought.target is None and (self._lookups >= _LOOK_UPS or self._sought.get(wish) is not sought):
+            raise InputError(f"image {wish.name}: this job asked for too much")
         if is_new:
             self._note(wish)
         sought.begun.wait(_LOOK_UP_LIMIT_S)
@@ -246,18 +250,31 @@ class Session:
                 return
             self._over.set()
             targets, self._targets = self._targets, []
+            sought = list(self._sought.items())
         if self._prefetch:
             self._prefetch.stop()
+        try:
+            self._tell_end(targets, sought, reason)
+        except Exception:
+            _log.exception("the session's end is not told", extra={"job": self.job.job_id})
+        finally:
+            self._let_go(targets)
+
+    def _tell_end(self, targets: list[Target], sought: list[tuple[Wish, _Sought]], reason: str) -> None:
+        """Write what the next start and the report need."""
         for target in targets:
             self.log.emit("access", "summary", **target.summary())
-        for wish, sought in self._sought.items():
-            if sought.asked and sought.target is None and _can_be_imported(wish):
+        for wish, each in sought:
+            if each.asked and each.target is None and _can_be_imported(wish):
                 self._fault("image_not_used", f"image {wish.name}: not in the store")
         self.log.emit("hook", "epilog", message=reason)
         self.log.emit("session", "end")
         self._recording.finish("end")
         self._remember()
         self._publish()
+
+    def _let_go(self, targets: list[Target]) -> None:
+        """End all that the session had."""
         if self._process:
             self._process.kill()
         if self._prefetch:
@@ -265,7 +282,10 @@ class Session:
         for thread in self._threads:
             thread.join(_JOIN_S)
         for target in targets:
-            target.close()
+            try:
+                target.close()
+            except Exception:  # the others are let go all the same
+                _log.exception("%s is not let go", target.wish.name, extra={"job": self.job.job_id})
         try:
             self._folder.rmdir()
         except OSError:

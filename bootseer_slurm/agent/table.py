@@ -61,15 +61,15 @@ class Table:
         self._journal = journal
         self._entries: dict[int, _Entry] = {}
         self._endings: list[threading.Thread] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def begin(self, message: Message) -> None:
         """A job's prolog: end what an earlier start of it left, and begin when it asks. Raises InputError."""
         job, request = parse_job(message), parse_request(message)
-        self.end(job.job_id, "requeued")  # a session of this job is of an earlier start
-        if request is None:
-            return
-        with self._lock:
+        with self._lock:  # at once: a step that comes in between would begin a session that nobody ends
+            self.end(job.job_id, "requeued")  # a session of this job is of an earlier start
+            if request is None:
+                return
             session = self._keep(job, message)
         session.begin(request, hook_start_ns=number(message, "HOOK_START_NS", "0"))
 

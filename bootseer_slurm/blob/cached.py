@@ -9,7 +9,6 @@ written, so a successor of a killed process goes on where that one was. Thread-s
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import threading
@@ -22,8 +21,6 @@ from bootseer_slurm.blob.live import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, mak
 from bootseer_slurm.blob.manifest import DIGEST_BYTES, Layout, encode_adopted, manifest_of
 
 _log = logging.getLogger(__name__)
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class CachedBlob:
@@ -160,9 +157,10 @@ class CachedBlob:
             done = 0
             while done < len(view):
                 done += os.pwrite(self.fd, view[done:], offset + done)
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
+        except (
+            OSError
+        ) as error:  # full, or failed and now read-only: the bytes in hand are served all the same
+            _log.warning("%s: blocks are no longer kept: %s", self.folder, error.strerror)
             self.full = True
             return False
         return True

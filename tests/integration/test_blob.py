@@ -386,3 +386,13 @@ def test_the_process_has_only_its_users_rights(tmp_path: Path) -> None:
 def test_digests_are_sha256_of_the_blocks(scene: Scene) -> None:
     manifest = scene.manifest(scene.resolve())
     assert manifest.digest(1) == hashlib.sha256(scene.content[262144:524288]).digest()
+
+
+def test_a_cache_that_takes_no_more_writes_serves_what_it_fetches(scene: Scene, tmp_path: Path) -> None:
+    """As on a disk that failed: its file system is read-only from then on."""
+    reader = scene.reader()
+    fd = os.open(reader.blob.path, os.O_RDONLY)
+    os.dup2(fd, reader.blob.fd)
+    os.close(fd)
+    assert bytes(reader.fetch(262_000, 600_000)) == scene.content[262_000:862_000]
+    assert scene.faults == ["cache_full"] and reader.blob.full

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -95,7 +96,9 @@ def test_what_was_fetched_is_not_fetched_again(node: Node) -> None:
     node.crash()
     wait_until(lambda: ends() == 2)
     node.ask("epilog", JOB_ID=1)
-    first, second = (event for event in node.events(1) if (event["kind"], event["name"]) == ("prefetch", "end"))
+    first, second = (
+        event for event in node.events(1) if (event["kind"], event["name"]) == ("prefetch", "end")
+    )
     assert first["bytes"] == 40 * 2**20
     assert (second["bytes"], second["bytes_cached"]) == (0, 40 * 2**20)
 
@@ -158,7 +161,9 @@ threading.Thread(target=touch, daemon=True).start()
 
 
 def test_an_agent_that_cannot_live_is_started_ever_later_and_ends_with_its_status(node: Node) -> None:
-    process = node.launch("keeper._PAUSES_S = (0.0, 0.2)\nserver.Agent.run = lambda self: __import__('os').kill(__import__('os').getpid(), 9)")
+    process = node.launch(
+        "keeper._PAUSES_S = (0.0, 0.2)\nserver.Agent.run = lambda self: __import__('os').kill(__import__('os').getpid(), 9)"
+    )
     time.sleep(3)
     assert process.poll() is None
     killed = node.log.count("is started again")
@@ -220,7 +225,9 @@ if not pathlib.Path({str(upgraded)!r}).exists():
     node.wait_for_another(pid)
     names = [event["name"] for event in node.events(1)]
     assert "checkpoint_loaded" in names and "end" in names
-    wait_until(lambda: not list((node.run / "events").iterdir()) and not list((node.run / "ending").iterdir()))
+    wait_until(
+        lambda: not list((node.run / "events").iterdir()) and not list((node.run / "ending").iterdir())
+    )
 
 
 def test_a_damaged_journal_costs_its_job_only(node: Node) -> None:
@@ -233,6 +240,42 @@ def test_a_damaged_journal_costs_its_job_only(node: Node) -> None:
     (jobs / "4").write_text(json.dumps([["JOB_ID", "4"]]) + "\n")
     with contextlib.suppress(OSError):
         (jobs / "x").write_text("[]\n")
+    with (jobs / "1").open("a") as file:
+        file.write('[["JOB_ID", "1"], ["UI')  # killed while it wrote
+    reply, fds = node.request(
+        "attach", JOB_ID=1, UID=ALICE, STEP_ID=0, BOOTSEER=1, CHECKPOINT=make_file(node, "b.bin", 9)
+    )
+    for fd in fds:
+        os.close(fd)
+    assert len(fds) == 2, reply
     node.crash()
     assert node.jobs() == {1}
+    shown = attach(node, 1)
+    assert len(shown) == 2, "what came behind the torn line is known too"
+    for fd in shown.values():
+        os.close(fd)
     assert protocol.first(node.ask("status"), "STATUS") == "ok"
+
+
+def test_one_job_cannot_fill_memory_with_what_it_asks_for(node: Node) -> None:
+    node.start()
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1)
+    answers = []
+    for number in range(80):
+        with node.connect() as link:
+            fields = [("OP", "image"), ("JOB_ID", "1"), ("URI", f"dir:/none/{number}")]
+            link.sendall(protocol.encode(fields))
+            link.shutdown(socket.SHUT_WR)
+            answers.append(protocol.receive(link)[0])
+    assert ("NOTFOUND", "1") in answers[0]
+    assert ("STATUS", "error") in answers[-1] and "too much" in protocol.first(answers[-1], "MESSAGE")
+    journal, events = node.run / "jobs" / "1", node.run / "events" / "1.0"
+    before = journal.stat().st_size, events.stat().st_size
+    for _ in range(20):
+        with node.connect() as link:
+            link.sendall(protocol.encode([("OP", "image"), ("JOB_ID", "1"), ("URI", "dir:/none/more")]))
+            link.shutdown(socket.SHUT_WR)
+            protocol.receive(link)
+    assert (journal.stat().st_size, events.stat().st_size) == before
+    node.ask("epilog", JOB_ID=1)
+    assert node.events(1)

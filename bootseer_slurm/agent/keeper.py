@@ -10,8 +10,9 @@ agent/journal.py, fuse/server.py and blob/cache.py.
     SIGTERM, SIGINT   the agent ends its sessions, then everything is unmounted
     SIGHUP            the agent is killed and all code is loaded anew, with the mounts kept: an upgrade
 
-An agent that ends by itself, with any exit status, ends the keeper with that status; one that a signal killed
-is started again. When the keeper itself is killed, its agent goes with it, and the mounts are dead.
+An agent that was killed is started again. One that cannot start ends the keeper with its exit status, but not
+once agents have served: jobs may have files open, and the next try may do better. When the keeper itself is
+killed, its agent goes with it, and the mounts are dead.
 """
 
 from __future__ import annotations
@@ -77,8 +78,10 @@ class Keeper:
         self._home = config.agent.socket.parent
         self._home.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._dying: list[int] = []  # agents that were killed and could not end yet
+        self._stopping = False
         before = json.loads(os.environ.pop(_KEPT, "{}"))
         self._lock_fd = before["lock"] if before else _lock(self._home / "agent.lock")
+        self._served = bool(before)  # then jobs may have files open
         self._kept = Kept(
             {name: Mount.from_argument(text) for name, text in before.get("mounts", {}).items()},
             {name: socket.socket(fileno=fd) for name, fd in before.get("listeners", {}).items()},
@@ -120,11 +123,18 @@ class Keeper:
         while True:
             self._dying = [pid for pid in self._dying if os.waitpid(pid, os.WNOHANG)[0] == 0]
             start_s = time.monotonic()
-            status = self._watch(self._start())
-            if status >= 0:
-                return status
-            short_lives = short_lives + 1 if time.monotonic() - start_s < _SHORT_LIFE_S else 0
-            _log.error("the agent was killed by %s and is started again", signal.Signals(-status).name)
+            try:
+                status = self._watch(self._start())
+            except OSError as error:
+                _log.error("no agent can be started: %s", error)
+                status = 71  # EX_OSERR
+            lived_s = time.monotonic() - start_s
+            self._served = self._served or lived_s >= _SHORT_LIFE_S
+            if self._stopping or (status >= 0 and not self._served):
+                return max(status, 0)
+            short_lives = short_lives + 1 if lived_s < _SHORT_LIFE_S else 0
+            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+            _log.error("the agent %s and is started again", how)
             time.sleep(_PAUSES_S[min(short_lives, len(_PAUSES_S) - 1)])
 
     def _start(self) -> int:
@@ -163,13 +173,13 @@ class Keeper:
             if ended and upgrade:
                 self._load_anew()
             if ended:
-                status = os.waitstatus_to_exitcode(wait_status)
-                return max(status, 0) if deadline_s is not None else status
+                return os.waitstatus_to_exitcode(wait_status)
             if deadline_s is not None and time.monotonic() > deadline_s:
                 _log.error("the agent does not end: killed")
                 os.kill(child, signal.SIGKILL)
                 deadline_s = time.monotonic() + _STOP_LIMIT_S
             elif info is not None and info.si_signo in (signal.SIGTERM, signal.SIGINT):
+                self._stopping = True
                 os.kill(child, signal.SIGTERM)
                 deadline_s = deadline_s or time.monotonic() + _STOP_LIMIT_S
             elif info is not None and info.si_signo == signal.SIGHUP and deadline_s is None:

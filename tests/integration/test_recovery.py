@@ -175,6 +175,34 @@ def test_an_agent_that_cannot_live_is_started_ever_later_and_ends_with_its_statu
     assert mounts.mounts_below(node.run) == []
 
 
+def test_an_agent_that_fails_later_costs_no_mounts(node: Node) -> None:
+    model = make_file(node, "model.bin", 2**20)
+    flag = node.folder / "fails"
+    keeper = node.start(f"""
+import pathlib
+keeper._SHORT_LIFE_S, keeper._PAUSES_S = 0.2, (0.1,)
+run = server.Agent.run
+def fail(self):
+    if pathlib.Path({str(flag)!r}).exists():
+        raise server.InputError("cannot")
+    run(self)
+server.Agent.run = fail
+""")
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
+    mount = attach(node, 1)[str(model)]
+    time.sleep(0.3)
+    flag.touch()
+    os.kill(node.agent_pid, signal.SIGKILL)
+    wait_until(lambda: node.log.count("ended with 2 and is started again") > 2)
+    assert keeper.poll() is None
+    flag.unlink()
+    with reader(f"/proc/{os.getpid()}/fd/{mount}", 1 << 20) as each:
+        assert each.communicate(timeout=60) == (digest_of(model) + "\n", "")
+    os.close(mount)
+    keeper.send_signal(signal.SIGTERM)
+    assert keeper.wait(30) == 0
+
+
 def test_a_keeper_that_is_killed_takes_its_agent_with_it(node: Node) -> None:
     keeper = node.start()
     pid = node.agent_pid

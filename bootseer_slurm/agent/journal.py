@@ -1,7 +1,8 @@
 """What an agent that is started again must know of its node's jobs.
 
     <run>/jobs/<job id>             one message a line, as JSON: the prolog's or the step's that began the
-                                    session, then each that added something; 0600
+                                    session, then each that added something, and what was
+                                    found (held.py); 0600
     <run>/ending/<job>.<restart>    the same, of a session that is just ending
     <run>/events/<job>.<restart>    the events so far (events.EventLog)
 
@@ -36,15 +37,25 @@ class Journal:
         """Where the events of a job's start are kept."""
         return self._events / f"{job_id}.{restart}"
 
+    def begin(self, job_id: int, message: Message) -> None:
+        """Keep what began a job's session. Without room for it the epilog may not come: a warning says so."""
+        self._write(job_id, message, os.O_CREAT | os.O_TRUNC)
+
     def note(self, job_id: int, message: Message) -> None:
-        """Keep a message of a job. Without room for it the epilog may not come: a warning says so."""
+        """Keep one message more, unless the session has just ended."""
+        with contextlib.suppress(FileNotFoundError):
+            self._write(job_id, message, os.O_APPEND)
+
+    def _write(self, job_id: int, message: Message, flags: int) -> None:
         path = self._jobs / str(job_id)
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
             try:
                 os.write(fd, b"\n" + json.dumps(message).encode() + b"\n")  # not behind a torn line
             finally:
                 os.close(fd)
+        except FileNotFoundError:
+            raise
         except OSError as error:
             _log.warning("%s: cannot be written: %s", path, error.strerror, extra={"job": job_id})
 

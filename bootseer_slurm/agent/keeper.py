@@ -8,7 +8,8 @@ notice. What an agent needs of the one before it lies in files below the socket'
 agent/journal.py, fuse/server.py and blob/cache.py.
 
     SIGTERM, SIGINT   the agent ends its sessions, then everything is unmounted
-    SIGHUP            the agent is killed and all code is loaded anew, with the mounts kept: an upgrade
+    SIGHUP            the agent is killed and all code is loaded anew, with the mounts kept: an upgrade; not
+                      where the new code or configuration cannot even be loaded, which a trial tells
 
 An agent that was killed is started again. One that cannot start ends the keeper with its exit status, but not
 once agents have served: jobs may have files open, and the next try may do better. When the keeper itself is
@@ -25,6 +26,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -50,6 +52,8 @@ _SHORT_LIFE_S = 10.0  # an agent that is killed earlier than this, again and aga
 _PAUSES_S = (0.0, 0.0, 0.1, 0.5, 2.0, 5.0)
 # Between the keeper before an upgrade and the one after it; a child gets nothing of it.
 _KEPT = "BOOTSEER_KEPT"
+_TRIAL = "trial"  # instead: a process that loads all the same, and ends
+_TRIAL_LIMIT_S = 30.0
 
 _BACKLOG = 256  # prolog, steps and marks of a full node at once
 
@@ -183,8 +187,9 @@ class Keeper:
                 os.kill(child, signal.SIGTERM)
                 deadline_s = deadline_s or time.monotonic() + _STOP_LIMIT_S
             elif info is not None and info.si_signo == signal.SIGHUP and deadline_s is None:
-                upgrade = True
-                os.kill(child, signal.SIGKILL)
+                upgrade = upgrade or _loads_anew()
+                if upgrade:
+                    os.kill(child, signal.SIGKILL)
 
     def _fds(self) -> list[int]:
         """All descriptors that the next keeper needs."""
@@ -201,7 +206,36 @@ class Keeper:
             "mounts": {name: mount.to_argument() for name, mount in self._kept.mounts.items()},
             "listeners": {name: listener.fileno() for name, listener in self._kept.listeners.items()},
         }
-        os.execve(sys.executable, sys.orig_argv, os.environ | {_KEPT: json.dumps(kept)})
+        try:
+            os.execve(sys.executable, sys.orig_argv, os.environ | {_KEPT: json.dumps(kept)})
+        except OSError as error:
+            _log.error("the code cannot be loaded anew, the old goes on: %s", error)
+
+
+def is_trial() -> bool:
+    """Whether this process only shows that the code and the configuration can be loaded."""
+    return os.environ.get(_KEPT) == _TRIAL
+
+
+def _loads_anew() -> bool:
+    """Try the code and the configuration that are installed now, in a process that serves nobody."""
+    try:
+        done = subprocess.run(
+            sys.orig_argv,
+            executable=sys.executable,
+            env=os.environ | {_KEPT: _TRIAL},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TRIAL_LIMIT_S,
+            check=False,
+        )
+        reason = f"exit status {done.returncode}: {done.stderr.strip()}" if done.returncode else ""
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = str(error)
+    if reason:
+        _log.error("SIGHUP: the code that is installed now does not start, the old goes on: %s", reason)
+    return not reason
 
 
 def _listen(address: str) -> socket.socket:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,6 +59,8 @@ class _Work:
     exhausted: bool = False
     ended: bool = False
     start_s: float = field(default_factory=time.monotonic)
+    in_time: bool = False  # as forecast at:
+    forecast_s: float = -math.inf
 
     def lacking(self) -> list[int]:
         """The hot blocks that are not there."""
@@ -127,7 +130,9 @@ class Prefetch:
             work = next((work for work in self._works if work.target is target), None)
             while work is not None and not (work.hot_over or self._over.is_set()):
                 left_s = deadline_s - time.monotonic()
-                if left_s <= 0 or self._comes_in_time(work):
+                if time.monotonic() - work.forecast_s >= _FORECAST_EVERY_S:  # for all tasks
+                    work.in_time, work.forecast_s = self._comes_in_time(work), time.monotonic()
+                if left_s <= 0 or work.in_time:
                     return left_s > 0
                 self._changed.wait(min(left_s, _FORECAST_EVERY_S))
             return work is not None and work.hot_there
@@ -279,7 +284,7 @@ class Prefetch:
             return True  # and the stream that brought the last one is about to say so
         if not rate_bytes or any(work.times_ms[block] < 0 for block in lacking):
             return False
-        begin_ms = min(at_ms for at_ms in work.times_ms.values() if at_ms >= 0)
+        begin_ms = min((at_ms for at_ms in work.times_ms.values() if at_ms > 0), default=0)
         block_bytes = work.target.reader.blob.layout.block_bytes
         return all(
             count * block_bytes / rate_bytes * _FORECAST_MARGIN < (work.times_ms[block] - begin_ms) / 1000

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
+from bootseer_slurm.agent.request import Job
 from bootseer_slurm.errors import BootseerError, StoreError
+from bootseer_slurm.events import EventLog
 from bootseer_slurm.fetch.process import FetchProcess
 
 _log = logging.getLogger(__name__)
@@ -24,10 +27,11 @@ _IMPATIENCE_S = 2.0  # with a store that was waited for already: the end of a se
 class Publisher:
     """Writes for one job."""
 
-    def __init__(self, job_id: int, fetcher: Callable[[], FetchProcess]) -> None:
+    def __init__(self, job: Job, fetcher: Callable[[], FetchProcess]) -> None:
         """fetcher: gives the job's fetch process, or raises BootseerError."""
-        self._job_id = job_id
+        self._job = job
         self._fetcher = fetcher
+        self._events_lock = threading.Lock()
         self._gave_up = False
 
     def write(self, op: str, content: bytes, **fields: Any) -> bool:
@@ -47,9 +51,15 @@ class Publisher:
                     self._fetcher().call(op, fds=(fd,), timeout_s=patience_s, **fields)
         except BootseerError as error:
             self._gave_up = True
-            _log.warning("%s not written: %s", op, error, extra={"job": self._job_id})
+            _log.warning("%s not written: %s", op, error, extra={"job": self._job.job_id})
             return False
         finally:
             os.close(fd)
         self._gave_up = False
         return True
+
+    def write_events(self, log: EventLog) -> None:
+        """Write the events so far; the newest are written last."""
+        with self._events_lock:
+            path = f"events/{self._job.job_id}.{self._job.restart}/{log.node}.jsonl"
+            self.write("write", log.to_jsonl().encode(), path=path)

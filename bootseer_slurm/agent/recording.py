@@ -1,12 +1,14 @@
 """What one start of a job touched: recorded until the start is over, then written as traces.
 
 The start is over at the mark training_started ("mark"), when nothing new was read for `start_quiet_s`
-("quiet"), at `start_cap_s` ("cap"), or with the job ("end"). Owns the recorders of the session's targets and
-one thread that watches the time. Thread-safe.
+("quiet"), at `start_cap_s` ("cap"), or with the job ("end"). What mounting an image in the prolog reads is no
+start yet: it does not end in quiet, and leaves no trace. Owns the recorders of the session's targets and one
+thread that watches the time. Thread-safe.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -45,6 +47,8 @@ class Recording:
         self._on_over = on_over
         self._begin_s = time.monotonic()
         self._targets: list[Target] = []
+        self._step_s = math.inf
+        self._mounted_s: dict[Target, float] = {}
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._watcher: threading.Thread | None = None
@@ -63,6 +67,14 @@ class Recording:
                 self._watcher = threading.Thread(target=self._watch, name="recording", daemon=True)
                 self._watcher.start()
 
+    def step(self) -> None:
+        """A step begins, or wants an image: what is read from now on is the start's."""
+        self._step_s = min(self._step_s, time.monotonic())
+
+    def mounted(self, target: Target) -> None:
+        """What was read of this target until now was for mounting it."""
+        self._mounted_s[target] = time.monotonic()
+
     def finish(self, ended: str) -> None:
         """The start is over: write what was recorded. A second call does nothing."""
         with self._lock:
@@ -71,11 +83,10 @@ class Recording:
             self._over.set()
             targets = list(self._targets)
         for target in targets:
-            recorder = target.recorder
-            assert recorder is not None
-            target.reader.remove_recorder(recorder)
-            if not recorder.touches:
-                continue
+            target.reader.remove_recorder(_recorder(target))
+        used = [target for target in targets if self._last_s(target)]
+        began_ms = min(map(self._began_ms, used), default=0)
+        for target in used:
             trace = Trace(
                 blob=target.trace_key,
                 node=self._node,
@@ -85,7 +96,7 @@ class Recording:
                 block_bytes=target.reader.blob.layout.block_bytes,
                 partial=target.partial,
                 ended=ended,
-                touches=tuple(recorder.touches),
+                touches=tuple((block, max(0, ms - began_ms)) for block, ms in _recorder(target).touches),
             )
             fields: dict[str, Any] = {"class": self._class, "blob": target.trace_key}
             self._publisher.write("trace", trace.encode(), **fields)
@@ -93,10 +104,27 @@ class Recording:
     def _watch(self) -> None:
         while not self._over.wait(_LOOK_EVERY_S):
             now_s = time.monotonic()
-            last_s = max(
-                (recorder.last_s for target in self._targets if (recorder := target.recorder)), default=0
-            )
+            last_s = max(map(self._last_s, self._targets), default=0.0)
             if now_s - self._begin_s > self._config.start_cap_s:
                 self._on_over("cap")
             elif last_s and now_s - last_s > self._config.start_quiet_s:
                 self._on_over("quiet")
+
+    def _last_s(self, target: Target) -> float:
+        """When a step last read something new of a target; 0 when none did."""
+        last_s = _recorder(target).last_s
+        return last_s if last_s >= self._from_s(target) else 0.0
+
+    def _began_ms(self, target: Target) -> int:
+        """When a step first read something new of a target that was used, as its recorder tells the time."""
+        from_ms = int((self._from_s(target) - self._begin_s) * 1000)
+        return next(ms for _, ms in _recorder(target).touches if ms >= from_ms)
+
+    def _from_s(self, target: Target) -> float:
+        """From when on what is read of a target is the start's."""
+        return max(self._step_s, self._mounted_s.get(target, 0.0))
+
+
+def _recorder(target: Target) -> Recorder:
+    assert target.recorder is not None  # all in the recording have one
+    return target.recorder

@@ -43,6 +43,11 @@ class Wish:
     kind: str
     name: str
 
+    @property
+    def can_be_imported(self) -> bool:
+        """Whether pyxis's importer makes what the store does not have."""
+        return self.kind == "image" and not self.name.startswith("/")
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

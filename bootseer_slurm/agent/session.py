@@ -14,11 +14,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from bootseer_slurm.agent.fetcher import Fetcher
+from bootseer_slurm.agent.held import Held
 from bootseer_slurm.agent.journal import Journal
 from bootseer_slurm.agent.prefetch import Prefetch, first_ranges
+from bootseer_slurm.agent.protocol import Message
 from bootseer_slurm.agent.publish import Publisher
 from bootseer_slurm.agent.recording import Recording
 from bootseer_slurm.agent.request import Job, Request, Wish, image_wish, learned_wishes
@@ -26,9 +28,9 @@ from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.target import Bind, Target
 from bootseer_slurm.blob.jobclass import encode_wishes, job_class
 from bootseer_slurm.config import Config
+from bootseer_slurm.env.attach import unmount_left
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.fetch.process import FetchProcess, User
 from bootseer_slurm.image.trust import Key, read_key
 
 _log = logging.getLogger(__name__)
@@ -63,12 +65,11 @@ class Session:
         self._folder = config.agent.blobs.parent / "env" / f"{job.job_id}.{job.restart}"
         self._sought: dict[Wish, _Sought] = {}
         self._targets: list[Target] = []
+        self._held: list[Held] = []
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
-        self._publish_lock = threading.Lock()
         self._over = threading.Event()
-        self._process: FetchProcess | None = None
-        self._user: User | None = None
+        self._fetcher = Fetcher(job.uid, job.gid, config)
         self._prefetch: Prefetch | None = None
         self._lookups = 0
         self._observe = False
@@ -76,7 +77,7 @@ class Session:
         no_key = Key(b"", "kernel_mount is off")
         self._key = no_key if config.image.kernel_mount == "off" else read_key(config.image.site_key)
         self._class = job_class(job.uid, job.account, job.name)
-        self._publisher = Publisher(job.job_id, self._fetcher)
+        self._publisher = Publisher(job, self._fetcher)
         self._recording = Recording(
             job, node, self._class, config.prefetch, publisher=self._publisher, on_over=self._end_start
         )
@@ -99,9 +100,15 @@ class Session:
         )
         self._bring_all(request)
 
-    def take_up(self, request: Request) -> None:
-        """Go on where an agent was killed."""
+    def take_up(self, request: Request, notes: list[Message]) -> None:
+        """Go on where an agent was killed. notes: of what it had found (held.py)."""
         self.log.emit("fault", "agent_restarted", level="warning", message="the agent was started again")
+        self._recording.step()  # there may have been one
+        for note in notes:
+            try:
+                self._held.append(Held(note, self.job, self._shelf, self._fetcher, self._fault))
+            except (BootseerError, OSError) as error:
+                self._fault("blob_not_held", str(error))
         self._bring_all(request)
 
     def _bring_all(self, request: Request) -> None:
@@ -170,6 +177,7 @@ class Session:
     def attach(self, step: str) -> tuple[list[Bind], dict[str, str]]:
         """What a step shall see: mounts over its originals (the caller closes them), and its environment."""
         self.log.emit("step", "attach", step=step)
+        self._recording.step()
         self.wait_looked_up(time.monotonic() + self._config.prefetch.attach_wait_s)
         with self._lock:
             asked = {wish: sought for wish, sought in self._sought.items() if sought.asked}
@@ -212,6 +220,7 @@ class Session:
             raise InputError(f"image {wish.name}: this job asked for too much")
         if is_new:
             self._note(wish)
+        self._recording.step()
         sought.begun.wait(_LOOK_UP_LIMIT_S)
         target = sought.target
         if target is None or (digest and target.fingerprint != digest):
@@ -265,31 +274,27 @@ class Session:
         for target in targets:
             self.log.emit("access", "summary", **target.summary())
         for wish, each in sought:
-            if each.asked and each.target is None and _can_be_imported(wish):
+            if each.asked and each.target is None and wish.can_be_imported:
                 self._fault("image_not_used", f"image {wish.name}: not in the store")
         self.log.emit("hook", "epilog", message=reason)
         self.log.emit("session", "end")
         self._recording.finish("end")
         self._remember()
-        self._publish()
+        self._publisher.write_events(self.log)
 
     def _let_go(self, targets: list[Target]) -> None:
         """End all that the session had."""
-        if self._process:
-            self._process.kill()
+        self._fetcher.kill()
         if self._prefetch:
             self._prefetch.join(_JOIN_S)
         for thread in self._threads:
             thread.join(_JOIN_S)
-        for target in targets:
+        for close in [each.close for each in targets] + [each.close for each in self._held]:
             try:
-                target.close()
+                close()
             except Exception:  # the others are let go all the same
-                _log.exception("%s is not let go", target.wish.name, extra={"job": self.job.job_id})
-        try:
-            self._folder.rmdir()
-        except OSError:
-            pass
+                _log.exception("a blob is not let go", extra={"job": self.job.job_id})
+        unmount_left(self._folder)
         self.log.close()
         self._journal.forget(self.job.job_id, self.job.restart)
 
@@ -304,29 +309,14 @@ class Session:
         if self._prefetch:
             self._prefetch.start_over()
         self._recording.finish(why)
-        self._publish()
+        self._publisher.write_events(self.log)
 
     def _remember(self) -> None:
         """Tell the next start of this class what this one asked for."""
-        if not self._observe and self._process:
+        if not self._observe and self._fetcher.started:
             with self._lock:
                 asked = [(wish.kind, wish.name) for wish, sought in self._sought.items() if sought.asked]
             self._publisher.write("remember", encode_wishes(asked), **{"class": self._class})
-
-    def _fetcher(self) -> FetchProcess:
-        """The job's fetch process, started when first needed."""
-        # Not under the lock: a directory service may be slow.
-        user = self._user or User.of(self.job.uid, self.job.gid)
-        with self._lock:
-            self._user = user
-            if self._process is None:
-                self._process = FetchProcess(
-                    user,
-                    self._config.store.uri,
-                    streams=self._config.prefetch.streams,
-                    timeout_s=self._config.store.timeout_s,
-                )
-            return self._process
 
     def _prefetcher(self) -> Prefetch:
         """The job's prefetch, made when first needed."""
@@ -354,11 +344,12 @@ class Session:
             if over:
                 target.close()
                 return None
+            self._journal.note(self.job.job_id, target.note)
             sought.looked_up.set()
             self._begin_prefetch(target)
             return target
         except (BootseerError, OSError) as error:
-            if not (isinstance(error, NotFound) and (not sought.asked or _can_be_imported(wish))):
+            if not (isinstance(error, NotFound) and (not sought.asked or wish.can_be_imported)):
                 self._fault(f"{wish.kind}_not_used", str(error))
         except Exception as error:  # the fetch process is the user's: its reply may lack anything
             _log.exception("%s %s", wish.kind, wish.name, extra={"job": self.job.job_id})
@@ -382,6 +373,7 @@ class Session:
                 target.mount_image()
             except BootseerError as error:
                 self._fault("kernel_mount_failed", error.message)
+            self._recording.mounted(target)
 
     def _look_up(self, wish: Wish, digest: str) -> Target:
         target = Target(
@@ -410,14 +402,3 @@ class Session:
     def _fault(self, name: str, message: str) -> None:
         _log.warning("%s: %s", name, message, extra={"job": self.job.job_id})
         self.log.emit("fault", name, level="warning", message=message)
-
-    def _publish(self) -> None:
-        """Write the events so far to the store; the newest is written last."""
-        path = Path("events") / f"{self.job.job_id}.{self.job.restart}" / f"{self.log.node}.jsonl"
-        with self._publish_lock:
-            self._publisher.write("write", self.log.to_jsonl().encode(), path=str(path))
-
-
-def _can_be_imported(wish: Wish) -> bool:
-    """Whether pyxis's importer makes what the store does not have."""
-    return wish.kind == "image" and not wish.name.startswith("/")

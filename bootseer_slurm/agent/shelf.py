@@ -75,7 +75,7 @@ class Shelf:
                 place = self._places.get((uid, blob_id))
                 if place is not None:
                     place.reader.add_user(sources, on_fault)
-                    return place.reader, True
+                    return place.reader, place.server.known(_name(place.reader))
                 reader = Reader(blob, mtime_ns=mtime_ns)
                 reader.add_user(sources, on_fault)  # first: where an agent was killed, reads wait for `add`
                 server = self._servers["checkpoints" if kind == "checkpoint" else "blobs"]
@@ -87,6 +87,27 @@ class Shelf:
         except BaseException:
             self._cache.release(blob)
             raise
+
+    def hold(
+        self, blob_id: str, *, kind: str, uid: int, gid: int, sources: list[Source], on_fault: OnFault
+    ) -> Reader:
+        """As `take`, of a blob that an agent before this one had: what it is the cache says.
+
+        Raises BootseerError or OSError when it does not.
+        """
+        kept = self._cache.kept(blob_id, uid)
+        reader, _ = self.take(
+            blob_id,
+            kept.layout,
+            kept.digests,
+            kind=kind,
+            uid=uid,
+            gid=gid,
+            mtime_ns=0,
+            sources=sources,
+            on_fault=on_fault,
+        )
+        return reader
 
     def path(self, reader: Reader) -> Path:
         """Where the blob can be bound from: its cache file once it is complete, before that the FUSE file."""

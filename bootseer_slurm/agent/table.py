@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from bootseer_slurm.agent.held import is_note
 from bootseer_slurm.agent.journal import Journal
 from bootseer_slurm.agent.protocol import Message, first
 from bootseer_slurm.agent.request import Job, Request, number, parse_job, parse_request
@@ -142,7 +143,7 @@ class Table:
                 with self._lock:
                     session = self._make(job, first(messages[0], "NODENAME"))
                     self._entries[job_id] = _Entry(session, time.monotonic())
-                session.take_up(request)
+                session.take_up(request, [message for message in messages if is_note(message)])
                 for message in messages[1:]:
                     added = parse_request(message)
                     if added is not None:
@@ -173,7 +174,7 @@ class Table:
         """A new session in the table and the journal; the caller holds the lock."""
         session = self._make(job, first(message, "NODENAME"))
         self._entries[job.job_id] = _Entry(session, time.monotonic())
-        self._journal.note(job.job_id, message)
+        self._journal.begin(job.job_id, message)
         return session
 
     def _without_step(self, jobs: set[int]) -> list[int]:

@@ -5,17 +5,18 @@ Owns the blob's sources and the descriptor of the original. All reading is done 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bootseer_slurm import mounts
+from bootseer_slurm.agent.held import note_of
+from bootseer_slurm.agent.protocol import Message
 from bootseer_slurm.agent.request import Job, Wish
 from bootseer_slurm.agent.shelf import Shelf
+from bootseer_slurm.agent.source import FetchSource, adopted_id, flat
 from bootseer_slurm.blob import trace
 from bootseer_slurm.blob.manifest import (
     BLOCK_BYTES,
@@ -34,25 +35,7 @@ from bootseer_slurm.image.trust import Key, is_signed
 
 _SAME_TIMEOUT_S = 1.0  # a step waits for this
 _HUGE_BYTES = 64 * 2**30
-
-
-class FetchSource:
-    """The objects behind one handle of a fetch process, as a source of the blob (blob.reader.Source)."""
-
-    def __init__(self, name: str, process: FetchProcess, handle: int, layout: Layout) -> None:
-        self.name = name
-        self._process = process
-        self._handle = handle
-        self._layout = layout
-
-    @contextlib.contextmanager
-    def read(self, offset: int, size_bytes: int, *, demand: bool) -> Iterator[memoryview]:
-        extent = self._layout.extent(offset, size_bytes)
-        read = self._process.read(
-            self._handle, extent.object, extent.offset, extent.size_bytes, demand=demand
-        )
-        with read as view:
-            yield view
+_PATH_LIMIT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +77,7 @@ class Target:
         self._original: int | None = None
         self._sources: list[Source] = []
         self._snapshot: Snapshot | None = None
+        self._store_folder = ""
         reply = process.call("resolve", kind=wish.kind, name=wish.name, digest=digest)
         fds = list(reply.fds)
         try:
@@ -133,14 +117,14 @@ class Target:
             if "size_bytes" in fields and layout.size_bytes != fields["size_bytes"]:
                 raise IntegrityError(f"{self.wish.name}: the blob in the store has another size")
             self._sources.append(FetchSource("store", self._process, fields["blob"]["handle"], layout))
+            self._store_folder = str(fields["blob"]["folder"])[:_PATH_LIMIT]
         elif "origin" in fields and self._original is not None:
             status = os.fstat(self._original)
             size_bytes = int(fields["size_bytes"])
             # A digest a block is kept in memory: a huge file has large blocks.
             huge = size_bytes > _HUGE_BYTES
             layout, digests = Layout(size_bytes, CHUNK_BYTES if huge else BLOCK_BYTES), None
-            identity = (self.path, status.st_dev, status.st_ino, layout.size_bytes, status.st_mtime_ns)
-            blob_id = "file-" + hashlib.sha256(repr((*identity, status.st_ctime_ns)).encode()).hexdigest()
+            blob_id = adopted_id(self.path or "", status)
         elif self.warning:
             raise StoreError(self.warning)
         elif self.wish.kind == "environment":
@@ -152,8 +136,7 @@ class Target:
         if not 0 < layout.size_bytes <= MAX_BLOB_BYTES:
             raise InputError(f"{self.wish.kind} {self.wish.name}: empty, or larger than a blob can be")
         if "origin" in fields and self.wish.kind != "environment":
-            flat = Layout(layout.size_bytes, layout.block_bytes, layout.chunk_bytes, 1)
-            self._sources.append(FetchSource("origin", self._process, fields["origin"], flat))
+            self._sources.append(FetchSource("origin", self._process, fields["origin"], flat(layout)))
         return self._shelf.take(
             blob_id,
             layout,
@@ -165,6 +148,12 @@ class Target:
             sources=self._sources,
             on_fault=self._on_fault,
         )
+
+    @property
+    def note(self) -> Message:
+        """What an agent after this one needs to hold the blob (held.py)."""
+        blob = self.reader.blob
+        return note_of(blob.id, self.wish.kind, path=self.path or "", folder=self._store_folder)
 
     @property
     def trace_key(self) -> str:

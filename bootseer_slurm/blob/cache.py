@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from bootseer_slurm.blob.cached import CachedBlob
-from bootseer_slurm.blob.folder import Place, place_of, places, read_kept, remove
+from bootseer_slurm.blob.folder import Kept, Place, place_of, places, read_kept, remove
 from bootseer_slurm.blob.live import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, is_live
 from bootseer_slurm.blob.manifest import Layout
 from bootseer_slurm.errors import BootseerError, IntegrityError
@@ -48,7 +48,7 @@ class Cache:
         self._min_free_bytes = min_free_bytes
         self._step_bytes = max(1, min(_STEP_BYTES, max_bytes // _STEPS))
         self._blobs: dict[tuple[int, str], CachedBlob] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.Condition()  # notified when a blob was let go
         for folder, hint in ((root, "see [cache] path"), (live, "see [agent] socket")):
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -63,7 +63,8 @@ class Cache:
         of these digests.
         """
         with self._lock:
-            blob = self._blobs.get((uid, blob_id))
+            while (blob := self._blobs.get((uid, blob_id))) is not None and not blob.pins:
+                self._lock.wait()  # it is just being let go
             if blob is None:
                 try:
                     blob = CachedBlob(
@@ -82,25 +83,36 @@ class Cache:
                 blob.full = not self._has_room(blob, 0)
         return blob
 
+    def kept(self, blob_id: str, uid: int) -> Kept:
+        """What the cache says of a blob. Raises IntegrityError or OSError when it has none."""
+        return read_kept(place_of(self._root, self._live, uid, blob_id))
+
     def release(self, blob: CachedBlob, on_last: Callable[[], None] | None = None) -> None:
-        """Save the blob's state and take a pin back. When it was the last, the latest `on_last` runs."""
+        """Save the blob's state and take a pin back. When it was the last, the latest `on_last` runs.
+
+        Not under the lock: both may have to wait for the kernel, which may wait for a reader of the cache.
+        """
         blob.touch()
-        blob.save()  # not under the lock: syncing may take long
+        blob.save()
         with self._lock:
             blob.on_last = on_last or blob.on_last
             blob.pins -= 1
             if blob.pins:
                 return
+        try:
             blob.on_last()
+        finally:
             blob.on_last = _nothing  # it may hold the blob, which lets go of its descriptors when it goes
-            del self._blobs[blob.uid, blob.id]
-            blob.let_go()
-            self._evict_over(0)
+            with self._lock:
+                del self._blobs[blob.uid, blob.id]
+                blob.let_go()
+                self._lock.notify_all()
+                self._evict_over(0)
 
     def save(self) -> None:
         """Put the state of all pinned blobs on disk. May take long; for a thread that has the time."""
         with self._lock:
-            blobs = list(self._blobs.values())
+            blobs = [blob for blob in self._blobs.values() if blob.pins]
             for blob in blobs:
                 blob.pins += 1
         for blob in blobs:

@@ -62,10 +62,9 @@ class CachedBlob:
             self._stop_using = weakref.finalize(self, os.close, use(place.folder))
             on_error.callback(self._stop_using)
             known = self._note_manifest(manifest)
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o400)
+            self.fd, states, seen = self._open_data(known=known)
             # Closed with the last reference, not before: a server thread may be about to read from it.
             on_error.callback(weakref.finalize(self, os.close, self.fd))
-            states, seen = self._open_data(known=known)
             status = os.fstat(self.fd)
             live = make_live(
                 place.live, layout, adopted=self.adopted, data=status, states=states, digests=seen
@@ -86,16 +85,31 @@ class CachedBlob:
         replace(path, manifest)
         return False
 
-    def _open_data(self, *, known: bool) -> tuple[bytes, bytes]:
-        """Take over what is there, else begin anew; gives the states, and an adopted file's digests."""
-        os.fchown(self.fd, self.uid, self.gid)
-        state = read_state(self._place, self.layout, adopted=self.adopted, data=os.fstat(self.fd))
-        if known and state is not None:
-            return state
-        os.ftruncate(self.fd, 0)  # gives back the disk that blocks which count for nothing took
-        os.ftruncate(self.fd, self.layout.size_bytes)
+    def _open_data(self, *, known: bool) -> tuple[int, bytes, bytes]:
+        """Take over what is there, else begin anew; gives the file, the states, an adopted file's digests.
+
+        Anew is in another file: a container may still have the old one.
+        """
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as on_error:
+            fd = os.open(self.path, flags)
+            on_error.callback(os.close, fd)
+            os.fchown(fd, self.uid, self.gid)
+            state = read_state(self._place, self.layout, adopted=self.adopted, data=os.fstat(fd))
+            if known and state is not None:
+                on_error.pop_all()
+                return fd, *state
+        new = self.path.with_suffix(".new")
+        new.unlink(missing_ok=True)
+        with contextlib.ExitStack() as on_error:
+            fd = os.open(new, flags | os.O_CREAT | os.O_EXCL, 0o400)
+            on_error.callback(os.close, fd)
+            os.fchown(fd, self.uid, self.gid)
+            os.ftruncate(fd, self.layout.size_bytes)
+            new.rename(self.path)
+            on_error.pop_all()
         blocks = self.layout.blocks
-        return bytes(blocks), bytes(blocks * DIGEST_BYTES if self.adopted else 0)
+        return fd, bytes(blocks), bytes(blocks * DIGEST_BYTES if self.adopted else 0)
 
     @property
     def complete(self) -> bool:

@@ -4,8 +4,9 @@
     <store>/users/<uid>/traces/<job class>/<blob>/<job>.<restart>.<node>.partial    one that may lack blocks
 
 A trace file is MAGIC (its last byte is the version), one line of JSON, the numbers of the blocks in order of
-first touch and then the milliseconds from the session's begin to each touch (both uint32, little-endian), and
-the sha256 of all that. It is hostile until parsed: its user can write it.
+first touch and then the milliseconds from the start's first read to each touch (both uint32, little-endian),
+0 for what was read before, to mount it; and the sha256 of all that. It is hostile until parsed: its user can
+write it.
 
 A trace is partial when reads may have been answered from the kernel's page cache, which this side never sees:
 on a warm node, or where blocks were pushed ahead of the readers. What it lacks says nothing.
@@ -83,7 +84,7 @@ class Recorder:
 class Trace:
     """What one start touched of one blob on one node.
 
-    ended: why recording ended, one of ENDED. touches: (block, ms since the session's begin), by time.
+    ended: why recording ended, one of ENDED. touches: (block, ms since the start's first read), by time.
     """
 
     blob: str
@@ -116,11 +117,6 @@ class Plan:
     blocks: tuple[int, ...] = ()
     times_ms: tuple[int, ...] = ()
     full_starts: int = 0
-
-    @property
-    def span_ms(self) -> int:
-        """From a session's begin to the last of these touches."""
-        return self.times_ms[-1] if self.times_ms else 0
 
     def encode(self) -> bytes:
         """As it goes from the fetch process to the agent."""
@@ -166,8 +162,8 @@ def merge(traces: Iterable[Trace], *, blocks: int, block_bytes: int, now_ns: int
     """The plan for a blob of so many blocks.
 
     Of the last STARTS starts with full traces, and of as many with partial ones: the blocks in at least half
-    of the full traces, and those in at least half of all traces, by the median of their first touch. Traces
-    older than 30 days, or of another block size, are left out.
+    of the full traces, and those in at least half of all traces, by the median of their first touch, in full
+    traces where there are any. Traces older than 30 days, or of another block size, are left out.
     """
     usable = [
         trace
@@ -176,22 +172,26 @@ def merge(traces: Iterable[Trace], *, blocks: int, block_bytes: int, now_ns: int
     ]
     full, full_starts = _latest(trace for trace in usable if not trace.partial)
     partial, _ = _latest(trace for trace in usable if trace.partial)
-    times_ms: defaultdict[int, list[int]] = defaultdict(list)
-    in_full: defaultdict[int, int] = defaultdict(int)
-    for trace in (*full, *partial):
-        for block, at_ms in trace.touches:
-            times_ms[block].append(at_ms)
-            if not trace.partial:
-                in_full[block] += 1
-    hot = [
-        (int(statistics.median(seen_ms)), block)
-        for block, seen_ms in times_ms.items()
-        if block < blocks
-        and ((full and 2 * in_full[block] >= len(full)) or 2 * len(seen_ms) >= len(full) + len(partial))
-    ]
+    in_full, in_partial = _times_ms(full), _times_ms(partial)
+    hot = []
+    for block in in_full | in_partial:
+        full_ms, partial_ms = in_full.get(block, []), in_partial.get(block, [])
+        often = full and 2 * len(full_ms) >= len(full)
+        often = often or 2 * (len(full_ms) + len(partial_ms)) >= len(full) + len(partial)
+        if block < blocks and often:
+            hot.append((int(statistics.median(full_ms or partial_ms)), block))
     hot.sort()
     del hot[MAX_TOUCHES:]
     return Plan(tuple(block for _, block in hot), tuple(at_ms for at_ms, _ in hot), full_starts)
+
+
+def _times_ms(traces: Iterable[Trace]) -> dict[int, list[int]]:
+    """When each block was touched."""
+    times_ms: defaultdict[int, list[int]] = defaultdict(list)
+    for trace in traces:
+        for block, at_ms in trace.touches:
+            times_ms[block].append(at_ms)
+    return times_ms
 
 
 def _latest(traces: Iterable[Trace]) -> tuple[list[Trace], int]:

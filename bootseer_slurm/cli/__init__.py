@@ -49,13 +49,15 @@ def _root(
 def agent() -> None:
     """Run the node agent (root; started by systemd)."""
     from bootseer_slurm import log
-    from bootseer_slurm.agent.keeper import Keeper
+    from bootseer_slurm.agent.keeper import Keeper, is_trial
     from bootseer_slurm.agent.server import Agent
 
     config = settings.config()
     log.set_up(config.agent.log_level)
     if os.geteuid() != 0:
         raise InputError("the agent must run as root")
+    if is_trial():
+        return
     status = Keeper(config, lambda config, kept: Agent(config, kept).run()).run()
     raise typer.Exit(status)
 

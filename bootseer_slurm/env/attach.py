@@ -9,6 +9,7 @@ mount through their shadow.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from bootseer_slurm import mounts
 from bootseer_slurm.errors import BootseerError
+
+_log = logging.getLogger(__name__)
 
 _PROGRAMS = ("squashfuse_ll", "squashfuse")
 _PATH = "/usr/local/bin:/usr/bin:/bin"
@@ -29,19 +32,25 @@ class Snapshot:
         """Mount the squashfs `image`, a file that this user may open, at the new folder `target`.
 
         Where an agent that was killed mounted it already, that mount goes on being used: squashfuse does not
-        end with the agent. Raises BootseerError when squashfuse is missing or the mount fails.
+        end with the agent, but may have ended. Raises BootseerError when squashfuse is missing or the mount
+        fails.
         """
         self.path = target
         self._process: subprocess.Popen[bytes] | None = None
-        if mounts.is_mountpoint(target):
-            return
+        while mounts.is_mountpoint(target):
+            try:
+                os.listdir(target)
+                return
+            except OSError as error:
+                _log.warning("%s: mounted anew: %s", target, error.strerror)
+                mounts.unmount(target)
         program = next(filter(None, (shutil.which(name, path=_PATH) for name in _PROGRAMS)), None)
         if program is None:
             raise BootseerError("squashfuse is not installed on this node", hint="apt-get install squashfuse")
         options = f"rootmode=40000,user_id={uid},group_id={gid},allow_other,default_permissions"
         flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
         try:
-            target.mkdir(mode=0o700, parents=True)
+            target.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise BootseerError(f"snapshot cannot be mounted: {error}") from error
         try:
@@ -83,3 +92,14 @@ class Snapshot:
             # One that a file system holds goes when that answers; subprocess collects it then.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_TIMEOUT_S)
+
+
+def unmount_left(folder: Path) -> None:
+    """Take a job's folder of mounts away, with those that an agent made which was killed."""
+    for mount in reversed(mounts.mounts_below(folder)):
+        with contextlib.suppress(OSError):
+            mounts.unmount(mount.point)
+        with contextlib.suppress(OSError):
+            mount.point.rmdir()
+    with contextlib.suppress(OSError):
+        folder.rmdir()

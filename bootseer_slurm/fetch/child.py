@@ -60,6 +60,7 @@ class Child:
             str, Callable[[dict[str, Any], list[int]], tuple[dict[str, Any], list[int]]]
         ] = {
             "resolve": self._resolve,
+            "reopen": self._reopen,
             "read": self._read,
             "same": self._same,
             "write": self._write,
@@ -128,7 +129,7 @@ class Child:
             if record and kind == "image" and name.startswith(_SNAPSHOTS):
                 fingerprint = record.fingerprint  # what its tag means now is asked elsewhere, if at all
             if record and record.kind == kind and record.fingerprint == fingerprint:
-                reply["blob"], manifest, readable = self._open_blob(record)
+                reply["blob"], manifest, readable = self._open_blob(record.folder, record.blob)
                 reply["signature"] = record.signature
                 fds.append(_memory_file(manifest))
             elif record:
@@ -150,22 +151,27 @@ class Child:
             return pinned if pinned and pinned.fingerprint == digest else record
         return record
 
-    def _open_blob(self, record: Name) -> tuple[dict[str, Any], bytes, ObjectReader]:
+    def _reopen(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Open a blob again, whatever its name stands for now."""
+        reply, _manifest, _reader = self._open_blob(request["folder"], request["blob"])
+        return reply, []
+
+    def _open_blob(self, folder: str, blob_id: str) -> tuple[dict[str, Any], bytes, ObjectReader]:
         store = self._open_store()
-        content = store.read(f"{record.folder}/manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
+        content = store.read(f"{folder}/manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
         manifest = decode(content)
-        if manifest.id != record.blob:
-            raise IntegrityError(f"{record.name}: the manifest in the store is not the one it was saved with")
+        if manifest.id != blob_id:
+            raise IntegrityError(f"{folder}: the manifest in the store is not the one that was saved")
         readers: list[ObjectReader] = []
         for index in range(manifest.layout.objects):
-            reader = store.open(f"{record.folder}/{index}", bulk=True)
+            reader = store.open(f"{folder}/{index}", bulk=True)
             readers.append(reader)
             if reader.size_bytes != manifest.layout.object_size(index):
                 for each in readers:
                     each.close()
-                raise IntegrityError(f"{record.name}: stripe {index} in the store is not whole")
+                raise IntegrityError(f"{folder}: stripe {index} in the store is not whole")
         blob = _Stripes(manifest.layout, readers)
-        return {"id": record.blob, "handle": self._keep(readers)}, content, blob
+        return {"folder": folder, "handle": self._keep(readers)}, content, blob
 
     def _read(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         start = request["slot"] * self._slot_bytes

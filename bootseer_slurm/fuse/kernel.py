@@ -136,9 +136,9 @@ _NOTIFY_INVAL_INODE = 2
 _NOTIFY_INVAL_ENTRY = 3
 _NOTIFY_STORE = 4
 # Readahead is "background" to the kernel, and at the default of 12 unanswered ones it holds back all others:
-# a few reads that wait for the store would stop the reads of every other file. So: as many as the field can
-# say.
-_MAX_BACKGROUND = 0xFFFF
+# a few reads that wait for the store would stop the reads of every other file. So: half of what the
+# ledger has room for.
+_MAX_BACKGROUND = 0x3FFF
 _TIME_GRANULARITY_NS = 1
 _MAX_WRITE_BYTES = 4096  # the least that the kernel accepts; nothing is ever written
 

@@ -38,7 +38,10 @@ _LIBC = ctypes.CDLL(None)
 
 
 class Parked(NamedTuple):
-    """A read that waits. slot: where in the table. offset and size: bytes, within the file."""
+    """A read that waits. slot: where in the table. offset and size: bytes, within the file.
+
+    uid: whose file it is; not kept in the table.
+    """
 
     slot: int
     unique: int
@@ -46,6 +49,7 @@ class Parked(NamedTuple):
     offset: int
     size: int
     pid: int
+    uid: int = 0
 
 
 class Lookups:
@@ -133,13 +137,13 @@ class Ledger:
         """Say that what lies in an inbox was answered or parked."""
         self.inboxes[reader][: kernel.IN_HEADER.size] = bytes(kernel.IN_HEADER.size)
 
-    def park(self, unique: int, node_id: int, offset: int, size: int, pid: int) -> Parked:
+    def park(self, unique: int, node_id: int, offset: int, size: int, pid: int, uid: int) -> Parked:
         """Note that a read waits; when the table is full, wait for room first."""
         slot = self._free.get()
         start = slot * _PARKED.size
         _PARKED_REST.pack_into(self._parked, start + _UNIQUE.size, node_id, offset, size, pid)
         _UNIQUE.pack_into(self._parked, start, unique)
-        return Parked(slot, unique, node_id, offset, size, pid)
+        return Parked(slot, unique, node_id, offset, size, pid, uid)
 
     def release(self, parked: Parked) -> None:
         """Say that a read waits no more; to be called once, after its answer was sent."""

@@ -6,8 +6,10 @@ descriptors (mount.py), the tree (tree.py), the layout of messages (kernel.py) a
 
 Threads: `mount.readers` readers take requests. What is local they answer themselves: one pread, one writev,
 no lock. A read that has to wait goes to one of `blocking_threads` fetchers, so that nothing a store does can
-hold up a reader; when all of these wait, further such reads queue, and everything else goes on. All are
-daemon threads: a fetch that never comes back does not keep the process from ending.
+hold up a reader; when all of these wait, further such reads queue, and everything else goes on. One user
+occupies a quarter of them at most, and of the memory for what waits an eighth: beyond that his readahead
+fails, and the kernel asks again, page by page, when somebody needs a page. All are daemon threads: a fetch
+that never comes back does not keep the process from ending.
 
 The process may be killed at any moment. The next server of the mount finds the nodes in the state file, and
 in the ledger the reads that waited and the requests that were just taken; it answers these again, as if they
@@ -43,14 +45,19 @@ from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.fuse import kernel, ledger
 from bootseer_slurm.fuse.answers import Answers
 from bootseer_slurm.fuse.device import Device
+from bootseer_slurm.fuse.fair import FairQueue
 from bootseer_slurm.fuse.kernel import Opcode, Request
 from bootseer_slurm.fuse.ledger import Ledger, Parked
 from bootseer_slurm.fuse.mount import Mount
 from bootseer_slurm.fuse.tree import File, Node, State, Tree
+from bootseer_slurm.fuse.waiting import Waiting
 
 _log = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 2.0
+_USERS = 4  # that together may occupy all fetchers
+_USER_PARKED = 1 << 12  # reads of one user that wait; more than the pages that his threads can wait for
+_PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _FETCH_OUTBOXES = 4  # a fetcher needs one only while it answers
 
 
@@ -76,9 +83,9 @@ class Server:
         self._ledger = Ledger(mount.ledger_fd, mount.readers)
         self._tree = Tree(self._ledger.lookups, self._write_state)
         self._stopping = False
-        self._turns: queue.SimpleQueue[_Turn | None] = queue.SimpleQueue()
+        self._turns: FairQueue[_Turn] = FairQueue(max(1, blocking_threads // _USERS))
         self._outboxes: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        self._waiting: dict[int, Parked] = {}  # by unique; whoever pops it answers the request
+        self._waiting = Waiting()
         self._recovering = True
         self._without_file: dict[int, list[Parked]] = {}  # by node id
         self._file_lock = threading.Lock()  # for these two: held for a moment
@@ -98,11 +105,15 @@ class Server:
         """
         self._read_state()
         for parked in self._ledger.found():
-            self._waiting[parked.unique] = parked
             try:
-                self._wait_for_file(self._tree.get(parked.node_id), parked)
+                node = self._tree.get(parked.node_id)
             except OSError as error:
+                self._waiting.add(parked)
                 self._finish(parked, error)
+                continue
+            known = parked._replace(uid=node.uid)
+            self._waiting.add(known)
+            self._wait_for_file(node, known)
         for _ in range(_FETCH_OUTBOXES):
             self._outboxes.put(ledger.outbox())
         for thread in (*self._readers, *self._fetchers):
@@ -119,7 +130,7 @@ class Server:
         with self._file_lock:
             waiting = self._without_file.pop(added.node.id, [])
         for parked in waiting:
-            self._turns.put(_Turn(parked, file, asked=False))
+            self._turns.put(parked.uid, _Turn(parked, file, asked=False))
         if added.replaced is not None:
             self._give_up(added.replaced)
         self._tell_gone(added.gone)
@@ -188,8 +199,7 @@ class Server:
         if not _join(self._readers):
             _log.warning("%s: still mounted; its threads end with their next request", self._mount.point)
         self._waiting.clear()  # from here on, what a fetch brings is dropped
-        for _ in self._fetchers:
-            self._turns.put(None)
+        self._turns.close()
         if not _join(self._fetchers):
             _log.warning("%s: some reads still wait for the store", self._mount.point)
         self._device.close()
@@ -263,12 +273,20 @@ class Server:
 
     def _fetch_next(self) -> bool:
         """Answer one waiting read; False at the end. Has its own frame: an idle thread holds no File."""
-        turn = self._turns.get()
-        if turn is None:
+        taken = self._turns.take()
+        if taken is None:
             return False
+        uid, turn = taken
+        try:
+            self._fetch_turn(turn)
+        finally:
+            self._turns.done(uid)
+        return True
+
+    def _fetch_turn(self, turn: _Turn) -> None:
         parked = turn.parked
-        if parked.unique not in self._waiting:
-            return True
+        if self._waiting.get(parked.unique) is None:
+            return
         try:
             fd = None if turn.asked else turn.file.ready(parked.offset, parked.size)
             data = None
@@ -285,7 +303,6 @@ class Server:
                 self._finish(parked, part)
         except BaseException as error:
             self._finish(parked, error)
-        return True
 
     @contextlib.contextmanager
     def _outbox(self) -> Iterator[memoryview]:
@@ -297,7 +314,7 @@ class Server:
 
     def _finish(self, parked: Parked, result: memoryview | BaseException) -> None:
         """Answer a parked read, unless that was done; only then it leaves the ledger."""
-        if self._waiting.pop(parked.unique, None) is None:
+        if not self._waiting.take(parked):
             return
         if isinstance(result, BaseException):
             self._device.fail(parked.unique, result)
@@ -326,10 +343,12 @@ class Server:
             if fd is not None:
                 _read_local(file, fd, offset, part)
                 return part
-        parked = self._ledger.park(request.unique, node.id, offset, size, request.pid)
-        self._waiting[parked.unique] = parked
+        if self._waiting.count(node.uid) >= _USER_PARKED and size > _PAGE_BYTES:
+            raise kernel.failure(errno.EAGAIN)
+        parked = self._ledger.park(request.unique, node.id, offset, size, request.pid, node.uid)
+        self._waiting.add(parked)
         if file is not None:
-            self._turns.put(_Turn(parked, file, asked=True))
+            self._turns.put(node.uid, _Turn(parked, file, asked=True))
         else:
             self._wait_for_file(node, parked)
         return None
@@ -344,7 +363,7 @@ class Server:
         if file is None:
             self._finish(parked, kernel.failure(errno.EIO))
         else:
-            self._turns.put(_Turn(parked, file, asked=False))
+            self._turns.put(parked.uid, _Turn(parked, file, asked=False))
 
     def _give_up(self, node: Node) -> None:
         """Fail the reads that wait for the File of a node that will not get one any more."""

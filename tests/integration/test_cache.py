@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -456,3 +457,34 @@ def test_verify_counts_checked_blocks_after_a_reboot(node: Node, monkeypatch: py
     read: list[int] = []
     assert verify(node.root, node.live, read.append) == [] and sum(read) == LAYOUT.size_bytes
     assert acquire(node.cache(), 1).complete
+
+
+def test_data_that_counts_for_nothing_is_not_written_over(node: Node) -> None:
+    """A container may have it mounted still: it must go on seeing what it saw."""
+    folder = stored(node.cache(), 1)
+    shown = os.open(folder / "data", os.O_RDONLY)
+    (folder / "blocks").unlink()
+    again = acquire(node.cache(), 1)
+    assert set(again.states[:]) == {MISSING}
+    assert os.pread(shown, LAYOUT.size_bytes, 0) == content(1)
+    os.close(shown)
+
+
+def test_what_runs_with_the_last_pin_may_wait_for_the_cache(node: Node) -> None:
+    """It tells the kernel, which waits for readers, and these write to the cache."""
+    cache = node.cache()
+    blob = acquire(cache, 1)
+    again: list[CachedBlob] = []
+    taking = threading.Thread(target=lambda: again.append(acquire(cache, 1)))
+
+    def on_last() -> None:
+        taking.start()
+        tending = threading.Thread(target=lambda: (cache.make_room(), cache.save()), daemon=True)
+        tending.start()
+        tending.join(10)
+        assert not tending.is_alive()
+        assert not again, "a blob that is being let go is not given out"
+
+    cache.release(blob, on_last)
+    taking.join(10)
+    assert again[0] is not blob and again[0].pins == 1

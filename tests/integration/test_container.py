@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from bootseer_slurm.blob.trace import decode
 from bootseer_slurm.image.trust import make_key
 from tests.integration.node import ALICE, BOB, Node, node_of, wait_until
 
@@ -393,3 +394,51 @@ def test_many_tasks_ask_at_once_and_one_image_is_made() -> None:
         blobs = list((node.folder / "store/users" / str(ALICE) / "blobs").iterdir())
         assert len(blobs) == 1
         containers.finish(containers.enter(job, paths[0], NAMES), NAMES)
+
+
+def test_an_image_whose_name_is_gone_when_the_agent_is_killed() -> None:
+    with node_of('[prefetch]\nhot_wait = "100ms"\n') as node:
+        containers = Containers(node)
+        containers.push()
+        node.start("""
+from bootseer_slurm.blob import reader
+reader.Reader.prefetch_run = lambda *_: 0
+reader.Reader.prefetch_blocks = lambda self, first, last, *_, **__: last + 1
+""")
+        job = containers.begin()
+        path = containers.get(job)
+        shutil.rmtree(node.folder / "store/users" / str(ALICE) / "names")
+        node.crash()
+        names = list(containers.digests)
+        containers.finish(containers.enter(job, path, names), names)
+        assert one(containers.end(job), "fault", "agent_restarted")
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_mounting_an_image_in_the_prolog_is_no_start(trusted: bool) -> None:
+    with node_of('[prefetch]\nstart_quiet = "1s"\n') as node:
+        if trusted:
+            make_key(node.folder / "site.key")
+        containers = Containers(node)
+        node.start()
+        job = containers.begin()
+        containers.start(job, [])  # it is in the store
+        containers.end(job)
+        shutil.rmtree(node.folder / "store/users" / str(ALICE) / "traces", ignore_errors=True)
+        containers.cool()
+
+        def traces() -> list[Path]:
+            return list((node.folder / "store/users" / str(ALICE) / "traces").glob("*/*/*"))
+
+        job = containers.begin(IMAGE=containers.name)
+        time.sleep(3)
+        assert containers.start(job, NAMES) == (KERNEL if trusted else FUSE)
+        time.sleep(3)
+        assert len(traces()) == 1
+        containers.end(job)
+        trace = decode(traces()[0].read_bytes())
+        assert trace.ended == "quiet" and len(trace.touches) > 5 * FILE_BYTES // 2**18
+        job = containers.begin(IMAGE=containers.name)
+        time.sleep(2)
+        containers.end(job)
+        assert len(traces()) == 1, "nothing was started from it"

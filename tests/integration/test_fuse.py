@@ -339,7 +339,7 @@ def test_removed_while_open(server: Server, mountpoint: Path) -> None:
 def test_stuck_fetches_hold_up_nothing_else(mountpoint: Path, stuck: StuckFile) -> None:
     read = "import os,sys; print(len(os.pread(os.open(sys.argv[1], os.O_RDONLY), 1 << 20, int(sys.argv[2]))))"
     children = []
-    serving = _serving(mountpoint, readers=1, blocking_threads=4)
+    serving = _serving(mountpoint, readers=1, blocking_threads=16)  # four for one user
     server = serving.__enter__()
     try:
         paths = [server.add(f"0/stuck{number}", stuck) for number in range(8)]
@@ -366,6 +366,46 @@ def test_stuck_fetches_hold_up_nothing_else(mountpoint: Path, stuck: StuckFile) 
         for child in children:
             child.kill()
             child.communicate()
+
+
+def test_one_user_cannot_keep_another_waiting(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """He stops what brings his bytes, and reads with many threads and far ahead."""
+    monkeypatch.setattr("bootseer_slurm.fuse.server._USER_PARKED", 32)
+    data = random.Random(3).randbytes(8 << 20)
+    stuck = StuckFile(random.Random(2).randbytes(128 << 20))
+    read = """
+import os, sys, threading
+fd = os.open(sys.argv[1], os.O_RDONLY)
+for offset in range(0, 128 << 20, 1 << 18):
+    os.posix_fadvise(fd, offset, 1 << 18, os.POSIX_FADV_WILLNEED)
+print("ahead", flush=True)
+parts = {}
+def take(offset):
+    parts[offset] = os.pread(fd, 100_000, offset)
+threads = [threading.Thread(target=take, args=(number << 20,)) for number in range(100)]
+for thread in threads: thread.start()
+print("waiting", flush=True)
+for thread in threads: thread.join()
+import hashlib
+print(hashlib.sha256(b"".join(parts[number << 20] for number in range(100))).hexdigest())
+"""
+    with _serving(mountpoint, readers=2, blocking_threads=8) as server:
+        stuck.uid = 12345
+        path = server.add("12345/stuck", stuck)
+        child = _python(read, path, uid=12345)
+        assert child.stdout
+        assert [child.stdout.readline() for _ in range(2)] == ["ahead\n", "waiting\n"]
+        for _ in range(2):
+            assert stuck.waiting.acquire(timeout=20)
+        assert not stuck.waiting.acquire(timeout=0.5), "a quarter of eight"
+        other = server.add("0/cold", MemoryFile(data, local=lambda offset, size: False))
+        started_s = time.monotonic()
+        assert other.read_bytes() == data
+        assert time.monotonic() - started_s < 5
+        stuck.released.set()
+        output, errors = child.communicate(timeout=60)
+        expected = b"".join(stuck.data[number << 20 :][:100_000] for number in range(100))
+        assert output.strip() == hashlib.sha256(expected).hexdigest(), errors
 
 
 def test_a_killed_reader_in_direct_io_goes_at_once(server: Server, stuck: StuckFile) -> None:

@@ -82,7 +82,7 @@ def trap(where, opcode):
 mount, state = Mount.from_argument(sys.argv[1]), Path(sys.argv[2])
 if len(sys.argv) > 3:
     trap(sys.argv[3], int(sys.argv[4]))
-server = Server(mount, state, blocking_threads=16)
+server = Server(mount, state, blocking_threads=64)
 server.start()
 files = {}
 

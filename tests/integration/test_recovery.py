@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bootseer_slurm import mounts
@@ -24,6 +26,7 @@ pytestmark = [
     pytest.mark.fuse,
     pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root, /dev/fuse"),
 ]
+needs_squashfuse = pytest.mark.skipif(shutil.which("squashfuse") is None, reason="no squashfuse")
 # Reads a file in pieces and prints its digest.
 _READ = """
 import hashlib, os, sys
@@ -121,6 +124,141 @@ def test_an_upgrade_loads_code_anew_and_keeps_the_mounts(node: Node) -> None:
     keeper.send_signal(signal.SIGTERM)
     assert keeper.wait(30) == 0
     assert mounts.mounts_below(node.run) == []
+
+
+@pytest.mark.parametrize("broken", ["config", "code"])
+def test_an_upgrade_that_cannot_start_leaves_the_old_agent(node: Node, broken: str) -> None:
+    flag = node.folder / "broken"
+    keeper = node.start(f"""
+import pathlib
+if pathlib.Path({str(flag)!r}).exists():
+    raise ImportError("no such thing")
+""")
+    model = make_file(node, "model.bin", 2**20)
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
+    pid, text = node.agent_pid, node.config.read_text()
+    if broken == "config":
+        node.config.write_text(text + "\n[cash]\n")
+    else:
+        flag.touch()
+    keeper.send_signal(signal.SIGHUP)
+    wait_until(lambda: "the old goes on" in node.log)
+    assert ("cash" if broken == "config" else "no such thing") in node.log
+    assert (node.agent_pid, node.jobs()) == (pid, {1})
+    node.config.write_text(text)
+    flag.unlink(missing_ok=True)
+    keeper.send_signal(signal.SIGHUP)
+    node.wait_for_another(pid)
+    assert node.jobs() == {1}
+
+
+def test_what_a_job_has_mounted_stays_what_it_was_when_the_file_was_replaced(node: Node) -> None:
+    model, other = make_file(node, "model.bin", 40 * 2**20), make_file(node, "other.bin", 40 * 2**20)
+    expected = digest_of(model)
+    node.start()
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
+    kept = node.run / "events" / "1.0"
+    wait_until(lambda: kept.exists() and '"kind":"prefetch","name":"end"' in kept.read_text())
+    (served,) = (node.run / "checkpoints" / str(ALICE)).iterdir()
+    with served.open("rb") as file:
+        os.replace(other, model)
+        node.crash()
+        with reader(f"/proc/{os.getpid()}/fd/{file.fileno()}", 1 << 20) as each:
+            assert each.communicate(timeout=60) == (expected + "\n", ""), node.log
+    node.ask("epilog", JOB_ID=1)
+    assert node.events(1)
+    wait_until(lambda: not list((node.run / "cache").iterdir()))
+
+
+def test_a_name_that_cannot_be_looked_up_again_costs_nothing(node: Node) -> None:
+    """What is not in the cache yet comes from where the blob was found before the agent was killed."""
+    model, flag = make_file(node, "model.bin", 40 * 2**20), node.folder / "stalls"
+    node.start(f"""
+import pathlib
+from bootseer_slurm.agent import target
+from bootseer_slurm.blob import reader
+reader.Reader.prefetch_run = lambda *_: 0
+real = target.Target.__init__
+def look_up(self, *arguments, **fields):
+    if pathlib.Path({str(flag)!r}).exists():
+        time.sleep(1000)
+    real(self, *arguments, **fields)
+target.Target.__init__ = look_up
+""")
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
+    mount = attach(node, 1)[str(model)]
+    flag.touch()
+    node.crash()
+    with reader(f"/proc/{os.getpid()}/fd/{mount}", 1 << 20) as each:
+        assert each.communicate(timeout=30) == (digest_of(model) + "\n", ""), node.log
+    os.close(mount)
+
+
+def make_environment(node: Node) -> Path:
+    """An environment of alice's, saved."""
+    folder = node.folder / "data" / "packages"
+    (folder / "thing-1.dist-info").mkdir(parents=True)
+    (folder / "thing.txt").write_text("thing")
+    for path in (folder, *folder.iterdir()):
+        os.chown(path, ALICE, ALICE)
+    node.bootseer("env", "save", str(folder))
+    return folder
+
+
+def shown_text(mount: int) -> str:
+    return Path(f"/proc/self/fd/{mount}/thing.txt").read_text()
+
+
+def squashfuses(node: Node) -> list[psutil.Process]:
+    """Those that serve a blob of this node."""
+    found = psutil.process_iter(["name", "cmdline"])
+    return [
+        each
+        for each in found
+        if (each.info["name"] or "").startswith("squashfuse") and str(node.folder) in str(each.info["cmdline"])
+    ]
+
+
+@needs_squashfuse
+def test_an_environment_goes_on_under_the_next_agent_or_is_mounted_anew(node: Node) -> None:
+    folder = make_environment(node)
+    node.start()
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, ENV=folder)
+    first = attach(node, 1)[str(folder)]
+    node.crash()
+    assert shown_text(first) == "thing"
+    assert len(squashfuses(node)) == 1
+    second = attach(node, 1)[str(folder)]
+    assert shown_text(second) == "thing"
+    for each in squashfuses(node):
+        each.kill()
+    node.crash()
+    third = attach(node, 1)[str(folder)]
+    assert shown_text(third) == "thing", node.log
+    for mount in (first, second, third):
+        os.close(mount)
+    node.ask("epilog", JOB_ID=1)
+    wait_until(lambda: mounts.mounts_below(node.run / "env") == [] and squashfuses(node) == [])
+    assert list((node.run / "env").iterdir()) == []
+
+
+@needs_squashfuse
+def test_an_environment_of_a_session_that_was_ending_goes_too(node: Node) -> None:
+    folder, flag = make_environment(node), node.folder / "passes"
+    node.start(f"""
+import pathlib
+if not pathlib.Path({str(flag)!r}).exists():
+    session.Publisher.write = lambda *_, **__: time.sleep(1000)
+""")
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, ENV=folder)
+    os.close(attach(node, 1)[str(folder)])
+    node.ask("epilog", JOB_ID=1)
+    flag.touch()
+    pid = node.agent_pid
+    node.processes[0].send_signal(signal.SIGHUP)
+    node.wait_for_another(pid)
+    wait_until(lambda: mounts.mounts_below(node.run / "env") == [] and squashfuses(node) == [])
+    assert list((node.run / "env").iterdir()) == []
 
 
 def test_an_agent_that_waits_for_its_own_files_can_be_killed(node: Node) -> None:

@@ -148,7 +148,7 @@ def test_init_takes_only_what_the_kernel_offers() -> None:
     assert agreed == offered
     major, _minor, readahead, flags, *limits = kernel.INIT_OUT.unpack(payload)
     assert (major, readahead, flags) == (7, 131072, int(offered))
-    assert limits == [65535, 65535, 4096, 1, 256, 0, 0]
+    assert limits == [0x3FFF, 0x3FFF, 4096, 1, 256, 0, 0]
     with pytest.raises(OSError) as raised:
         kernel.init_reply(memoryview(kernel.INIT_IN.pack(6, 1, 0, 0)))
     assert raised.value.errno == errno.EPROTO
@@ -352,7 +352,7 @@ def test_the_ledger_says_what_was_not_answered() -> None:
     try:
         ledger = Ledger(fd, 3)
         assert ledger.found() == [] and ledger.unanswered(0) is None
-        parked = [ledger.park(unique, 5, unique * 4096, 4096, 77) for unique in (12, 10, 14)]
+        parked = [ledger.park(unique, 5, unique * 4096, 4096, 77, 0) for unique in (12, 10, 14)]
         ledger.release(parked[2])
         for reader, (opcode, unique) in enumerate(
             [(kernel.Opcode.LOOKUP, 20), (kernel.Opcode.FORGET, 22), (kernel.Opcode.READ, 12)]
@@ -360,7 +360,7 @@ def test_the_ledger_says_what_was_not_answered() -> None:
             message = kernel.IN_HEADER.pack(45, opcode, unique, 1, 0, 0, 77, 0, 0) + b"name\0"
             ledger.inboxes[reader][: len(message)] = message
         after = Ledger(fd, 3)
-        assert [each[1:] for each in after.found()] == [(10, 5, 40960, 4096, 77), (12, 5, 49152, 4096, 77)]
+        assert [each[1:6] for each in after.found()] == [(10, 5, 40960, 4096, 77), (12, 5, 49152, 4096, 77)]
         left = after.unanswered(0)
         assert left is not None and kernel.parse(left).unique == 20 and left[-5:] == b"name\0"
         assert after.unanswered(1) is None  # to forget twice would be wrong

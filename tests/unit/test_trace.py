@@ -201,7 +201,6 @@ def test_unknown_keys_of_a_later_agent_do_no_harm() -> None:
 def test_a_plan_goes_to_the_agent_and_names_only_blocks_that_there_are() -> None:
     made_plan = Plan((5, 2), (0, 17), 3)
     assert decode_plan(made_plan.encode(), blocks=6) == made_plan
-    assert made_plan.span_ms == 17 and Plan().span_ms == 0
     with pytest.raises(IntegrityError, match="does not have"):
         decode_plan(made_plan.encode(), blocks=5)
     with pytest.raises(IntegrityError, match="starts"):

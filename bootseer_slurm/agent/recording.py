@@ -60,7 +60,9 @@ class Recording:
         with self._lock:
             if self._over.is_set():
                 return
-            target.recorder = Recorder(target.reader.blob.layout.blocks, begin_s=self._begin_s)
+            target.recorder = Recorder(
+                target.reader.blob.layout.blocks, begin_s=self._begin_s, waited_s=target.reader.waited_s
+            )
             target.reader.add_recorder(target.recorder)
             self._targets.append(target)
             if self._watcher is None:
@@ -96,7 +98,7 @@ class Recording:
                 block_bytes=target.reader.blob.layout.block_bytes,
                 partial=target.partial,
                 ended=ended,
-                touches=tuple((block, max(0, ms - began_ms)) for block, ms in _recorder(target).touches),
+                touches=_recorder(target).touches_since(began_ms),
             )
             fields: dict[str, Any] = {"class": self._class, "blob": target.trace_key}
             self._publisher.write("trace", trace.encode(), **fields)
@@ -118,7 +120,7 @@ class Recording:
     def _began_ms(self, target: Target) -> int:
         """When a step first read something new of a target that was used, as its recorder tells the time."""
         from_ms = int((self._from_s(target) - self._begin_s) * 1000)
-        return next(ms for _, ms in _recorder(target).touches if ms >= from_ms)
+        return next((ms for _, ms in _recorder(target).touches if ms >= from_ms), from_ms)
 
     def _from_s(self, target: Target) -> float:
         """From when on what is read of a target is the start's."""

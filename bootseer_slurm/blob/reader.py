@@ -96,6 +96,9 @@ class Reader:
         self._recorders: tuple[Recorder, ...] = ()
         self._users: dict[OnFault, set[str]] = {}  # and of what each was told already
         self._sources: list[Source] = []
+        self._waiting = 0  # reads
+        self._waiting_from_s = 0.0
+        self._waited_s = 0.0
         self._lock = threading.Lock()
 
     def add_user(self, sources: list[Source], on_fault: OnFault) -> None:
@@ -134,9 +137,31 @@ class Reader:
             recorder.touch(first, last)
         return self.blob.fd if self.blob.has(first, last) else None
 
+    def waited_s(self) -> float:
+        """How long, in all, at least one read has waited for blocks."""
+        with self._lock:
+            return self._waited_s + (time.monotonic() - self._waiting_from_s if self._waiting else 0.0)
+
+    @contextlib.contextmanager
+    def _wait(self) -> Iterator[None]:
+        """A read waits for blocks."""
+        start_s = time.monotonic()
+        with self._lock:
+            if not self._waiting:
+                self._waiting_from_s = start_s
+            self._waiting += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                now_s = time.monotonic()
+                self.usage.blocked_s += now_s - start_s
+                self._waiting -= 1
+                if not self._waiting:
+                    self._waited_s += now_s - self._waiting_from_s
+
     def fetch(self, offset: int, size: int) -> bytes:
         """The range, fetched first where it is not there (fuse.File). Raises OSError (EIO)."""
-        start = time.monotonic()
         layout = self.blob.layout
         end = min(offset + size, self.size_bytes)
         self.usage.reads_blocked += 1
@@ -144,14 +169,13 @@ class Reader:
         first, last = offset // layout.block_bytes, (end - 1) // layout.block_bytes
         unkept: dict[int, bytes] = {}
         try:
-            block = first
-            while block <= last:
-                block += self._demand(block, last, unkept)
+            with self._wait():
+                block = first
+                while block <= last:
+                    block += self._demand(block, last, unkept)
         except BootseerError as error:
             self._tell("read_failed", error.message)
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
-        finally:
-            self.usage.blocked_s += time.monotonic() - start
         if not unkept:
             return self.blob.read(offset, end - offset)
         parts = [

@@ -4,9 +4,10 @@
     <store>/users/<uid>/traces/<job class>/<blob>/<job>.<restart>.<node>.partial    one that may lack blocks
 
 A trace file is MAGIC (its last byte is the version), one line of JSON, the numbers of the blocks in order of
-first touch and then the milliseconds from the start's first read to each touch (both uint32, little-endian),
-0 for what was read before, to mount it; and the sha256 of all that. It is hostile until parsed: its user can
-write it.
+first touch and then the milliseconds from the start's first read to each touch (both uint32, little-endian);
+and the sha256 of all that. While readers waited for blocks that clock stood still: so the times are those of
+a start that has all it needs. What was read before, to mount the blob, is at 0. A trace is hostile until
+parsed: its user can write it.
 
 A trace is partial when reads may have been answered from the kernel's page cache, which this side never sees:
 on a warm node, or where blocks were pushed ahead of the readers. What it lacks says nothing.
@@ -22,8 +23,9 @@ import sys
 import threading
 import time
 from array import array
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +49,19 @@ _PARTIAL = ".partial"
 
 
 class Recorder:
-    """First touches of the blocks of one blob, by all readers, since a session's begin. Thread-safe."""
+    """First touches of the blocks of one blob, by all readers, since a session's begin. Thread-safe.
 
-    def __init__(self, blocks: int, *, begin_s: float) -> None:
-        """blocks: how many the blob has. begin_s: time.monotonic() of the session's begin."""
+    touches: (block, ms since then), by time.
+    """
+
+    def __init__(self, blocks: int, *, begin_s: float, waited_s: Callable[[], float] = lambda: 0.0) -> None:
+        """blocks: how many the blob has. begin_s: time.monotonic() of the session's begin.
+
+        waited_s: how long some reader has waited for blocks until now.
+        """
         self.touches: list[tuple[int, int]] = []
+        self._waited_s = waited_s
+        self._waited_ms: list[int] = []  # until each touch
         self.last_s = 0.0
         self._begin_s = begin_s
         self._seen = bytearray(blocks)
@@ -71,13 +81,26 @@ class Recorder:
         with self._lock:
             now_s = time.monotonic()
             at_ms = min(_MOST, max(0, int((now_s - self._begin_s) * 1000)))
+            waited_ms = int(self._waited_s() * 1000)
             block = self._seen.find(0, first, last + 1)
             while block >= 0:
                 self._seen[block] = 1
                 if len(self.touches) < MAX_TOUCHES:
                     self.touches.append((block, at_ms))
+                    self._waited_ms.append(waited_ms)
                 self.last_s = now_s  # at the latest time that something was new: the start goes on
                 block = self._seen.find(0, block + 1, last + 1)
+
+    def touches_since(self, began_ms: int) -> tuple[tuple[int, int], ...]:
+        """(block, ms since `began_ms`, without what readers waited) by time; 0 for what was before."""
+        with self._lock:
+            first = bisect_left(self.touches, began_ms, key=lambda touch: touch[1])
+            # What was waited for before does not count, and the first read's own wait comes behind it.
+            from_ms = began_ms - (self._waited_ms[first] if first < len(self._waited_ms) else 0)
+            return tuple(
+                (block, max(0, at_ms - waited_ms - from_ms))
+                for (block, at_ms), waited_ms in zip(self.touches, self._waited_ms, strict=True)
+            )
 
 
 @dataclass(frozen=True, slots=True)

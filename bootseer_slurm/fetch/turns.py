@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES
@@ -39,6 +40,7 @@ class Turns:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting = 0
+        self._line: deque[object] = deque()  # runs that wait
         self._in_flight_bytes = 0
         self._least_s = 1.0
         self._bytes_per_s = 0.0
@@ -65,13 +67,21 @@ class Turns:
         """
         held_until_s = time.monotonic() + _HOLD_S
         with self._changed:
-            while self._waiting and (left_s := held_until_s - time.monotonic()) > 0:
-                self._changed.wait(left_s)
-            while True:
-                step_bytes = min(self.step_bytes, size_bytes)
-                if not self._in_flight_bytes or self._in_flight_bytes + step_bytes <= self._limit_bytes():
-                    break
-                self._changed.wait()
+            ticket = object()
+            self._line.append(ticket)
+            try:
+                while self._waiting and (left_s := held_until_s - time.monotonic()) > 0:
+                    self._changed.wait(left_s)
+                while True:
+                    step_bytes = min(self.step_bytes, size_bytes)
+                    has_room = self._in_flight_bytes + step_bytes <= self._limit_bytes()
+                    # In the order of asking: else a long run would wait until there are no short ones.
+                    if self._line[0] is ticket and (has_room or not self._in_flight_bytes):
+                        break
+                    self._changed.wait()
+            finally:
+                self._line.remove(ticket)
+                self._changed.notify_all()
             if self._in_flight_bytes == 0:
                 self._sample_bytes, self._sample_start_s = 0, time.monotonic()
             self._in_flight_bytes += step_bytes

@@ -213,7 +213,7 @@ def test_a_checkpoint_and_what_has_no_plan_come_whole_and_after_what_is_hot(scen
 def test_the_wait_ends_when_the_hot_blocks_are_there_or_in_time(scene: Scene) -> None:
     slow = Link(scene.turns, bytes_per_s=20 * BLOCK_BYTES)
     target, bringing = scene.target(link=slow), scene.start()
-    bringing.add(target, plan=planned(*range(0, 40, 2)))
+    bringing.add(target, plan=planned(*range(0, 40, 2), every_ms=0))
     assert not bringing.wait_hot(target, 0.2)
     start_s = time.monotonic()
     assert bringing.wait_hot(target, 10)

@@ -55,6 +55,23 @@ def plan(*traces: Trace) -> Plan:
 # Recording
 
 
+def test_the_clock_of_a_trace_stands_still_while_a_reader_waits() -> None:
+    waited_s = 0.0
+    recorder = Recorder(100, begin_s=time.monotonic() - 10, waited_s=lambda: waited_s)
+    recorder.touch(1, 1)  # at 10 s, to mount it
+    recorder._begin_s -= 5
+    waited_s = 2.0
+    recorder.touch(2, 2)  # the start's first read, at 15 s
+    recorder._begin_s -= 5
+    waited_s = 5.0
+    recorder.touch(3, 3)  # at 20 s, of which 3 s were waited
+    began_ms = recorder.touches[1][1]
+    assert [(block, round(at_ms, -2)) for block, at_ms in recorder.touches_since(began_ms)] == [
+        *((1, 0), (2, 0), (3, 2000))
+    ]
+    assert recorder.touches_since(10**6) == ((1, 0), (2, 0), (3, 0))
+
+
 def test_first_touches_are_recorded_in_order_with_their_times() -> None:
     recorder = Recorder(100, begin_s=time.monotonic() - 2)
     recorder.touch(7, 8)

@@ -72,3 +72,28 @@ def test_short_runs_count_as_what_they_are() -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(8):  # only four steps would have been
             assert stack.enter_context(turns.prefetch(BLOCK_BYTES)) == BLOCK_BYTES
+
+
+def test_a_long_run_is_not_overtaken_by_short_ones() -> None:
+    turns, order = Turns(), []
+    start = time.monotonic()
+    while time.monotonic() - start < 0.2:
+        time.sleep(0.01)
+        turns.measured(30_000_000, steps=1, dur_s=0.003)
+
+    def run(size_bytes: int) -> None:
+        with turns.prefetch(size_bytes):
+            order.append(size_bytes)
+            time.sleep(0.01)
+
+    with contextlib.ExitStack() as in_flight:
+        while began(turns, within_s=0.1):  # until there is no room for another one of this length
+            in_flight.enter_context(turns.prefetch())
+        asking = [threading.Thread(target=run, args=(size,)) for size in (CHUNK_BYTES, *[BLOCK_BYTES] * 4)]
+        for thread in asking:
+            thread.start()
+            time.sleep(0.05)
+        assert order == []
+    for thread in asking:
+        thread.join(10)
+    assert order == [CHUNK_BYTES, *[BLOCK_BYTES] * 4]

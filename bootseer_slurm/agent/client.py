@@ -10,6 +10,9 @@ from bootseer_slurm.agent import protocol
 from bootseer_slurm.errors import AgentUnavailable, BootseerError
 
 _MARK_TIMEOUT_S = 1.0
+_FIRST_BYTE_S = 5.0  # an agent that has to wait says so at once
+# What may be asked where any user can be who answers: nothing that comes back is believed.
+_PUBLIC = ("mark", "status")
 _AGAIN_S = 0.02
 
 
@@ -18,12 +21,12 @@ def request(
 ) -> protocol.Message:
     """Send one request and give the reply's entries.
 
+    timeout_s: for the whole reply; one that does not begin within 5 s does not come.
     Raises AgentUnavailable when no agent answers within `timeout_s`, BootseerError with what it refused.
     """
-    paths = [
-        socket_path or os.environ.get("BOOTSEER_AGENT_SOCKET") or protocol.SOCKET,
-        protocol.ABSTRACT_SOCKET,
-    ]
+    paths = [socket_path or os.environ.get("BOOTSEER_AGENT_SOCKET") or protocol.SOCKET]
+    if op in _PUBLIC:
+        paths.append(protocol.ABSTRACT_SOCKET)
     message = protocol.encode([("OP", op), *(fields or [])])
     failure: Exception | None = None
     for path in paths:
@@ -46,12 +49,12 @@ def _ask(path: str, message: bytes, timeout_s: float) -> protocol.Message:
     deadline_s = time.monotonic() + timeout_s
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
-            link.settimeout(timeout_s)
+            link.settimeout(min(timeout_s, _FIRST_BYTE_S))
             link.connect(path)
             try:
                 link.sendall(message)
                 link.shutdown(socket.SHUT_WR)
-                reply, fds = protocol.receive(link)
+                reply, fds = protocol.receive(link, rest_s=timeout_s)
             except ConnectionError:
                 reply, fds = [], []
         for fd in fds:

@@ -78,9 +78,10 @@ def receive_request(link: socket.socket, timeout_s: float) -> Message:
             raise ValueError("message is too large")
 
 
-def receive(link: socket.socket) -> tuple[Message, list[int]]:
+def receive(link: socket.socket, *, rest_s: float | None = None) -> tuple[Message, list[int]]:
     """Read the agent's message until its end; the caller closes the descriptors.
 
+    rest_s: how long it may take once it has begun; the socket's own timeout is for its first byte.
     Raises ValueError when it is no message or too large, OSError (also TimeoutError) from the socket.
     """
     content = bytearray()
@@ -88,6 +89,8 @@ def receive(link: socket.socket) -> tuple[Message, list[int]]:
     try:
         while True:
             part, received, _, _ = socket.recv_fds(link, 65536, DESCRIPTOR_LIMIT)
+            if rest_s is not None:
+                link.settimeout(rest_s)
             fds += received
             if not part:
                 return decode(bytes(content)), fds

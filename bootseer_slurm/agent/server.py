@@ -42,6 +42,7 @@ _ACCEPT_PAUSE_S = 0.2  # after an error, which is a lack of descriptors or memor
 _TEND_EVERY_S = 60.0  # others fill the cache's disk too
 _PACK_TIMEOUT_S = 800.0  # for mksquashfs, after its last byte came
 _SAVE_ROUNDS = 10  # what a crash of the node can cost of the cache, in rounds; syncing is slow
+_IMAGE_MARGIN_S = 60.0  # for looking it up, twice
 _ATTACH_MARGIN_S = 5.0  # for seeing that the originals are the same, and making the mounts
 
 
@@ -72,6 +73,11 @@ class Agent:
         self._journal = Journal(self._home)
         self._table = Table(self._session, self._journal)
         self._room = Room()
+        self._slow_s = {
+            "attach": config.prefetch.attach_wait_s + _ATTACH_MARGIN_S,
+            "image": config.prefetch.hot_wait_s + _IMAGE_MARGIN_S,
+            "packed": _PACK_TIMEOUT_S,
+        }
         self._stop = threading.Event()
         self._start_ns = time.time_ns()
 
@@ -159,15 +165,13 @@ class Agent:
             message = protocol.receive_request(link, _REQUEST_TIMEOUT_S)
             link.settimeout(_REQUEST_TIMEOUT_S)  # for the reply
             op = first(message, "OP")
+            if op in self._slow_s and not public:  # so that its client can tell this from an agent that hangs
+                link.sendall(protocol.encode([("WAIT", str(int(self._slow_s[op] * 1000)))]))
             asked = self._public(op, message, uid)
             if asked is None and not public:
                 asked = self._container(op, message, uid, fds)
             if asked is None and (public or uid != 0):
                 raise InputError(f"{op[:40]!r} is for root on this node")
-            if op == "attach":
-                # So that the plugin can tell an agent that waits for a file system from a hung one.
-                wait_ms = int((self._config.prefetch.attach_wait_s + _ATTACH_MARGIN_S) * 1000)
-                link.sendall(protocol.encode([("WAIT", str(wait_ms))]))
             return [("STATUS", "ok"), *(self._private(op, message, fds) if asked is None else asked)]
         except (BootseerError, ValueError) as error:
             return [("STATUS", "error"), ("MESSAGE", _line(error))]
@@ -194,8 +198,9 @@ class Agent:
         By the socket's path only: the abstract name may be another process's.
         """
         if op == "image":
+            session = self._own(message, uid)
             try:
-                path, digest = self._own(message, uid).image(first(message, "URI"), first(message, "DIGEST"))
+                path, digest = session.image(first(message, "URI"), first(message, "DIGEST"))
             except NotFound:
                 return [("NOTFOUND", "1")]
             return [("PATH", path), ("DIGEST", digest)]

@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 _PUBLISH_DELAY_S = 2.0  # the other tasks' marks come within it
 _JOIN_S = 5.0  # for threads whose fetch process was killed
 _LOOK_UPS = 64  # of one job on one node: each costs the agent memory and a thread
+_DIGESTS_LIMIT_BYTES = 256 * 2**20  # of one job: of blobs of 2 TB
 _LOOK_UP_LIMIT_S = 25.0  # for an importer, which waits for one name
 _SETTLED_STARTS = 3  # with whole traces; then a plan is good enough to push its blocks
 _WHOLE_TRACE_EVERY = 8
@@ -72,6 +73,7 @@ class Session:
         self._fetcher = Fetcher(job.uid, job.gid, config)
         self._prefetch: Prefetch | None = None
         self._lookups = 0
+        self._digest_bytes = 0
         self._observe = False
         self._ending_start = False
         no_key = Key(b"", "kernel_mount is off")
@@ -383,6 +385,7 @@ class Session:
             self._shelf,
             roots=self._config.shadow.roots,
             digest=digest,
+            allow=self._allow,
             on_fault=lambda name, message: self._fault(name, f"{wish.name}: {message}"),
         )
         try:
@@ -394,6 +397,12 @@ class Session:
             target.close()
             raise
         return target
+
+    def _allow(self, size_bytes: int) -> None:
+        with self._lock:
+            self._digest_bytes += size_bytes
+            if self._digest_bytes > _DIGESTS_LIMIT_BYTES:
+                raise InputError("this job asked for too much: its blobs have too many blocks")
 
     def _shadow(self, name: str, wish: Wish, message: str | None) -> None:
         level = "info" if name == "shown" else "warning"

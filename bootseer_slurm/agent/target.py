@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bootseer_slurm.blob import trace
 from bootseer_slurm.blob.manifest import (
     BLOCK_BYTES,
     CHUNK_BYTES,
+    DIGEST_BYTES,
     MANIFEST_LIMIT_BYTES,
     MAX_BLOB_BYTES,
     Layout,
@@ -60,11 +62,14 @@ class Target:
         *,
         roots: tuple[Path, ...],
         digest: str = "",
+        allow: Callable[[int], None],
         on_fault: OnFault,
     ) -> None:
         """Look it up. Raises BootseerError.
 
-        digest: of an image, what its tag means now. on_fault: told of faults of the data path, see Reader.
+        digest: of an image, what its tag means now. allow: asked before so many bytes of digests are kept in
+        memory; raises InputError when they are too many. on_fault: told of faults of the data path, see
+        Reader.
         """
         self.wish = wish
         self.path: str | None = None
@@ -73,6 +78,7 @@ class Target:
         self.recorder: Recorder | None = None
         self._process = process
         self._shelf = shelf
+        self._allow = allow
         self._on_fault = on_fault
         self._original: int | None = None
         self._sources: list[Source] = []
@@ -111,7 +117,9 @@ class Target:
         self.signature = str(fields.get("signature", ""))
         self.warning = fields.get("warning")
         if "blob" in fields:
-            content = os.pread(fds[0], min(os.fstat(fds[0]).st_size, MANIFEST_LIMIT_BYTES), 0)
+            size_bytes = min(os.fstat(fds[0]).st_size, MANIFEST_LIMIT_BYTES)
+            self._allow(size_bytes)
+            content = os.pread(fds[0], size_bytes, 0)
             manifest = decode(content)
             blob_id, layout, digests = manifest.id, manifest.layout, manifest.digests
             if "size_bytes" in fields and layout.size_bytes != fields["size_bytes"]:
@@ -124,6 +132,7 @@ class Target:
             # A digest a block is kept in memory: a huge file has large blocks.
             huge = size_bytes > _HUGE_BYTES
             layout, digests = Layout(size_bytes, CHUNK_BYTES if huge else BLOCK_BYTES), None
+            self._allow(max(0, layout.blocks) * DIGEST_BYTES)
             blob_id = adopted_id(self.path or "", status)
         elif self.warning:
             raise StoreError(self.warning)

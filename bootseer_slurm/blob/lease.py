@@ -7,7 +7,10 @@ A lease is an object of the store, users/<uid>/leases/<sha256 of the name>:
 It is made exclusively. Its holder writes a new count every few seconds, from a thread; whoever waits looks
 at it and takes it over when it has not changed for STALE_S of the waiter's own monotonic clock: clocks of
 nodes are never compared. A holder that was taken for dead, say after its node hung, sees another's token
-and is `lost`.
+and leaves the lease alone.
+
+A holder that failed leaves it with "failed": why. Who waited for that does not try the same again, one after
+the other; who comes later does.
 
 Two may hold a lease for a moment, when both take over at once on a slow file system, or when a lost holder
 finishes what it had begun. So a lease saves work and is no lock: what its holders publish must be harmless
@@ -39,6 +42,7 @@ _POLL_S, _POLL_MAX_S = 0.3, 2.0
 # After taking over, wait until anybody else who does so now has written too: the last one has it.
 _SETTLE_S = 1.0
 _LIMIT_BYTES = 4096
+_REASON = 500  # characters of it are kept
 
 
 class Lease:
@@ -53,14 +57,8 @@ class Lease:
         self._refresh_s, self._stale_s = refresh_s, stale_s
         self._token = secrets.token_hex(16)
         self._count = 0
-        self._lost = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="bootseer-lease", daemon=True)
-
-    @property
-    def lost(self) -> bool:
-        """Whether another took the lease over."""
-        return self._lost.is_set()
 
     def acquire(
         self,
@@ -72,11 +70,12 @@ class Lease:
         """Wait for the lease: True with it, False as soon as `done` says that nothing is left to do.
 
         `done` is asked first, and whenever a holder has given it back. on_wait: told once who is waited for.
-        Raises BootseerError after `patience_s`, StoreError when the store fails.
+        Raises BootseerError after `patience_s` or when who was waited for failed, StoreError when the store
+        fails.
         """
         deadline_s = time.monotonic() + patience_s
         pause_s = _POLL_S
-        seen, since_s, told = b"", time.monotonic(), False
+        seen, since_s, told = b"", time.monotonic(), ""
         while True:
             if done():
                 return False
@@ -84,6 +83,12 @@ class Lease:
                 self._thread.start()
                 return True
             while (content := self._read()) is not None:
+                if failure := _field(content, "failed"):
+                    if told == _field(content, "token"):
+                        raise BootseerError(f"{self._name}: {_holder(content)} could not make it: {failure}")
+                    if self._take_over():
+                        return True
+                    continue
                 if content != seen:
                     seen, since_s = content, time.monotonic()
                 elif time.monotonic() - since_s > self._stale_s:
@@ -94,7 +99,7 @@ class Lease:
                     raise BootseerError(f"{self._name}: still being made by {_holder(content)}")
                 if not told:
                     on_wait(_holder(content))
-                    told = True
+                told = _field(content, "token") or told
                 time.sleep(pause_s * random.uniform(0.5, 1.5))
                 pause_s = min(pause_s * 1.5, _POLL_MAX_S)
 
@@ -107,7 +112,9 @@ class Lease:
         self._over.set()
         self._thread.join()
         try:
-            if self._is_mine():
+            if self._is_mine() and isinstance(value, Exception):
+                self._store.write(self._path, self._content(failed=str(value)[:_REASON] or repr(value)))
+            elif self._is_mine():
                 self._store.remove(self._path)
         except StoreError:
             pass  # it becomes stale
@@ -124,7 +131,6 @@ class Lease:
         while not self._over.wait(self._refresh_s):
             try:
                 if not self._is_mine():
-                    self._lost.set()
                     return
                 self._count += 1
                 self._store.write(self._path, self._content())
@@ -141,8 +147,9 @@ class Lease:
         except NotFound:
             return None
 
-    def _content(self) -> bytes:
+    def _content(self, **more: str) -> bytes:
         content = {
+            **more,
             "count": self._count,
             "host": socket.gethostname(),
             "pid": os.getpid(),

@@ -109,6 +109,8 @@ def _from_agent(uri: str, environ: Mapping[str, str]) -> str:
     if digest and first(reply, "PATH") and first(reply, "DIGEST") != digest:
         reply = _ask([*question, ("DIGEST", digest)])
     if path := first(reply, "PATH"):
+        if asked.asks and digest is None:
+            _say(f"{source.name}: its registry did not answer; what the store has is used")
         return path
     if not first(reply, "NOTFOUND"):
         raise BootseerError("the agent gave no path")
@@ -132,7 +134,7 @@ def _put_into_store(source: Reference | Folder, digest: str | None, job_id: str)
 
     settings = config.load()
     signs = settings.image.kernel_mount != "off"
-    packing = AgentPacking(settings.agent.socket, job_id) if signs else None
+    packing = AgentPacking(settings.agent.socket, job_id, warn=_say) if signs else None
     store, listener = open_store(settings.store.uri), Listener(stage=stage, warn=_say)
     return ensure(store, source, digest=digest, packing=packing, listener=listener).fingerprint
 
@@ -141,10 +143,11 @@ class _Question:
     """What a tag stands for, asked of the registry in a thread, for so long as the user can wait."""
 
     def __init__(self, source: Reference | Folder) -> None:
+        self.asks = isinstance(source, Reference) and not source.digest
         self._digest: str | None = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
-        if isinstance(source, Reference) and not source.digest:
+        if isinstance(source, Reference) and self.asks:
             self._thread = threading.Thread(target=self._ask, args=(source,), daemon=True)
             self._thread.start()
 

@@ -209,10 +209,8 @@ def _make(store: Store, uid: int, wanted: _Wanted, packing: Packing | None, list
             name=wanted.made_from.name,
             fingerprint=wanted.fingerprint,
             progress=listener.progress,
+            sign=packing.signature if packing else lambda blob: "",
         )
-    if packing is not None and (signature := packing.signature(made.blob)):
-        made = replace(made, signature=signature)
-        write_name(store, uid, made)
     return _known_as(store, uid, made, wanted.source.name)
 
 

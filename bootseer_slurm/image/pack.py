@@ -7,8 +7,9 @@ Set-user-id bits and device nodes go into the image as they come: all files are 
 that steps get are nosuid and nodev, locked (see `kernel`).
 
 On disk: `folder`, below the cache's, only for root to enter; in it <ticket>/, 0700, the packer's: image, log.
-Nothing of it is kept: a result is an open file without a name. What a killed agent left is removed, and its
-packers are killed, by the next one.
+A result is an open file without a name, and no user has two: the next packing waits until the last one's
+result is closed, and when the user's last job ends it is emptied. What a killed agent left is removed, and
+its packers are killed, by the next one.
 
 Thread-safe. One packing for each user, one for each of PACKER_UIDS on a node; each has a time limit.
 """
@@ -16,6 +17,7 @@ Thread-safe. One packing for each user, one for each of PACKER_UIDS on a node; e
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -27,8 +29,9 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
@@ -53,6 +56,7 @@ _OPEN_FILES = 64
 _THREADS = 256
 _LOG_TAIL_BYTES = 2000
 _KILL_TIMEOUT_S = 5.0
+_CLAIM_S = 60.0  # for who packs to ask for the result, once it is there
 _HASH_THREADS = 2
 _HASH_RUN_BLOCKS = 64
 
@@ -76,7 +80,8 @@ class _Packing:
     packer_uid: int
     folder: Path
     process: subprocess.Popen[bytes]
-    timer: threading.Timer
+    log: BinaryIO
+    claimed: threading.Event = field(default_factory=threading.Event)
     ended: str = ""  # why it was killed
 
 
@@ -96,9 +101,15 @@ class Packer:
         self._min_free_bytes = min_free_bytes
         self._time_limit_s = time_limit_s
         self._packings: dict[str, _Packing] = {}
+        self._results: dict[int, int] = {}  # of each user, as a descriptor of our own
         self._lock = threading.Lock()
-        for uid in PACKER_UIDS:
-            _kill_processes(uid)
+        self._packers = [uid for uid in PACKER_UIDS if not _is_user(uid)]
+        for uid in list(self._packers):
+            try:
+                _kill_processes(uid)
+            except BootseerError as error:
+                _log.warning("%s: it packs no more", error.message)
+                self._packers.remove(uid)
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(mode=0o700, parents=True)
@@ -113,19 +124,20 @@ class Packer:
         with self._lock:
             if any(packing.uid == uid for packing in self._packings.values()):
                 raise BootseerError(f"an image of uid {uid} is being packed on this node", hint="wait for it")
+            if not self._is_closed(uid):
+                raise BootseerError(f"an image that was packed for uid {uid} is still open on this node")
             taken = {packing.packer_uid for packing in self._packings.values()}
-            free = [packer for packer in PACKER_UIDS if packer not in taken and not _is_user(packer)]
+            free = [packer for packer in self._packers if packer not in taken]
             if not free:
                 raise BootseerError("too many images are being packed on this node", hint="try again later")
-            limit_bytes = min(
-                self._max_bytes, psutil.disk_usage(str(self._folder)).free - self._min_free_bytes
-            )
+            free_bytes = psutil.disk_usage(str(self._folder)).free - self._min_free_bytes
+            limit_bytes = min(self._max_bytes, free_bytes // len(PACKER_UIDS))
             if limit_bytes <= 0:
                 raise BootseerError(f"{self._folder}: the disk has no room for packing")
             ticket = secrets.token_hex(16)
             packing, fd = self._launch(ticket, uid, free[0], limit_bytes)
             self._packings[ticket] = packing
-            packing.timer.start()
+            threading.Thread(target=self._watch, args=(packing,), name="packing", daemon=True).start()
             return fd, ticket
 
     def _launch(self, ticket: str, uid: int, packer_uid: int, limit_bytes: int) -> tuple[_Packing, int]:
@@ -133,26 +145,48 @@ class Packer:
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
         try:
             folder.mkdir(mode=0o700)
-            with (folder / "log").open("wb") as log:
-                os.chown(folder, packer_uid, packer_uid)
-                process = subprocess.Popen(
-                    _command(packer_uid, limit_bytes),
-                    stdin=read_fd,
-                    stdout=log,
-                    stderr=log,
-                    cwd=folder,
-                    env={"PATH": _PATH, "LANG": "C.UTF-8"},
-                    start_new_session=True,
-                )
+            log = (folder / "log").open("w+b")
+            os.chown(folder, packer_uid, packer_uid)
+            process = subprocess.Popen(
+                _command(packer_uid, limit_bytes),
+                stdin=read_fd,
+                stdout=log,
+                stderr=log,
+                cwd=folder,
+                env={"PATH": _PATH, "LANG": "C.UTF-8"},
+                start_new_session=True,
+            )
         except (OSError, subprocess.SubprocessError) as error:
             os.close(write_fd)
             shutil.rmtree(folder, ignore_errors=True)
             raise BootseerError(f"packing cannot be started: {error}") from error
         finally:
             os.close(read_fd)
-        timer = threading.Timer(self._time_limit_s, self._end, (ticket, "it took too long"))
-        timer.daemon = True
-        return _Packing(ticket, uid, packer_uid, folder, process, timer), write_fd
+        return _Packing(ticket, uid, packer_uid, folder, process, log), write_fd
+
+    def _watch(self, packing: _Packing) -> None:
+        """End a packing that takes too long, or whose result nobody asks for (a thread of its own)."""
+        try:
+            packing.process.wait(self._time_limit_s)
+        except subprocess.TimeoutExpired:
+            self._end(packing.ticket, "it took too long")
+        else:
+            if not packing.claimed.wait(_CLAIM_S):
+                self._end(packing.ticket, "nobody asked for it")
+
+    def _is_closed(self, uid: int) -> bool:
+        """Whether nobody has this user's last result open, as a lease says (F_SETLEASE, fcntl(2))."""
+        fd = self._results.get(uid)
+        if fd is None:
+            return True
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except BlockingIOError:
+            return False
+        except OSError as error:  # a file system that has no leases
+            _log.debug("%s: %s", self._folder, error)
+        os.close(self._results.pop(uid))
+        return True
 
     def finish(self, uid: int, ticket: str, *, timeout_s: float) -> Packed:
         """Wait until the image of this user's ticket is whole, and take it. The caller closes its descriptor.
@@ -162,8 +196,9 @@ class Packer:
         """
         with self._lock:
             packing = self._packings.get(ticket)
-        if packing is None or packing.uid != uid:
-            raise NotFound("no such packing on this node")
+            if packing is None or packing.uid != uid or packing.claimed.is_set():
+                raise NotFound("no such packing on this node")
+            packing.claimed.set()
         try:
             packing.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -171,29 +206,39 @@ class Packer:
         try:
             _kill_processes(packing.packer_uid)
             if packing.ended or packing.process.returncode != 0:
-                raise BootseerError(f"image was not packed: {packing.ended or _last_words(packing.folder)}")
+                raise BootseerError(f"image was not packed: {packing.ended or _last_words(packing.log)}")
             fd = _take(packing.folder, self._max_bytes)
         finally:
             self._forget(packing)
         try:
-            return Packed(fd, Manifest("image", *_digest(fd)))
+            packed = Packed(fd, Manifest("image", *_digest(fd)))
+            with self._lock:
+                self._results[uid] = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+            return packed
         except BaseException:
             os.close(fd)
             raise
 
     def cancel(self, uid: int) -> None:
-        """Kill the packing of a user, if there is one: the session has ended."""
+        """Kill the packing of a user, if there is one, and empty his last result: his last job has ended."""
         with self._lock:
             tickets = [packing.ticket for packing in self._packings.values() if packing.uid == uid]
+            result = self._results.pop(uid, None)
         for ticket in tickets:
             self._end(ticket, "the job ended")
+        if result is not None:
+            os.ftruncate(result, 0)
+            os.close(result)
 
     def close(self) -> None:
         """Kill all packings."""
         with self._lock:
             tickets = list(self._packings)
+            users = list(self._results)
         for ticket in tickets:
             self._end(ticket, "the agent stopped")
+        for uid in users:
+            self.cancel(uid)
 
     def _end(self, ticket: str, reason: str) -> None:
         """Kill a packing and forget it; `finish`, which may be waiting for it, says the reason."""
@@ -203,11 +248,14 @@ class Packer:
                 return
             packing.ended = reason
         packing.process.kill()  # which is root's for its first moments
-        _kill_processes(packing.packer_uid)
-        self._forget(packing)
+        try:
+            _kill_processes(packing.packer_uid)
+        finally:
+            packing.claimed.set()
+            self._forget(packing)
 
     def _forget(self, packing: _Packing) -> None:
-        packing.timer.cancel()
+        packing.log.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             packing.process.wait(_KILL_TIMEOUT_S)
         shutil.rmtree(packing.folder, ignore_errors=True)
@@ -254,13 +302,12 @@ def _kill_processes(uid: int) -> None:
         time.sleep(0.01)
 
 
-def _last_words(folder: Path) -> str:
-    """What mksquashfs said last, as far as it can be shown."""
+def _last_words(log: BinaryIO) -> str:
+    """What mksquashfs said last, as far as it can be shown. log: as we opened it, whatever has its name."""
     try:
-        with (folder / "log").open("rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - _LOG_TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()
-    except OSError:
+        log.seek(max(0, os.fstat(log.fileno()).st_size - _LOG_TAIL_BYTES))
+        lines = log.read().decode(errors="replace").splitlines()
+    except (OSError, ValueError):  # ValueError: it was ended meanwhile
         lines = []
     line = next((line for line in reversed(lines) if line.strip()), "mksquashfs was killed")
     return "".join(c if c.isprintable() else "?" for c in line)[:300]
@@ -277,13 +324,13 @@ def _take(folder: Path, max_bytes: int) -> int:
     except OSError as error:
         raise BootseerError(f"image was not packed: {error.strerror}") from error
     try:
-        os.fchown(fd, 0, 0)
-        os.fchmod(fd, 0o400)
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             raise BootseerError("image was not packed: its packer left no plain file")
         if status.st_size > max_bytes:
             raise BootseerError(f"image was not packed: {status.st_size} bytes are too many")
+        os.fchown(fd, 0, 0)
+        os.fchmod(fd, 0o400)
         check_squashfs(_Image(fd, status.st_size), "of the packer")
     except BaseException as error:
         os.close(fd)

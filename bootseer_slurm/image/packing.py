@@ -7,10 +7,12 @@ image works all the same, through squashfuse.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -50,19 +52,25 @@ class OwnPacking:
 class AgentPacking:
     """By the agent of this node, for a job of this user; by this process where the agent does not."""
 
-    def __init__(self, socket_path: Path, job_id: str) -> None:
+    def __init__(self, socket_path: Path, job_id: str, *, warn: Callable[[str], None]) -> None:
+        """warn: told why the agent does not pack."""
         self._socket_path = socket_path
         self._job_id = job_id
+        self._warn = warn
         self._signed = ("", "")
 
     def pack(self, rootfs: Path, target: Path) -> None:
         try:
             fd, self._signed = self._packed(rootfs)
-        except (BootseerError, OSError, ValueError):
+        except (BootseerError, OSError, ValueError) as error:
+            self._warn(f"packed without the agent, so the kernel will not mount it: {error}")
             pack(rootfs, target)
             return
         with open(fd, "rb") as image, target.open("xb") as file:
+            size_bytes = os.fstat(fd).st_size
             shutil.copyfileobj(image, file, 1 << 20)
+            if file.tell() != size_bytes:
+                raise BootseerError(f"{rootfs}: the agent took its image back: the job is over")
 
     def signature(self, blob: str) -> str:
         signed, signature = self._signed
@@ -71,6 +79,7 @@ class AgentPacking:
     def _packed(self, rootfs: Path) -> tuple[int, tuple[str, str]]:
         """Send the tree; gives a descriptor of the image, and (its blob's id, signature)."""
         reply, fds = self._ask("pack", [], _START_TIMEOUT_S)
+        ticket = [("TICKET", first(reply, "TICKET"))]
         tar = ["tar", "-C", str(rootfs), "-c", "--numeric-owner", "--exclude=./dev/*", "."]
         try:
             if len(fds) != 1:
@@ -82,8 +91,10 @@ class AgentPacking:
             for fd in fds:
                 os.close(fd)
         if done.returncode:
+            with contextlib.suppress(BootseerError, OSError, ValueError):  # so that the next one can begin
+                for fd in self._ask("packed", ticket, _START_TIMEOUT_S)[1]:
+                    os.close(fd)
             raise BootseerError(f"{rootfs}: tar failed: {done.stderr.decode(errors='replace')[-300:]}")
-        ticket = [("TICKET", first(reply, "TICKET"))]
         reply, fds = self._ask("packed", ticket, _FINISH_TIMEOUT_S)
         if len(fds) != 1:
             raise BootseerError("the agent gave no image")
@@ -92,11 +103,11 @@ class AgentPacking:
     def _ask(self, op: str, fields: protocol.Message, timeout_s: float) -> tuple[protocol.Message, list[int]]:
         """One question, whose answer may bring a descriptor. Raises BootseerError, OSError or ValueError."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
-            link.settimeout(timeout_s)
+            link.settimeout(_START_TIMEOUT_S)
             link.connect(str(self._socket_path))
             link.sendall(protocol.encode([("OP", op), ("JOB_ID", self._job_id), *fields]))
             link.shutdown(socket.SHUT_WR)
-            reply, fds = protocol.receive(link)
+            reply, fds = protocol.receive(link, rest_s=timeout_s)
         if first(reply, "STATUS") != "ok":
             for fd in fds:
                 os.close(fd)

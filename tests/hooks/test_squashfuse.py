@@ -280,7 +280,8 @@ def test_an_agent_without_a_mount(place: Place, reply: bytes) -> None:
         agent.stop()
     assert (done.returncode, done.stdout) == (7, place.given_way())
     assert done.stderr.count("\n") == 1
-    assert len(agent.requests) == 1
+    # Closed without a word: this user has too many connections, and asks again while enroot waits.
+    assert (len(agent.requests) > 1) if not reply else (len(agent.requests) == 1)
 
 
 def test_a_descriptor_that_is_no_mount(place: Place) -> None:

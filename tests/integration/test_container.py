@@ -442,3 +442,11 @@ def test_mounting_an_image_in_the_prolog_is_no_start(trusted: bool) -> None:
         time.sleep(2)
         containers.end(job)
         assert len(traces()) == 1, "nothing was started from it"
+
+
+def test_a_job_that_did_not_ask_leaves_no_image(containers: Containers) -> None:
+    """Its container starts as without Bootseer; here enroot is missing or fails."""
+    shutil.rmtree(containers.node.folder / "store/users" / str(ALICE))
+    done = containers.importer(99, "get", f"docker://{containers.name}")
+    assert "job 99 did not ask for Bootseer" in done.stderr and "falling back" in done.stderr
+    assert not (containers.node.folder / "store/users" / str(ALICE)).exists()

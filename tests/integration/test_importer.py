@@ -43,7 +43,7 @@ class Agent:
         self.asked: list[dict[str, str]] = []
         self.answers: list[protocol.Message | Answer] = []
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._server.bind(str(path))
+        self._server.bind(str(path))  # NUL first: an abstract name
         self._server.listen()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -192,7 +192,9 @@ def test_an_agent_that_tells_no_digest_is_asked_with_it(step: Step, agent: Agent
 
 def test_a_registry_that_is_down_leaves_the_agents_answer(step: Step, agent: Agent) -> None:
     agent.answers = [ok(("PATH", "/stored"), ("DIGEST", "sha256:" + "0" * 64))]
-    assert step.run("get", DEAD) == (0, "/stored\n", "")
+    status, output, errors = step.run("get", DEAD)
+    assert (status, output) == (0, "/stored\n")
+    assert "its registry did not answer; what the store has is used" in errors
     assert len(agent.asked) == 1
 
 
@@ -202,7 +204,8 @@ def test_a_registry_that_hangs_is_waited_for_two_seconds(step: Step, agent: Agen
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
         uri = f"docker://127.0.0.1:{silent.getsockname()[1]}#x:1"
-        assert step.run("get", uri) == (0, "/stored\n", "")
+        status, output, errors = step.run("get", uri)
+        assert (status, output) == (0, "/stored\n") and "its registry did not answer" in errors
         assert 1.5 < time.monotonic() - start < 4.5
 
 
@@ -220,6 +223,26 @@ def fallback(step: Step, uri: str, reason: str) -> None:
 
 def test_without_an_agent_it_is_stock(step: Step) -> None:
     fallback(step, DEAD, "; falling back to enroot import")
+
+
+def test_whoever_has_the_public_name_is_not_asked_for_an_image(step: Step) -> None:
+    """Any user can have it while no agent runs, and could give a container his files."""
+    impostor = Agent(Path(protocol.ABSTRACT_SOCKET))
+    try:
+        impostor.answers = [ok(("PATH", "/evil.sqsh"))]
+        fallback(step, DEAD, "no agent answers")
+        assert impostor.asked == []
+    finally:
+        impostor.close()
+
+
+def test_an_agent_that_hangs_costs_seconds(step: Step) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hung:
+        hung.bind(str(step.folder / "agent.sock"))
+        hung.listen()
+        start_s = time.monotonic()
+        fallback(step, DEAD, "no agent answers")
+        assert time.monotonic() - start_s < 40, "and not the two minutes that an image may take"
 
 
 def test_a_job_that_did_not_ask_is_stock(step: Step, agent: Agent) -> None:

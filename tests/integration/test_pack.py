@@ -322,3 +322,69 @@ def test_something_else_in_place_of_the_image(tmp_path: Path) -> None:
         make(folder / "image")
         with pytest.raises(BootseerError):
             pack._take(folder, 1 << 20)
+
+
+def test_processes_of_a_user_of_that_number_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = PACKER_UIDS[1]
+    monkeypatch.setattr(pack, "_is_user", lambda uid: uid == theirs)
+    with subprocess.Popen(["sleep", "60"], user=theirs) as sleeping:
+        try:
+            packer = Packer(tmp_path / "packing", max_bytes=1 << 20)
+            assert sleeping.poll() is None
+            fds = [packer.start(_UID + number)[0] for number in range(len(PACKER_UIDS) - 1)]
+            with pytest.raises(BootseerError, match="too many"):
+                packer.start(_UID + 100)
+            packer.close()
+            for fd in fds:
+                os.close(fd)
+            assert sleeping.poll() is None
+        finally:
+            sleeping.kill()
+
+
+def test_a_result_is_given_once_and_goes_when_nobody_asks(
+    packer: Packer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack, "_CLAIM_S", 0.3)
+    fd, ticket = packer.start(_UID)
+    os.write(fd, _tar(_member("a", data=b"x")))
+    os.close(fd)
+    deadline_s = time.monotonic() + 10
+    while list((tmp_path / "packing").iterdir()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    with pytest.raises(NotFound):
+        packer.finish(_UID, ticket, timeout_s=1)
+    packed = _pack(packer, _tar(_member("a", data=b"x")))
+    assert packed.size_bytes > 0
+    os.close(packed.fd)
+
+
+def test_a_user_holds_one_result_at_most(packer: Packer) -> None:
+    first = _pack(packer, _tar(_member("a", data=os.urandom(50_000))))
+    with pytest.raises(BootseerError, match="still open"):
+        packer.start(_UID)
+    other = _pack(packer, _tar(_member("a", data=b"x")), uid=_UID + 1)
+    os.close(first.fd)
+    second = _pack(packer, _tar(_member("a", data=os.urandom(50_000))))
+    assert os.fstat(second.fd).st_size > 50_000
+    packer.cancel(_UID)
+    assert os.fstat(second.fd).st_size == 0 and os.fstat(other.fd).st_size > 0
+    os.close(second.fd)
+    os.close(other.fd)
+
+
+def test_a_packer_cannot_have_another_file_read_as_its_log(packer: Packer, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("the key")
+    fd, ticket = packer.start(_UID)
+    log = tmp_path / "packing" / ticket / "log"
+    log.unlink()
+    log.symlink_to(secret)
+    os.write(fd, b"no tar" * 1000)
+    os.close(fd)
+    with pytest.raises(BootseerError) as raised:
+        packer.finish(_UID, ticket, timeout_s=_TIMEOUT_S)
+    assert "key" not in raised.value.message

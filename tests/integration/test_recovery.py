@@ -445,3 +445,15 @@ def test_one_job_cannot_fill_memory_with_what_it_asks_for(node: Node) -> None:
     assert (journal.stat().st_size, events.stat().st_size) == before
     node.ask("epilog", JOB_ID=1)
     assert node.events(1)
+
+
+def test_one_job_cannot_fill_memory_with_digests(node: Node) -> None:
+    node.start("session._DIGESTS_LIMIT_BYTES = 150")
+    first, second = make_file(node, "a.bin", 2**20), make_file(node, "b.bin", 2**20)
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=first)
+    os.close(attach(node, 1)[str(first)])
+    _, fds = node.request("attach", JOB_ID=1, UID=ALICE, STEP_ID=0, BOOTSEER=1, CHECKPOINT=second)
+    assert len(fds) == 1
+    os.close(fds[0])
+    node.ask("epilog", JOB_ID=1)
+    assert any("asked for too much" in str(event.get("message")) for event in node.events(1))

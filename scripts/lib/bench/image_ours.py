@@ -52,14 +52,21 @@ def publish(cluster: Cluster, inputs: Inputs) -> None:
 
 
 def measured(
-    cluster: Cluster, inputs: Inputs, uri: str, *, head_start_s: float = 0.0, heavy: bool = False
+    cluster: Cluster,
+    inputs: Inputs,
+    uri: str,
+    *,
+    head_start_s: float = 0.0,
+    heavy: bool = False,
+    warm: bool = False,
 ) -> Result:
     """One start of a new job, and what its node told of it (docs/events.md).
 
+    warm: what earlier starts brought to the node's disk is kept.
     Beside what every start gives: hot_bytes and hot_s of the prefetch, reads, reads_blocked.
     """
     job_id = next(_job_ids)
-    result = start(cluster, inputs, arm(job_id, uri, head_start_s=head_start_s, heavy=heavy))
+    result = start(cluster, inputs, arm(job_id, uri, head_start_s=head_start_s, heavy=heavy, warm=warm))
     events = cluster.shared / f"bootseer/users/{ALICE}/events/{job_id}.0/{NODE}.jsonl"
     deadline_s = time.monotonic() + EVENTS_PATIENCE_S
     while not (events.exists() and '"session","name":"end"' in events.read_text()):
@@ -80,7 +87,7 @@ def forget(cluster: Cluster) -> None:
     shutil.rmtree(cluster.shared / f"bootseer/users/{ALICE}/traces", ignore_errors=True)
 
 
-def arm(job_id: int, uri: str, *, head_start_s: float, heavy: bool) -> Arm:
+def arm(job_id: int, uri: str, *, head_start_s: float, heavy: bool, warm: bool) -> Arm:
     """A start of a new job. head_start_s: between the prolog and the step."""
     title = "with Bootseer"
     slurm = {
@@ -119,4 +126,6 @@ def arm(job_id: int, uri: str, *, head_start_s: float, heavy: bool) -> Arm:
         "env": slurm | {"SLURM_SCRIPT_CONTEXT": "epilog_slurmd"},
     }
     enter = [STAND_IN, "{image}", ROOT]
-    return Arm(title, steps, heavy=heavy, empty=True, imported=[mark], ended=[release, epilog], enter=enter)
+    return Arm(
+        title, steps, heavy=heavy, empty=not warm, imported=[mark], ended=[release, epilog], enter=enter
+    )

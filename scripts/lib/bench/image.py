@@ -1,6 +1,6 @@
 """Starting a container from its image: everything that can be done today, beside Bootseer.
 
-One run takes about twenty minutes on two cores, and longer the first time, when it makes its image.
+One run takes about half an hour on two cores, and longer the first time, when it makes its image.
 """
 
 from __future__ import annotations

@@ -4,14 +4,12 @@ Runs as the calling user and needs no root: owners are not kept, all files are r
 enroot wants them. With enroot installed, enroot does the whole; else skopeo fetches the image and umoci
 unpacks it, and rootfs.py writes what enroot's import would have added.
 
-On disk: a folder bootseer-image-<uid>-<random> in $ENROOT_TEMP_PATH or $TMPDIR, locked (flock(2)) as long
-as its process lives. It goes away with the conversion; what a killed process left, the next one removes.
+On disk: a scratch folder (scratch.py) in $ENROOT_TEMP_PATH or $TMPDIR.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -21,10 +19,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bootseer_slurm import scratch as scratches
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.image import registry
 from bootseer_slurm.image.reference import Folder, Reference
-from bootseer_slurm.image.rootfs import configure, make_readable
+from bootseer_slurm.image.rootfs import configure
+from bootseer_slurm.scratch import make_readable, remove_tree
 
 # Of 328 MB of packages level 1 makes 115 MB in 2.0 s, 3 109 MB in 2.6 s, 6 102 MB in 6.8 s (2 cores). The
 # first job that names an image waits for this, so not 6. Blocks of 256 KiB save 4 % more; but each small read
@@ -97,66 +97,20 @@ def pack(rootfs: Path, target: Path, *, progress: Progress = lambda count: None)
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder of this process for the time of a block; those that killed processes left are removed first.
+    """A folder of this process for the time of a block. Raises BootseerError when none can be made.
 
-    Raises BootseerError when none can be made; one of the block gets a hint how full the disk is.
+    An error of the block gets a hint how full the disk is.
     """
     base = Path(os.environ.get("ENROOT_TEMP_PATH") or tempfile.gettempdir())
-    remove_left_scratch(base)
-    path, fd = _locked_folder(base)
-    try:
-        yield path
-    except BootseerError as error:
-        # On a full disk umoci may remove what it wrote, and die with a message of something else.
-        if error.hint is None:
-            error.hint = (
-                f"{os.statvfs(path).f_bavail * os.statvfs(path).f_frsize // 2**20} MiB are free now; {_PLACE}"
-            )
-        raise
-    finally:
-        remove_tree(path)
-        os.close(fd)
-
-
-def remove_left_scratch(base: Path) -> None:
-    """Remove this user's scratch folders whose process is gone."""
-    for path in base.glob(f"{_scratch_prefix()}*"):
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                if os.fstat(fd).st_uid == os.geteuid():
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    remove_tree(path)
-            finally:
-                os.close(fd)
-
-
-def _locked_folder(base: Path) -> tuple[Path, int]:
-    while True:
+    with scratches.folder("image", base, hint=_PLACE) as path:
         try:
-            path = Path(tempfile.mkdtemp(prefix=_scratch_prefix(), dir=base))
-        except OSError as error:
-            raise BootseerError(
-                f"{base}: no place to convert an image: {error.strerror}", hint=_PLACE
-            ) from error
-        # Before it is locked, another process may take it for a left one.
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            if path.exists():
-                return path, fd
-            os.close(fd)
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a folder of this user, with those in it that he may not enter; what cannot go stays."""
-    with contextlib.suppress(OSError):
-        make_readable(path)
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _scratch_prefix() -> str:
-    return f"bootseer-image-{os.geteuid()}-"
+            yield path
+        except BootseerError as error:
+            # On a full disk umoci may remove what it wrote, and die with a message of something else.
+            if error.hint is None:
+                disk = os.statvfs(path)
+                error.hint = f"{disk.f_bavail * disk.f_frsize // 2**20} MiB are free now; {_PLACE}"
+            raise
 
 
 def _enroot_import(

@@ -55,17 +55,6 @@ def configure(rootfs: Path, config: dict[str, Any], provenance: str) -> None:
             _write(etc, "rc.local", "# Sourced by /etc/rc when the container starts.\n")
 
 
-def make_readable(tree: Path) -> None:
-    """Let the owner read all files of a tree and enter and change all its folders."""
-    os.chmod(tree, stat.S_IMODE(os.lstat(tree).st_mode) | 0o700)
-    for folder, folders, files in os.walk(tree):
-        for name, needed in (*((each, 0o700) for each in folders), *((each, 0o400) for each in files)):
-            path = os.path.join(folder, name)
-            mode = os.lstat(path).st_mode
-            if not stat.S_ISLNK(mode) and mode & needed != needed:
-                os.chmod(path, stat.S_IMODE(mode) | needed)
-
-
 def _rc(workdir: str, entry: list[str], command: list[str], provenance: str) -> str:
     place = shlex.quote(workdir)
     if not entry and not command:

@@ -146,11 +146,11 @@ def set_attributes(
     )
 
 
-def bind_clone(path: Path | str) -> int:
+def bind_clone(path: Path | str, *, read_only: bool = True) -> int:
     """Return the descriptor of a detached mount of path that is read-only, nosuid, nodev and private."""
     fd = open_tree_clone(path)
     try:
-        set_attributes(fd)
+        set_attributes(fd, read_only=read_only)
     except OSError as error:
         os.close(fd)
         raise OSError(error.errno, error.strerror, str(path)) from None

@@ -19,6 +19,7 @@ from bootseer_slurm.image.reference import parse
 _VALUE_LIMIT = 4096
 _TARGET_LIMIT = 16
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://[^\s]+")
+_SWITCHES = ("observe", "writable")
 _PROFILE_KEYS = {"images": "image", "environments": "environment", "checkpoints": "checkpoint"}
 
 
@@ -51,10 +52,11 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """All that one job wishes. observe: only measure."""
+    """All that one job wishes. observe: only measure. writable: environments get a layer to write to."""
 
     observe: bool
     wishes: tuple[Wish, ...] = field(default=())
+    writable: bool = False
 
 
 def parse_job(message: Message) -> Job:
@@ -77,9 +79,11 @@ def parse_request(message: Message) -> Request | None:
     if not mode:
         return None
     wishes: list[Wish] = []
+    writable = False
     profile = first(message, "PROFILE")
     if profile:
         request = parse_profile(profile)
+        writable = request.writable
         mode = "observe" if request.observe else mode
         wishes += request.wishes
     for key, kind in (("IMAGE", "image"), ("ENV", "environment"), ("CHECKPOINT", "checkpoint")):
@@ -90,7 +94,7 @@ def parse_request(message: Message) -> Request | None:
     if image and not any(wish.kind == "image" for wish in wishes):
         with contextlib.suppress(InputError):  # pyxis tells what is wrong with its own option
             wishes.append(image_wish(image))
-    return Request(mode == "observe", tuple(dict.fromkeys(wishes))[:_TARGET_LIMIT])
+    return Request(mode == "observe", tuple(dict.fromkeys(wishes))[:_TARGET_LIMIT], writable)
 
 
 def _wish(kind: str, key: str, value: str) -> Wish:
@@ -134,10 +138,10 @@ def parse_profile(text: str) -> Request:
     problems: list[str] = []
     wishes: list[Wish] = []
     for key, value in content.items():
-        if key == "observe" and isinstance(value, bool):
+        if key in _SWITCHES and isinstance(value, bool):
             continue
         if key not in _PROFILE_KEYS:
-            problems.append(f"{key}: {'must be true or false' if key == 'observe' else 'unknown key'}")
+            problems.append(f"{key}: {'must be true or false' if key in _SWITCHES else 'unknown key'}")
             continue
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -151,8 +155,9 @@ def parse_profile(text: str) -> Request:
     if len(wishes) > _TARGET_LIMIT:
         problems.append(f"names {len(wishes)} things, at most {_TARGET_LIMIT} can be")
     if problems:
-        raise InputError("profile: " + "; ".join(problems), hint=f"keys: {', '.join(_PROFILE_KEYS)}, observe")
-    return Request(content.get("observe") is True, tuple(wishes))
+        hint = f"keys: {', '.join((*_PROFILE_KEYS, *_SWITCHES))}"
+        raise InputError("profile: " + "; ".join(problems), hint=hint)
+    return Request(content.get("observe") is True, tuple(wishes), content.get("writable") is True)
 
 
 def number(message: Message, key: str, default: str = "") -> int:

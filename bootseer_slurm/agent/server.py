@@ -215,7 +215,10 @@ class Agent:
             return [("TICKET", ticket)]
         if op == "packed":
             owner = self._own(message, uid).job.uid
-            packed = self._packer.finish(owner, first(message, "TICKET"), timeout_s=_PACK_TIMEOUT_S)
+            kind = "environment" if first(message, "KIND") == "environment" else "image"
+            packed = self._packer.finish(
+                owner, first(message, "TICKET"), timeout_s=_PACK_TIMEOUT_S, kind=kind
+            )
             fds.append(packed.fd)
             signature = sign(read_key(self._config.image.site_key), owner, packed.manifest.id)
             return [("MANIFEST_ID", packed.manifest.id), ("SIGNATURE", signature)]

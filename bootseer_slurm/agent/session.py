@@ -24,6 +24,7 @@ from bootseer_slurm.agent.protocol import Message
 from bootseer_slurm.agent.publish import Publisher
 from bootseer_slurm.agent.recording import Recording
 from bootseer_slurm.agent.request import Job, Request, Wish, image_wish, learned_wishes
+from bootseer_slurm.agent.saving import Saving
 from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.target import Bind, Target
 from bootseer_slurm.blob.jobclass import encode_wishes, job_class
@@ -75,11 +76,13 @@ class Session:
         self._lookups = 0
         self._digest_bytes = 0
         self._observe = False
+        self._writable = False
         self._ending_start = False
         no_key = Key(b"", "kernel_mount is off")
         self._key = no_key if config.image.kernel_mount == "off" else read_key(config.image.site_key)
         self._class = job_class(job.uid, job.account, job.name)
         self._publisher = Publisher(job, self._fetcher)
+        self._saving = Saving(job, self.log, config)
         self._recording = Recording(
             job, node, self._class, config.prefetch, publisher=self._publisher, on_over=self._end_start
         )
@@ -131,7 +134,8 @@ class Session:
         """Bring these too; what was asked for already is not asked for twice."""
         if request.observe or self._observe:
             return
-        for wish in request.wishes:
+        self._writable = self._writable or request.writable
+        for wish in sorted(request.wishes, key=lambda wish: wish.kind != "image"):  # environments ask for it
             self._seek(wish, asked=True)
 
     def _seek(self, wish: Wish, *, asked: bool) -> _Sought:
@@ -264,6 +268,7 @@ class Session:
             sought = list(self._sought.items())
         if self._prefetch:
             self._prefetch.stop()
+        self._saving.stop()
         try:
             self._tell_end(targets, sought, reason)
         except Exception:
@@ -312,6 +317,13 @@ class Session:
             self._prefetch.start_over()
         self._recording.finish(why)
         self._publisher.write_events(self.log)
+        with self._lock:
+            without = [
+                wish.name
+                for wish, sought in self._sought.items()
+                if wish.kind == "environment" and sought.asked and sought.target is None
+            ]
+        self._saving.begin(without, self._image_name())
 
     def _remember(self) -> None:
         """Tell the next start of this class what this one asked for."""
@@ -385,6 +397,7 @@ class Session:
             self._shelf,
             roots=self._config.shadow.roots,
             digest=digest,
+            image=self._image_name() if wish.kind == "environment" else "",
             allow=self._allow,
             on_fault=lambda name, message: self._fault(name, f"{wish.name}: {message}"),
         )
@@ -392,11 +405,17 @@ class Session:
             if target.warning:
                 self._fault("store_not_used", target.warning)
             if wish.kind == "environment":
-                target.mount_snapshot(self._folder, self.job)
+                target.mount_snapshot(self._folder, self.job, self._key, writable=self._writable)
         except BaseException:
             target.close()
             raise
         return target
+
+    def _image_name(self) -> str:
+        """The image that the job asked for first, "" when it did not name one."""
+        with self._lock:
+            asked = (wish for wish, sought in self._sought.items() if sought.asked)
+            return next((wish.name for wish in asked if wish.kind == "image"), "")
 
     def _allow(self, size_bytes: int) -> None:
         with self._lock:

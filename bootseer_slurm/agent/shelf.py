@@ -135,15 +135,16 @@ class Shelf:
         """The FUSE file, which its user may open by path."""
         return self._places[reader.uid, reader.blob.id].path
 
-    def mount_image(self, reader: Reader) -> None:
-        """Have the kernel mount an image, which must be a trusted one. Raises BootseerError."""
+    def mount_image(self, reader: Reader) -> Path:
+        """Have the kernel mount a trusted squashfs; gives where. Raises BootseerError."""
         place = self._places[reader.uid, reader.blob.id]
+        folder = self._folder(reader)
         with place.mount_lock:
             if place.mount is None and not place.gone:
-                folder = self._folder(reader)
                 place.mount = KernelMount.open_image(
                     self.path(reader), folder, uid=reader.uid, gid=reader.gid
                 )
+        return folder
 
     def clone_mount(self, image: str, uid: int) -> int:
         """A detached mount of an image for its user's container; the caller closes the descriptor.

@@ -30,8 +30,8 @@ from bootseer_slurm.blob.manifest import (
 )
 from bootseer_slurm.blob.reader import OnFault, Reader, Source, Usage
 from bootseer_slurm.blob.trace import Plan, Recorder, decode_plan
-from bootseer_slurm.env.attach import Snapshot
-from bootseer_slurm.errors import InputError, IntegrityError, NotFound, StoreError
+from bootseer_slurm.env.attach import Layer, Snapshot
+from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.fetch.process import FetchProcess, Reply
 from bootseer_slurm.image.trust import Key, is_signed
 
@@ -62,14 +62,15 @@ class Target:
         *,
         roots: tuple[Path, ...],
         digest: str = "",
+        image: str = "",
         allow: Callable[[int], None],
         on_fault: OnFault,
     ) -> None:
         """Look it up. Raises BootseerError.
 
-        digest: of an image, what its tag means now. allow: asked before so many bytes of digests are kept in
-        memory; raises InputError when they are too many. on_fault: told of faults of the data path, see
-        Reader.
+        digest: of an image, what its tag means now. image: of an environment, the image that it is used in.
+        allow: asked before so many bytes of digests are kept in memory; raises InputError when they are too
+        many. on_fault: told of faults of the data path, see Reader.
         """
         self.wish = wish
         self.path: str | None = None
@@ -83,8 +84,10 @@ class Target:
         self._original: int | None = None
         self._sources: list[Source] = []
         self._snapshot: Snapshot | None = None
+        self._layer: Layer | None = None
+        self._mounted: Path | None = None  # of an environment
         self._store_folder = ""
-        reply = process.call("resolve", kind=wish.kind, name=wish.name, digest=digest)
+        reply = process.call("resolve", kind=wish.kind, name=wish.name, digest=digest, image=image)
         fds = list(reply.fds)
         try:
             if "path" in reply.fields:
@@ -232,10 +235,25 @@ class Target:
         """Have the kernel mount this image, which must be signed. Raises BootseerError."""
         self._shelf.mount_image(self.reader)
 
-    def mount_snapshot(self, folder: Path, job: Job) -> None:
-        """Mount an environment's snapshot in a folder, or take up the mount there. Raises BootseerError."""
+    def mount_snapshot(self, folder: Path, job: Job, key: Key, *, writable: bool) -> None:
+        """Mount an environment's snapshot, or take up the mount there: the fastest way that this node has.
+
+        folder: for the job's mounts. key: the site's. writable: with a layer over it that goes with the job.
+        Raises BootseerError.
+        """
         place = folder / self.reader.blob.id[:16]
-        self._snapshot = Snapshot(self._shelf.served_path(self.reader), place, uid=job.uid, gid=job.gid)
+        if self.is_signed(key):
+            try:
+                self._mounted = self._shelf.mount_image(self.reader)
+            except BootseerError as error:
+                self._on_fault("kernel_mount_failed", error.message)
+        if self._mounted is None:
+            served = self._shelf.served_path(self.reader)
+            self._snapshot = Snapshot(served, place, uid=job.uid, gid=job.gid, all_root=bool(self.signature))
+            self._mounted = place
+        if writable:
+            layer = place.with_name(f"{place.name}.rw")
+            self._layer = Layer(self._mounted, layer, uid=job.uid, gid=job.gid)
 
     def served_path(self) -> Path:
         """Where the blob can be opened by its user, for targets that have no path of their own."""
@@ -252,11 +270,17 @@ class Target:
         if not self._process.call("same", timeout_s=_SAME_TIMEOUT_S, **fields).fields.get("same"):
             raise InputError(f"{self.path}: was changed after it was looked up")
         status = os.fstat(self._original)
-        source = self._snapshot.path if self._snapshot else self._shelf.path(self.reader)
-        return Bind(mounts.bind_clone(source), status.st_dev, status.st_ino, self.path)
+        if self._layer:
+            fd = mounts.bind_clone(self._layer.path, read_only=False)
+        else:
+            fd = mounts.bind_clone(self._mounted or self._shelf.path(self.reader))
+        return Bind(fd, status.st_dev, status.st_ino, self.path)
 
     def close(self) -> None:
         """Let go of the blob, the mount and the original."""
+        if self._layer:
+            self._layer.close()
+            self._layer = None
         if self._snapshot:
             self._snapshot.close()
             self._snapshot = None

@@ -3,12 +3,14 @@
 One small JSON object in the store for each path or URI, under the sha256 of that name:
 
     {"version": 1, "kind": "image", "name": "/lustre/img/train.sqsh", "fingerprint": "…",
-     "blob": "<id>", "folder": "users/<uid>/blobs/<token>", "made_ns": 1764000000000000000, "signature": ""}
+     "blob": "<id>", "folder": "users/<uid>/blobs/<token>", "made_ns": 1764000000000000000, "signature": "",
+     "key": {}}
 
 A fingerprint says what the original was when the blob was made. It must mean the same on every node, so it
 holds no device, no inode and no part of a second: SFTP, for one, has none of them. To make whole seconds
 safe, no blob is made of what was changed less than SETTLE_S ago. Compare git's "racy" index entries.
-An image of a registry (image/reference.py) has the registry's manifest digest as its fingerprint.
+An image of a registry (image/reference.py) has the registry's manifest digest as its fingerprint, an
+environment the digest of its key (env/key.py), which is kept to tell what changed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bootseer_slurm.errors import IntegrityError, NotFound, StoreError
@@ -42,6 +44,7 @@ class Name:
     folder: str
     made_ns: int
     signature: str = ""
+    key: dict[str, str] = field(default_factory=dict)
 
 
 def user_folder(uid: int) -> str:
@@ -128,6 +131,9 @@ def _decode(content: bytes, uid: int, name: str) -> Name:
             raise ValueError("a value is not text")
         if not isinstance(record.get("signature", ""), str):
             raise ValueError("its signature is not text")
+        key = record.get("key", {})
+        if not isinstance(key, dict) or not all(isinstance(part, str) for part in key.values()):
+            raise ValueError("its key is not of texts")
         folder: str = record["folder"]
         if not folder.startswith(f"{user_folder(uid)}/blobs/") or ".." in folder.split("/"):
             raise ValueError("its folder is not one of this user's blobs")

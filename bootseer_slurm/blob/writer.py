@@ -31,12 +31,13 @@ def store_file(
     objects: int = 1,
     progress: Callable[[int], None] = lambda count: None,
     sign: Callable[[str], str] = lambda blob: "",
+    key: dict[str, str] | None = None,
 ) -> Name:
     """Put the bytes of `path` into the store as a blob of this user, known under `name`.
 
     kind: image, environment or checkpoint. objects: stripe objects to spread the bytes over.
     progress: called with the number of bytes just stored, from several threads.
-    sign: gives the signature of a blob's id, "" without one.
+    sign: gives the signature of a blob's id, "" without one. key: of an environment.
     Raises BootseerError when the file changed while it was read, StoreError when the store fails.
     """
     before = path.stat()
@@ -71,7 +72,7 @@ def store_file(
         raise
     finally:
         source.close()
-    record = Name(kind, name, fingerprint, manifest.id, folder, time.time_ns(), sign(manifest.id))
+    record = Name(kind, name, fingerprint, manifest.id, folder, time.time_ns(), sign(manifest.id), key or {})
     write_name(store, os.getuid(), record)
     return record
 

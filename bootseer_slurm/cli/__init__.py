@@ -17,14 +17,14 @@ from rich.console import Console
 from bootseer_slurm import config as configuration
 from bootseer_slurm.cli import doctor, settings
 from bootseer_slurm.cli.cache import app as cache_app
+from bootseer_slurm.cli.env import app as env_app
 from bootseer_slurm.cli.image import app as image_app
 from bootseer_slurm.cli.importer import app as importer_app
-from bootseer_slurm.cli.progress import progress_bars, store_with_progress
+from bootseer_slurm.cli.progress import store_with_progress
 from bootseer_slurm.errors import InputError, StoreError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="The configuration of this machine.")
-env_app = typer.Typer(no_args_is_help=True, help="Snapshots of Python environments.")
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Striped checkpoints in the store.")
 profile_app = typer.Typer(no_args_is_help=True, help="Profiles, the files given as --bootseer=PROFILE.toml.")
 store_app = typer.Typer(no_args_is_help=True, help="The shared store.")
@@ -166,23 +166,3 @@ def checkpoint_stripe(
     if not real.is_file():
         raise InputError(f"{real}: not a file")
     store_with_progress(real, "checkpoint", objects=stripes, name=str(real))
-
-
-@env_app.command("save")
-def env_save(
-    folder: Annotated[Path, typer.Argument(help="A venv, or a `pip install --target` folder.")],
-) -> None:
-    """Save an environment; jobs that use it at this path are served from the snapshot."""
-    from bootseer_slurm.env.snapshot import save
-
-    if not folder.is_dir():
-        raise InputError(f"{folder}: not a directory")
-    with progress_bars() as progress:
-        task = progress.add_task("fingerprint", total=None)
-        name, size_bytes = save(
-            settings.store(),
-            folder,
-            stage=lambda text, size_bytes: progress.update(task, description=text, total=size_bytes),
-            progress=lambda count: progress.advance(task, count),
-        )
-    print(f"{name.name}  {name.blob[:16]}  {size_bytes} bytes")

@@ -15,22 +15,26 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import psutil
+
 from bootseer_slurm import mounts
 from bootseer_slurm.errors import BootseerError
 
 _log = logging.getLogger(__name__)
 
-_PROGRAMS = ("squashfuse_ll", "squashfuse")
+_LOW_LEVEL, _HIGH_LEVEL = "squashfuse_ll", "squashfuse"
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 _STOP_TIMEOUT_S = 2.0
+_MEMORY_SHARE = 8
 
 
 class Snapshot:
     """A mounted snapshot."""
 
-    def __init__(self, image: Path, target: Path, *, uid: int, gid: int) -> None:
+    def __init__(self, image: Path, target: Path, *, uid: int, gid: int, all_root: bool = False) -> None:
         """Mount the squashfs `image`, a file that this user may open, at the new folder `target`.
 
+        all_root: all in it is root's, and to be shown as the user's.
         Where an agent that was killed mounted it already, that mount goes on being used: squashfuse does not
         end with the agent, but may have ended. Raises BootseerError when squashfuse is missing or the mount
         fails.
@@ -44,9 +48,7 @@ class Snapshot:
             except OSError as error:
                 _log.warning("%s: mounted anew: %s", target, error.strerror)
                 mounts.unmount(target)
-        program = next(filter(None, (shutil.which(name, path=_PATH) for name in _PROGRAMS)), None)
-        if program is None:
-            raise BootseerError("squashfuse is not installed on this node", hint="apt-get install squashfuse")
+        command = _squashfuse(uid, gid, all_root=all_root)
         options = f"rootmode=40000,user_id={uid},group_id={gid},allow_other,default_permissions"
         flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
         try:
@@ -58,7 +60,7 @@ class Snapshot:
             try:
                 mounts.mount("squashfuse", target, "fuse.squashfuse", flags, f"fd={fd},{options}")
                 self._process = subprocess.Popen(
-                    [program, "-f", str(image), f"/dev/fd/{fd}"],
+                    [*command, "-f", str(image), f"/dev/fd/{fd}"],
                     pass_fds=(fd,),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -92,6 +94,59 @@ class Snapshot:
             # One that a file system holds goes when that answers; subprocess collects it then.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_TIMEOUT_S)
+
+
+class Layer:
+    """A place to write over a mounted snapshot, in memory, and gone with the job.
+
+    The memory is that of the steps that write (their cgroup's), an eighth of the node's at most.
+    """
+
+    def __init__(self, lower: Path, target: Path, *, uid: int, gid: int) -> None:
+        """Show the mount `lower` at the new folder `target`, writable for its user; or take up what is there.
+
+        Raises BootseerError where the kernel has no overlay for this mount.
+        """
+        self.path = target
+        self._memory = target.with_name(f"{target.name}.new")
+        if mounts.is_mountpoint(target):
+            return
+        flags = mounts.MS_NOSUID | mounts.MS_NODEV
+        size_bytes = psutil.virtual_memory().total // _MEMORY_SHARE
+        try:
+            for folder in (target, self._memory):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mounts.mount("tmpfs", self._memory, "tmpfs", flags, f"size={size_bytes},mode=0755")
+            upper, work = self._memory / "upper", self._memory / "work"
+            upper.mkdir(mode=0o755)
+            work.mkdir()
+            os.chown(upper, uid, gid)
+            options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+            mounts.mount("overlay", target, "overlay", flags, options)
+        except OSError as error:
+            self.close()
+            raise BootseerError(f"snapshot cannot be made writable: {error}") from error
+
+    def close(self) -> None:
+        """Take it away; steps that still run keep it."""
+        for path in (self.path, self._memory):
+            with contextlib.suppress(OSError):
+                mounts.unmount(path)
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _squashfuse(uid: int, gid: int, *, all_root: bool) -> list[str]:
+    """The fastest squashfuse that there is; the low-level one cannot show root's files as the user's.
+
+    Raises BootseerError when there is none.
+    """
+    programs = [_HIGH_LEVEL] if all_root else [_LOW_LEVEL, _HIGH_LEVEL]
+    program = next(filter(None, (shutil.which(name, path=_PATH) for name in programs)), None)
+    if program is None:
+        hint = "apt-get install squashfuse"
+        raise BootseerError(f"{programs[-1]} is not installed on this node", hint=hint)
+    return [program, "-o", f"uid={uid},gid={gid}"] if all_root else [program]
 
 
 def unmount_left(folder: Path) -> None:

@@ -31,7 +31,7 @@ from bootseer_slurm.blob import trace
 from bootseer_slurm.blob.jobclass import RECORD_LIMIT_BYTES, class_path, decode_wishes
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
 from bootseer_slurm.blob.names import Name, file_fingerprint, read_published, user_folder
-from bootseer_slurm.env.fingerprint import tree_fingerprint
+from bootseer_slurm.env.key import Key, differences, fingerprint_of, key_of, stored_name
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound
 from bootseer_slurm.image.reference import registry_reference
 from bootseer_slurm.image.squashfs import check_squashfs, head_and_tables
@@ -54,6 +54,7 @@ class Child:
         self._store_uri = store_uri
         self._store: Store | None = None
         self._handles: list[list[ObjectReader]] = []
+        self._keys: dict[str, tuple[str, Key]] = {}  # of each environment: the job's image, and its key
         self._lock = threading.Lock()
         self._requests: queue.SimpleQueue[tuple[dict[str, Any], list[int]]] = queue.SimpleQueue()
         self._operations: dict[
@@ -121,11 +122,17 @@ class Child:
             name, fd, fingerprint, original = _open_original(kind, name)
             fds.append(fd)
             reply["path"] = name
+        stored_as = name
         if original is not None:
             reply |= {"size_bytes": original.size_bytes, "origin": self._keep([original])}
         readable = original
         try:
-            record = self._record(name, request.get("digest", ""))
+            if kind == "environment":
+                image = self._image_digest(request.get("image", ""))
+                stored_as = stored_name(name, image)
+            record = self._record(stored_as, request.get("digest", ""))
+            if kind == "environment":
+                fingerprint = self._note_key(name, image, record.key if record else None)
             if record and kind == "image" and name.startswith(_SNAPSHOTS):
                 fingerprint = record.fingerprint  # what its tag means now is asked elsewhere, if at all
             if record and record.kind == kind and record.fingerprint == fingerprint:
@@ -133,7 +140,9 @@ class Child:
                 reply["signature"] = record.signature
                 fds.append(_memory_file(manifest))
             elif record:
+                parts = differences(record.key, self._keys[name][1]) if name in self._keys else ()
                 reply["warning"] = f"{name} was changed since it was put into the store"
+                reply["warning"] += f": {', '.join(parts)}" if parts else ""
         except BootseerError as error:
             reply["warning"] = error.message
         reply["fingerprint"] = fingerprint
@@ -141,6 +150,25 @@ class Child:
             with contextlib.suppress(BootseerError):  # without them a mount reads them itself
                 reply["first"] = head_and_tables(readable, name)
         return reply, fds
+
+    def _image_digest(self, name: str) -> str:
+        """What tells the image that an environment is used in; of one that the store has not, its name."""
+        if not name:
+            return ""
+        if name.startswith("/"):
+            with contextlib.suppress(OSError):
+                return file_fingerprint(os.stat(name))
+        record = read_published(self._open_store(), os.getuid(), name)
+        return record.fingerprint if record else name
+
+    def _note_key(self, path: str, image: str, known: Key | None) -> str:
+        """Look an environment over; gives its fingerprint. Raises InputError."""
+        try:
+            key = key_of(path, home=os.path.expanduser("~"), image=image, known=known)
+        except OSError as error:
+            raise InputError(f"environment {path}: {_reason(error)}") from error
+        self._keys[path] = image, key
+        return fingerprint_of(key)
 
     def _record(self, name: str, digest: str) -> Name | None:
         """What the store has under a name, or of an image under the digest that its tag stands for now."""
@@ -188,7 +216,12 @@ class Child:
 
     def _same(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Whether the original is still what it was."""
-        _, fingerprint = _look_at(request["kind"], request["name"])
+        kind, name = request["kind"], request["name"]
+        if kind == "environment":
+            image, known = self._keys[name]
+            fingerprint = self._note_key(name, image, known)
+        else:
+            fingerprint = _file_fingerprint(kind, name)
         return {"same": fingerprint == request["fingerprint"]}, []
 
     def _write(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
@@ -307,22 +340,16 @@ def _needed(store: Store, folder: str) -> list[str]:
     return [name for name in names if name not in left_out]
 
 
-def _look_at(kind: str, name: str) -> tuple[str, str]:
-    """The real path of what a user named, and its fingerprint."""
+def _file_fingerprint(kind: str, name: str) -> str:
+    """The fingerprint of a file that a user named."""
     try:
-        path = os.path.realpath(name, strict=True)
-        status = os.stat(path)
-        if kind != "environment":
-            return path, file_fingerprint(status)
-        if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
-            raise PermissionError(0, "Permission denied")
-        return path, tree_fingerprint(path)
+        return file_fingerprint(os.stat(os.path.realpath(name, strict=True)))
     except (OSError, RuntimeError) as error:
         raise InputError(f"{kind} {name}: {_reason(error)}") from error
 
 
 def _open_original(kind: str, name: str) -> tuple[str, int, str, FileReader | None]:
-    """The real path of what a user named, a descriptor of it, its fingerprint, and the file when it is one.
+    """The real path of what a user named, a descriptor of it, and of a file its fingerprint and itself.
 
     All are of one inode: a name may be given to another file meanwhile, as `latest.pt` is, and the bytes of
     one must not be kept as those of the other.
@@ -335,8 +362,9 @@ def _open_original(kind: str, name: str) -> tuple[str, int, str, FileReader | No
     reader: FileReader | None = None
     try:
         if kind == "environment":
-            _, fingerprint = _look_at(kind, path)
-            status = os.stat(path)
+            status, fingerprint = os.stat(path), ""
+            if not os.access(path, os.R_OK | os.X_OK):
+                raise InputError(f"{kind} {path}: Permission denied")
         else:
             reader = FileReader(path, bulk=True)
             status = reader.status

@@ -188,11 +188,12 @@ class Packer:
         os.close(self._results.pop(uid))
         return True
 
-    def finish(self, uid: int, ticket: str, *, timeout_s: float) -> Packed:
+    def finish(self, uid: int, ticket: str, *, timeout_s: float, kind: str = "image") -> Packed:
         """Wait until the image of this user's ticket is whole, and take it. The caller closes its descriptor.
 
-        timeout_s: for mksquashfs after the stream's end. Raises NotFound for a ticket that is not the
-        user's, BootseerError with what mksquashfs said, or what is wrong with its result; nothing is left.
+        kind: of the blob that it becomes. timeout_s: for mksquashfs after the stream's end. Raises NotFound
+        for a ticket that is not the user's, BootseerError with what mksquashfs said, or what is wrong with
+        its result; nothing is left.
         """
         with self._lock:
             packing = self._packings.get(ticket)
@@ -211,7 +212,7 @@ class Packer:
         finally:
             self._forget(packing)
         try:
-            packed = Packed(fd, Manifest("image", *_digest(fd)))
+            packed = Packed(fd, Manifest(kind, *_digest(fd)))
             with self._lock:
                 self._results[uid] = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
             return packed

@@ -60,41 +60,47 @@ class AgentPacking:
         self._signed = ("", "")
 
     def pack(self, rootfs: Path, target: Path) -> None:
+        if not self.pack_stream(lambda out: _write_tar(rootfs, out), target, kind="image"):
+            pack(rootfs, target)
+
+    def pack_stream(self, write: Callable[[int], None], target: Path, *, kind: str) -> bool:
+        """Make `target` of a tar, which `write` writes to a descriptor; False where the agent does not pack.
+
+        kind: of the blob that it becomes. Raises BootseerError when the job ends meanwhile.
+        """
         try:
-            fd, self._signed = self._packed(rootfs)
+            fd, self._signed = self._packed(write, kind)
         except (BootseerError, OSError, ValueError) as error:
             self._warn(f"packed without the agent, so the kernel will not mount it: {error}")
-            pack(rootfs, target)
-            return
+            return False
         with open(fd, "rb") as image, target.open("xb") as file:
             size_bytes = os.fstat(fd).st_size
             shutil.copyfileobj(image, file, 1 << 20)
             if file.tell() != size_bytes:
-                raise BootseerError(f"{rootfs}: the agent took its image back: the job is over")
+                raise BootseerError(f"{target}: the agent took its image back: the job is over")
+        return True
 
     def signature(self, blob: str) -> str:
         signed, signature = self._signed
         return signature if blob == signed else ""
 
-    def _packed(self, rootfs: Path) -> tuple[int, tuple[str, str]]:
-        """Send the tree; gives a descriptor of the image, and (its blob's id, signature)."""
+    def _packed(self, write: Callable[[int], None], kind: str) -> tuple[int, tuple[str, str]]:
+        """Send the tar; gives a descriptor of the image, and (its blob's id, signature)."""
         reply, fds = self._ask("pack", [], _START_TIMEOUT_S)
-        ticket = [("TICKET", first(reply, "TICKET"))]
-        tar = ["tar", "-C", str(rootfs), "-c", "--numeric-owner", "--exclude=./dev/*", "."]
+        ticket = [("TICKET", first(reply, "TICKET")), ("KIND", kind)]
         try:
-            if len(fds) != 1:
-                raise AgentUnavailable("the agent does not pack")
-            done = subprocess.run(
-                tar, stdin=subprocess.DEVNULL, stdout=fds[0], stderr=subprocess.PIPE, check=False
-            )
-        finally:
-            for fd in fds:
-                os.close(fd)
-        if done.returncode:
+            try:
+                if len(fds) != 1:
+                    raise AgentUnavailable("the agent does not pack")
+                write(fds[0])
+            finally:
+                for fd in fds:
+                    os.close(fd)
+        except BaseException:
             with contextlib.suppress(BootseerError, OSError, ValueError):  # so that the next one can begin
                 for fd in self._ask("packed", ticket, _START_TIMEOUT_S)[1]:
                     os.close(fd)
-            raise BootseerError(f"{rootfs}: tar failed: {done.stderr.decode(errors='replace')[-300:]}")
+            raise
         reply, fds = self._ask("packed", ticket, _FINISH_TIMEOUT_S)
         if len(fds) != 1:
             raise BootseerError("the agent gave no image")
@@ -113,3 +119,11 @@ class AgentPacking:
                 os.close(fd)
             raise BootseerError(first(reply, "MESSAGE", "the agent refused without a reason"))
         return reply, fds
+
+
+def _write_tar(rootfs: Path, out: int) -> None:
+    """A root file system as a tar. Raises BootseerError."""
+    tar = ["tar", "-C", str(rootfs), "-c", "--numeric-owner", "--exclude=./dev/*", "."]
+    done = subprocess.run(tar, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise BootseerError(f"{rootfs}: tar failed: {done.stderr.decode(errors='replace')[-300:]}")

@@ -1,0 +1,228 @@
+"""`bootseer env`: snapshots of Python environments in the store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from bootseer_slurm.cli import settings
+from bootseer_slurm.cli.progress import progress_bars
+from bootseer_slurm.errors import InputError, NotFound
+
+if TYPE_CHECKING:
+    from bootseer_slurm.blob.names import Name
+    from bootseer_slurm.env.snapshot import Packing
+
+app = typer.Typer(no_args_is_help=True, help="Snapshots of Python environments.")
+
+_Folder = Annotated[
+    Path, typer.Argument(help="A venv, a conda environment, or a `pip install --target` folder.")
+]
+_Image = Annotated[
+    str, typer.Option(help="The image that jobs use it in, as they name it; none: they use it on the node.")
+]
+
+
+@app.command("save")
+def env_save(folder: _Folder, image: _Image = "") -> None:
+    """Save an environment; jobs that use it at this path are served from the snapshot."""
+    from bootseer_slurm.env.snapshot import save
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)  # so that what was begun is cleaned up
+    real, digest = _resolve(folder), _digest(image)
+    with progress_bars() as progress:
+        task = progress.add_task("looking", total=None)
+        record, saved = save(
+            settings.store(),
+            real,
+            image=digest,
+            packing=_packing(),
+            stage=lambda text, size_bytes: progress.reset(task, description=text, total=size_bytes),
+            progress=lambda count: progress.advance(task, count),
+        )
+    print(f"{record.name}  {record.blob[:16]}  {'saved' if saved else 'in the store already'}")
+
+
+@app.command("key")
+def env_key(folder: _Folder, image: _Image = "") -> None:
+    """Show what a snapshot of an environment depends on: when a part changes, another one is made."""
+    from bootseer_slurm.env.key import fingerprint_of, key_of
+
+    key = key_of(str(_resolve(folder)), home=os.path.expanduser("~"), image=_digest(image))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for part, text in key.items():
+        lines = text.splitlines()
+        if part == "packages":
+            lines = [f"{len(lines) - 1} packages, {lines[0][:16]}", *_in_a_row(lines[1:])]
+        table.add_row(part, "\n".join(lines) or "-")
+    table.add_row("key", fingerprint_of(key))
+    Console().print(table)
+
+
+@app.command("why")
+def env_why(folder: _Folder, image: _Image = "") -> None:
+    """Show which part of an environment's key changed since it was saved. Exit status 1 if one did."""
+    from bootseer_slurm.blob.names import read_name
+    from bootseer_slurm.env.key import differences, fingerprint_of, key_of, stored_name
+
+    real, digest = _resolve(folder), _digest(image)
+    record = read_name(settings.store(), os.getuid(), stored_name(str(real), digest))
+    if record is None:
+        raise NotFound(f"{real}: has no snapshot in the store", hint=f"bootseer env save {folder}")
+    key = key_of(str(real), home=os.path.expanduser("~"), image=digest, known=record.key)
+    if fingerprint_of(key) == record.fingerprint:
+        print(f"{real}: nothing changed since {_when(record)}; the snapshot {record.blob[:12]} is used")
+        return
+    table = Table("changed", "- when it was saved, + now", box=None, pad_edge=False)
+    table.columns[1].overflow = "fold"
+    for part, lines in differences(record.key, key).items():
+        table.add_row(part, "\n".join(lines))
+    Console().print(table)
+    raise typer.Exit(1)
+
+
+@app.command("list")
+def env_list() -> None:
+    """Show your snapshots in the store."""
+    table = Table("environment", "image", "blob", "packages", "saved", box=None, pad_edge=False)
+    table.columns[0].overflow = table.columns[1].overflow = "fold"
+    for record in _records():
+        path, _, image = record.name.partition(" in ")
+        packages = max(0, len(record.key.get("packages", "").splitlines()) - 1)
+        table.add_row(path, image[:24] or "-", record.blob[:12], str(packages or ""), _when(record))
+    Console().print(table)
+
+
+@app.command("show")
+def env_show(folder: _Folder, image: _Image = "") -> None:
+    """Show what the store has of an environment."""
+    from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, decode
+
+    record = _record(folder, image)
+    content = settings.store().read(f"{record.folder}/manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
+    layout = decode(content).layout
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in {
+        "name": record.name,
+        "key": record.fingerprint,
+        "blob": record.blob,
+        "in the store": record.folder,
+        "size": f"{decimal(layout.size_bytes)} ({layout.size_bytes} bytes)",
+        "saved": _when(record),
+    }.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+@app.command("rm")
+def env_rm(folder: _Folder, image: _Image = "") -> None:
+    """Forget a snapshot; jobs then use the environment as it lies."""
+    from bootseer_slurm.blob.names import remove_name
+
+    record = _record(folder, image)
+    remove_name(settings.store(), os.getuid(), record.name)
+    settings.store().remove(record.folder)
+    print(f"{record.name}  removed")
+
+
+@app.command("gc")
+def env_gc() -> None:
+    """Remove snapshots of environments that are gone, and what broken saves left."""
+    from bootseer_slurm.blob.garbage import collect_garbage
+    from bootseer_slurm.blob.names import remove_name
+
+    store = settings.store()
+    for record in _records():
+        path = record.name.partition(" in ")[0]
+        if not os.path.isdir(path) and os.path.isdir(os.path.dirname(path)):  # its file system is there
+            remove_name(store, os.getuid(), record.name)
+            print(f"forgotten: {path} is gone")
+    found = collect_garbage(store, os.getuid())
+    for path in found.removed:
+        print(f"removed {path}")
+    for path in found.marked:
+        print(f"without a name, goes after a day: {path}")
+    print(f"{len(found.removed)} removed, {decimal(found.size_bytes)}")
+
+
+def _packing() -> Packing | None:
+    """The agent of this node, in a job that asked for Bootseer: the kernel may mount what it packs."""
+    from bootseer_slurm.image.packing import AgentPacking
+
+    job_id, settings_ = os.environ.get("SLURM_JOB_ID"), settings.config()
+    if not job_id or settings_.image.kernel_mount == "off":
+        return None
+    return AgentPacking(settings_.agent.socket, job_id, warn=lambda message: None)
+
+
+def _resolve(folder: Path) -> Path:
+    try:
+        real = folder.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{folder}: {getattr(error, 'strerror', None) or error}") from error
+    if not real.is_dir():
+        raise InputError(f"{folder}: not a directory")
+    return real
+
+
+def _digest(image: str) -> str:
+    """What tells the image: as a job's node finds it. Raises NotFound when the store does not have it."""
+    from bootseer_slurm.blob.names import file_fingerprint, read_published
+    from bootseer_slurm.image.reference import parse
+
+    if not image:
+        return ""
+    if image.startswith("/"):
+        return file_fingerprint(os.stat(os.path.realpath(image)))
+    record = read_published(settings.store(), os.getuid(), parse(image).name)
+    if record is None:
+        raise NotFound(f"image {image}: not in the store", hint=f"bootseer image push {image}")
+    return record.fingerprint
+
+
+def _record(folder: Path, image: str) -> Name:
+    """The record of a folder, which may be gone itself. Raises NotFound."""
+    from bootseer_slurm.blob.names import read_name
+    from bootseer_slurm.env.key import stored_name
+
+    name = stored_name(os.path.realpath(folder), _digest(image))
+    record = read_name(settings.store(), os.getuid(), name)
+    if record is None or record.kind != "environment":
+        raise NotFound(f"{name}: has no snapshot in the store", hint="`bootseer env list` shows what has")
+    return record
+
+
+def _records() -> list[Name]:
+    from bootseer_slurm.blob.names import list_names
+
+    names, damaged = list_names(settings.store(), os.getuid())
+    for problem in damaged:
+        print(f"bootseer: {problem}", file=sys.stderr)
+    return [name for name in names if name.kind == "environment"]
+
+
+def _in_a_row(names: list[str]) -> list[str]:
+    return [", ".join(names)] if names else []
+
+
+def _when(record: Name) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(record.made_ns / 1e9))
+
+
+def _end(number: int, _: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)

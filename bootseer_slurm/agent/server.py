@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -30,6 +31,7 @@ from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.table import Table
 from bootseer_slurm.blob.cache import Cache
 from bootseer_slurm.config import Config
+from bootseer_slurm.env.attach import unpacked_folder
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.fuse import Server
 from bootseer_slurm.image.pack import Packer
@@ -109,6 +111,11 @@ class Agent:
         self._table.wait_restored()
         self._shelf.settle()
         self._cache.forget_left()
+        used = {f"{job.job_id}.{job.restart}" for job in self._table.jobs()}
+        unpacked = unpacked_folder(self._config.cache.path)
+        for folder in unpacked.iterdir() if unpacked.exists() else ():
+            if folder.name not in used:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _tend(self) -> None:
         """Keep the cache within its bounds, and its state on disk (a thread of its own)."""

@@ -10,10 +10,10 @@ for at its last start (blob/jobclass.py), which is not shown to a step before on
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 from bootseer_slurm.agent.fetcher import Fetcher
@@ -27,9 +27,10 @@ from bootseer_slurm.agent.request import Job, Request, Wish, image_wish, learned
 from bootseer_slurm.agent.saving import Saving
 from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.target import Bind, Target
+from bootseer_slurm.agent.wanted import Sought, Wanted
 from bootseer_slurm.blob.jobclass import encode_wishes, job_class
 from bootseer_slurm.config import Config
-from bootseer_slurm.env.attach import unmount_left
+from bootseer_slurm.env.attach import unmount_left, unpacked_folder
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.image.trust import Key, read_key
@@ -38,21 +39,9 @@ _log = logging.getLogger(__name__)
 
 _PUBLISH_DELAY_S = 2.0  # the other tasks' marks come within it
 _JOIN_S = 5.0  # for threads whose fetch process was killed
-_LOOK_UPS = 64  # of one job on one node: each costs the agent memory and a thread
-_DIGESTS_LIMIT_BYTES = 256 * 2**20  # of one job: of blobs of 2 TB
 _LOOK_UP_LIMIT_S = 25.0  # for an importer, which waits for one name
 _SETTLED_STARTS = 3  # with whole traces; then a plan is good enough to push its blocks
 _WHOLE_TRACE_EVERY = 8
-
-
-@dataclass(slots=True)
-class _Sought:
-    """One wish. asked: by the job itself, not only learned from its class."""
-
-    asked: bool
-    looked_up: threading.Event = field(default_factory=threading.Event)
-    begun: threading.Event = field(default_factory=threading.Event)  # its prefetch, or it is not used
-    target: Target | None = None
 
 
 class Session:
@@ -65,7 +54,8 @@ class Session:
         self._shelf = shelf
         self._journal = journal
         self._folder = config.agent.blobs.parent / "env" / f"{job.job_id}.{job.restart}"
-        self._sought: dict[Wish, _Sought] = {}
+        self._disk = unpacked_folder(config.cache.path) / f"{job.job_id}.{job.restart}"
+        self._wanted = Wanted()
         self._targets: list[Target] = []
         self._held: list[Held] = []
         self._threads: list[threading.Thread] = []
@@ -73,8 +63,6 @@ class Session:
         self._over = threading.Event()
         self._fetcher = Fetcher(job.uid, job.gid, config)
         self._prefetch: Prefetch | None = None
-        self._lookups = 0
-        self._digest_bytes = 0
         self._observe = False
         self._writable = False
         self._ending_start = False
@@ -125,10 +113,7 @@ class Session:
 
     def wants(self, request: Request) -> bool:
         """Whether a request has anything new."""
-        with self._lock:
-            if len(self._sought) >= _LOOK_UPS:
-                return False
-            return any(wish not in self._sought or not self._sought[wish].asked for wish in request.wishes)
+        return self._wanted.has_new(request)
 
     def add(self, request: Request) -> None:
         """Bring these too; what was asked for already is not asked for twice."""
@@ -138,29 +123,23 @@ class Session:
         for wish in sorted(request.wishes, key=lambda wish: wish.kind != "image"):  # environments ask for it
             self._seek(wish, asked=True)
 
-    def _seek(self, wish: Wish, *, asked: bool) -> _Sought:
-        with self._lock:
-            sought = self._sought.get(wish)
-            if sought is not None:
-                sought.asked = sought.asked or asked
-                return sought
-            sought = _Sought(asked)
-            if self._over.is_set() or len(self._sought) >= _LOOK_UPS:
-                sought.looked_up.set()
-                sought.begun.set()
-                return sought
-            self._sought[wish] = sought
-        self._start_thread(self._bring, wish, sought)
+    def _seek(self, wish: Wish, *, asked: bool) -> Sought:
+        sought, is_new = self._wanted.seek(wish, asked=asked)
+        if is_new and not self._start_thread(self._bring, wish, sought):
+            sought.looked_up.set()
+            sought.begun.set()
         return sought
 
-    def _start_thread(self, work: object, *args: object) -> None:
+    def _start_thread(self, work: object, *args: object) -> bool:
+        """Do this in a thread of the session's own; False when the session is over."""
         with self._lock:
             if self._over.is_set():
-                return
+                return False
             name = f"bring-{self.job.job_id}"
             thread = threading.Thread(target=work, args=args, name=name, daemon=True)  # type: ignore[arg-type]
             self._threads.append(thread)
         thread.start()
+        return True
 
     def _recall(self, kinds: set[str]) -> None:
         """Bring what this class asked for at its last start, of kinds that are not asked for now."""
@@ -177,7 +156,7 @@ class Session:
 
     def wait_looked_up(self, deadline_s: float) -> None:
         """Wait until the names are looked up, or time.monotonic() is `deadline_s`."""
-        for sought in list(self._sought.values()):
+        for sought in self._wanted.all().values():
             sought.looked_up.wait(max(0.0, deadline_s - time.monotonic()))
 
     def attach(self, step: str) -> tuple[list[Bind], dict[str, str]]:
@@ -185,8 +164,7 @@ class Session:
         self.log.emit("step", "attach", step=step)
         self._recording.step()
         self.wait_looked_up(time.monotonic() + self._config.prefetch.attach_wait_s)
-        with self._lock:
-            asked = {wish: sought for wish, sought in self._sought.items() if sought.asked}
+        asked = self._wanted.asked()
         targets = [sought.target for sought in asked.values() if sought.target is not None]
         environ = {
             f"BOOTSEER_{target.wish.kind.upper()}": str(target.served_path())
@@ -222,7 +200,7 @@ class Session:
             raise InputError("this job only wants to be measured")
         is_new = self.wants(Request(observe=False, wishes=(wish,)))
         sought = self._seek(wish, asked=True)
-        if sought.target is None and (self._lookups >= _LOOK_UPS or self._sought.get(wish) is not sought):
+        if not self._wanted.can_come(wish, sought):
             raise InputError(f"image {wish.name}: this job asked for too much")
         if is_new:
             self._note(wish)
@@ -265,23 +243,22 @@ class Session:
                 return
             self._over.set()
             targets, self._targets = self._targets, []
-            sought = list(self._sought.items())
         if self._prefetch:
             self._prefetch.stop()
         self._saving.stop()
         try:
-            self._tell_end(targets, sought, reason)
+            self._tell_end(targets, reason)
         except Exception:
             _log.exception("the session's end is not told", extra={"job": self.job.job_id})
         finally:
             self._let_go(targets)
 
-    def _tell_end(self, targets: list[Target], sought: list[tuple[Wish, _Sought]], reason: str) -> None:
+    def _tell_end(self, targets: list[Target], reason: str) -> None:
         """Write what the next start and the report need."""
         for target in targets:
             self.log.emit("access", "summary", **target.summary())
-        for wish, each in sought:
-            if each.asked and each.target is None and wish.can_be_imported:
+        for wish, sought in self._wanted.asked().items():
+            if sought.target is None and wish.can_be_imported:
                 self._fault("image_not_used", f"image {wish.name}: not in the store")
         self.log.emit("hook", "epilog", message=reason)
         self.log.emit("session", "end")
@@ -302,6 +279,7 @@ class Session:
             except Exception:  # the others are let go all the same
                 _log.exception("a blob is not let go", extra={"job": self.job.job_id})
         unmount_left(self._folder)
+        shutil.rmtree(self._disk, ignore_errors=True)
         self.log.close()
         self._journal.forget(self.job.job_id, self.job.restart)
 
@@ -317,19 +295,17 @@ class Session:
             self._prefetch.start_over()
         self._recording.finish(why)
         self._publisher.write_events(self.log)
-        with self._lock:
-            without = [
-                wish.name
-                for wish, sought in self._sought.items()
-                if wish.kind == "environment" and sought.asked and sought.target is None
-            ]
-        self._saving.begin(without, self._image_name())
+        without = [
+            wish.name
+            for wish, sought in self._wanted.asked().items()
+            if wish.kind == "environment" and sought.target is None
+        ]
+        self._saving.begin(without, self._wanted.image_name())
 
     def _remember(self) -> None:
         """Tell the next start of this class what this one asked for."""
         if not self._observe and self._fetcher.started:
-            with self._lock:
-                asked = [(wish.kind, wish.name) for wish, sought in self._sought.items() if sought.asked]
+            asked = [(wish.kind, wish.name) for wish in self._wanted.asked()]
             self._publisher.write("remember", encode_wishes(asked), **{"class": self._class})
 
     def _prefetcher(self) -> Prefetch:
@@ -342,13 +318,10 @@ class Session:
                     self._prefetch.stop()
             return self._prefetch
 
-    def _bring(self, wish: Wish, sought: _Sought, digest: str = "") -> Target | None:
+    def _bring(self, wish: Wish, sought: Sought, digest: str = "") -> Target | None:
         """Look one wish up, then have it prefetched; gives None when it cannot be used."""
         try:
-            with self._lock:
-                self._lookups += 1
-            if self._lookups > _LOOK_UPS:
-                raise InputError(f"{wish.kind} {wish.name}: this job asked for too much")
+            self._wanted.count_look_up(wish)
             target = self._look_up(wish, digest)
             with self._lock:
                 over = self._over.is_set()
@@ -397,31 +370,19 @@ class Session:
             self._shelf,
             roots=self._config.shadow.roots,
             digest=digest,
-            image=self._image_name() if wish.kind == "environment" else "",
-            allow=self._allow,
+            image=self._wanted.image_name() if wish.kind == "environment" else "",
+            allow=self._wanted.allow,
             on_fault=lambda name, message: self._fault(name, f"{wish.name}: {message}"),
         )
         try:
             if target.warning:
                 self._fault("store_not_used", target.warning)
             if wish.kind == "environment":
-                target.mount_snapshot(self._folder, self.job, self._key, writable=self._writable)
+                target.mount_snapshot(self._folder, self._disk, self.job, self._key, writable=self._writable)
         except BaseException:
             target.close()
             raise
         return target
-
-    def _image_name(self) -> str:
-        """The image that the job asked for first, "" when it did not name one."""
-        with self._lock:
-            asked = (wish for wish, sought in self._sought.items() if sought.asked)
-            return next((wish.name for wish in asked if wish.kind == "image"), "")
-
-    def _allow(self, size_bytes: int) -> None:
-        with self._lock:
-            self._digest_bytes += size_bytes
-            if self._digest_bytes > _DIGESTS_LIMIT_BYTES:
-                raise InputError("this job asked for too much: its blobs have too many blocks")
 
     def _shadow(self, name: str, wish: Wish, message: str | None) -> None:
         level = "info" if name == "shown" else "warning"

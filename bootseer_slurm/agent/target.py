@@ -30,7 +30,7 @@ from bootseer_slurm.blob.manifest import (
 )
 from bootseer_slurm.blob.reader import OnFault, Reader, Source, Usage
 from bootseer_slurm.blob.trace import Plan, Recorder, decode_plan
-from bootseer_slurm.env.attach import Layer, Snapshot
+from bootseer_slurm.env.attach import Layer, Snapshot, Unpacked, squashfuse
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.fetch.process import FetchProcess, Reply
 from bootseer_slurm.image.trust import Key, is_signed
@@ -83,7 +83,7 @@ class Target:
         self._on_fault = on_fault
         self._original: int | None = None
         self._sources: list[Source] = []
-        self._snapshot: Snapshot | None = None
+        self._snapshot: Snapshot | Unpacked | None = None
         self._layer: Layer | None = None
         self._mounted: Path | None = None  # of an environment
         self._store_folder = ""
@@ -235,25 +235,34 @@ class Target:
         """Have the kernel mount this image, which must be signed. Raises BootseerError."""
         self._shelf.mount_image(self.reader)
 
-    def mount_snapshot(self, folder: Path, job: Job, key: Key, *, writable: bool) -> None:
+    def mount_snapshot(self, folder: Path, disk: Path, job: Job, key: Key, *, writable: bool) -> None:
         """Mount an environment's snapshot, or take up the mount there: the fastest way that this node has.
 
-        folder: for the job's mounts. key: the site's. writable: with a layer over it that goes with the job.
-        Raises BootseerError.
+        folder: for the job's mounts. disk: for its files, where nothing can mount them. key: the site's.
+        writable: with a layer over it that goes with the job. Raises BootseerError.
         """
         place = folder / self.reader.blob.id[:16]
-        if self.is_signed(key):
-            try:
-                self._mounted = self._shelf.mount_image(self.reader)
-            except BootseerError as error:
-                self._on_fault("kernel_mount_failed", error.message)
+        self._mounted = self._mount_by_kernel(key)
         if self._mounted is None:
-            served = self._shelf.served_path(self.reader)
-            self._snapshot = Snapshot(served, place, uid=job.uid, gid=job.gid, all_root=bool(self.signature))
-            self._mounted = place
+            served, all_root = self._shelf.served_path(self.reader), bool(self.signature)
+            if squashfuse(job.uid, job.gid, all_root=all_root):
+                self._snapshot = Snapshot(served, place, uid=job.uid, gid=job.gid, all_root=all_root)
+            else:
+                self._snapshot = Unpacked(served, disk / place.name, uid=job.uid, gid=job.gid)
+            self._mounted = self._snapshot.path
         if writable:
             layer = place.with_name(f"{place.name}.rw")
             self._layer = Layer(self._mounted, layer, uid=job.uid, gid=job.gid)
+
+    def _mount_by_kernel(self, key: Key) -> Path | None:
+        """Where the kernel mounted it; None when it is not signed, or this node cannot."""
+        if not self.is_signed(key):
+            return None
+        try:
+            return self._shelf.mount_image(self.reader)
+        except BootseerError as error:
+            self._on_fault("kernel_mount_failed", error.message)
+            return None
 
     def served_path(self) -> Path:
         """Where the blob can be opened by its user, for targets that have no path of their own."""

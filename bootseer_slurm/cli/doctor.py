@@ -57,11 +57,13 @@ def findings(config: Config) -> Iterator[Finding]:
     yield _agent(config)
     yield from _store_and_cache(config)
     yield _fuse()
-    yield from _kernel_mounts(config)
+    by_kernel = list(_kernel_mounts(config))
+    yield from by_kernel
     yield _packing()
     yield _stand_in()
     for program in ("squashfuse", "squashfuse_ll"):
         yield _squashfuse(program)
+    yield _environments(by_kernel[-1].works is True)
     yield from _enroot()
     yield _importer()
     yield Finding(
@@ -213,6 +215,19 @@ def _squashfuse(program: str) -> Finding:
         "squashfuse_ll": "environments are mounted with squashfuse, which is slower",
     }
     return Finding(program, False, f"{needed[program]}: apt-get install squashfuse")
+
+
+def _environments(by_kernel: bool) -> Finding:
+    """How this node shows a snapshot, the fastest way first (agent.target.Target.mount_snapshot)."""
+    thing, ways = "environments", ["by the kernel, where an agent packed them"] if by_kernel else []
+    mounting = [name for name in ("squashfuse_ll", "squashfuse") if _programs(name)]
+    if mounting:
+        ways.append(f"by {mounting[0]}")
+    elif _programs("unsquashfs"):
+        ways.append("unpacked by unsquashfs, which is slow")
+    if ways:
+        return Finding(thing, True, "snapshots are shown " + ", else ".join(ways))
+    return Finding(thing, False, "snapshots are not used: apt-get install squashfuse")
 
 
 def _enroot() -> Iterator[Finding]:

@@ -1,9 +1,9 @@
-"""Mounting a snapshot: squashfuse, run as the job's user over a mount that the agent made.
+"""Showing a snapshot that the kernel's driver may not or cannot mount, and writing over one.
 
-A user's squashfs is never given to the kernel's driver. squashfuse cannot mount without privilege either, so
-the agent mounts with an open /dev/fuse and hands that descriptor over as the mount point "/dev/fd/N"
-(libfuse 3.3, fuse_session_mount). The mount point lies in a folder that only root may enter; jobs see the
-mount through their shadow.
+A user's squashfs is never given to the kernel's driver, but to squashfuse, run as the job's user. That cannot
+mount without privilege either, so the agent mounts with an open /dev/fuse and hands that descriptor over as
+the mount point "/dev/fd/N" (libfuse 3.3, fuse_session_mount). The mount point lies in a folder that only root
+may enter; jobs see the mount through their shadow.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _LOW_LEVEL, _HIGH_LEVEL = "squashfuse_ll", "squashfuse"
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 _STOP_TIMEOUT_S = 2.0
 _MEMORY_SHARE = 8
+_UNPACK_LIMIT_S = 900.0
 
 
 class Snapshot:
@@ -48,7 +49,9 @@ class Snapshot:
             except OSError as error:
                 _log.warning("%s: mounted anew: %s", target, error.strerror)
                 mounts.unmount(target)
-        command = _squashfuse(uid, gid, all_root=all_root)
+        command = squashfuse(uid, gid, all_root=all_root)
+        if not command:
+            raise BootseerError("squashfuse is not installed on this node", hint="apt-get install squashfuse")
         options = f"rootmode=40000,user_id={uid},group_id={gid},allow_other,default_permissions"
         flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
         try:
@@ -96,6 +99,56 @@ class Snapshot:
                 self._process.wait(_STOP_TIMEOUT_S)
 
 
+class Unpacked:
+    """A snapshot as files on the node's disk: the last resort, where no squashfuse is installed."""
+
+    def __init__(self, image: Path, folder: Path, *, uid: int, gid: int) -> None:
+        """Unpack the squashfs `image` below the new folder `folder`, as its user; or take up what is there.
+
+        folder: where only root may enter. Reads all of the image, so it takes long. Raises BootseerError when
+        unsquashfs is missing or fails; nothing is left then.
+        """
+        self.path = folder / "tree"
+        self._folder = folder
+        done = folder / "done"
+        if done.exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            self.path.mkdir(mode=0o755, parents=True)
+            os.chown(self.path, uid, gid)
+            unpacking = subprocess.run(
+                ["nice", "unsquashfs", "-no-progress", "-quiet", "-force", "-dest", ".", str(image)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                cwd=self.path,  # entered as root: its user could not by path
+                env={"PATH": _PATH, "LANG": "C.UTF-8"},
+                user=uid,
+                group=gid,
+                extra_groups=[],
+                start_new_session=True,
+                timeout=_UNPACK_LIMIT_S,
+                check=False,
+            )
+            if unpacking.returncode:
+                said = unpacking.stderr.strip().splitlines() or ["unsquashfs failed"]
+                raise BootseerError(f"snapshot cannot be unpacked: {said[-1]}")
+            done.touch()
+        except (OSError, subprocess.SubprocessError) as error:
+            raise BootseerError(f"snapshot cannot be unpacked: {error}") from error
+        finally:
+            if not done.exists():
+                self.close()
+
+    def close(self) -> None:
+        """Remove the files."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._folder.parent.rmdir()
+
+
 class Layer:
     """A place to write over a mounted snapshot, in memory, and gone with the job.
 
@@ -136,17 +189,21 @@ class Layer:
                 path.rmdir()
 
 
-def _squashfuse(uid: int, gid: int, *, all_root: bool) -> list[str]:
-    """The fastest squashfuse that there is; the low-level one cannot show root's files as the user's.
+def squashfuse(uid: int, gid: int, *, all_root: bool) -> list[str]:
+    """The fastest squashfuse of this node, with options; empty when there is none.
 
-    Raises BootseerError when there is none.
+    all_root: see Snapshot; the low-level one cannot do that.
     """
     programs = [_HIGH_LEVEL] if all_root else [_LOW_LEVEL, _HIGH_LEVEL]
     program = next(filter(None, (shutil.which(name, path=_PATH) for name in programs)), None)
     if program is None:
-        hint = "apt-get install squashfuse"
-        raise BootseerError(f"{programs[-1]} is not installed on this node", hint=hint)
+        return []
     return [program, "-o", f"uid={uid},gid={gid}"] if all_root else [program]
+
+
+def unpacked_folder(cache: Path) -> Path:
+    """Where in the cache's folder unpacked snapshots lie, each in the folder of its job, <job>.<restart>."""
+    return cache / ".unpacked"
 
 
 def unmount_left(folder: Path) -> None:

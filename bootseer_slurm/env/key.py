@@ -94,9 +94,10 @@ def package_folders(root: str) -> list[str]:
     A venv or conda environment has lib/python*/site-packages, a `pip install --target` folder has itself.
     Raises InputError when it is none of these.
     """
-    folders = sorted(str(path.relative_to(root)) for path in Path(root).glob("lib*/python*/site-packages"))
-    if folders:
-        return folders
+    places = sorted(Path(root).glob("lib*/python*/site-packages"))
+    if places:
+        folders = {path.resolve(): str(path.relative_to(root)) for path in reversed(places)}
+        return sorted(folders.values())  # a venv's lib64 is a link to its lib
     if any(name.endswith(_METADATA) for name in os.listdir(root)):
         return ["."]
     raise InputError(

@@ -31,7 +31,7 @@ from bootseer_slurm.blob import trace
 from bootseer_slurm.blob.jobclass import RECORD_LIMIT_BYTES, class_path, decode_wishes
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
 from bootseer_slurm.blob.names import Name, file_fingerprint, read_published, user_folder
-from bootseer_slurm.env.key import Key, differences, fingerprint_of, key_of, stored_name
+from bootseer_slurm.env.key import Key, differences, fingerprint_of, key_of, package_folders, stored_name
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound
 from bootseer_slurm.image.reference import registry_reference
 from bootseer_slurm.image.squashfs import check_squashfs, head_and_tables
@@ -363,8 +363,11 @@ def _open_original(kind: str, name: str) -> tuple[str, int, str, FileReader | No
     try:
         if kind == "environment":
             status, fingerprint = os.stat(path), ""
+            if not os.path.isdir(path):
+                raise InputError(f"{kind} {path}: not a directory")
             if not os.access(path, os.R_OK | os.X_OK):
                 raise InputError(f"{kind} {path}: Permission denied")
+            package_folders(path)
         else:
             reader = FileReader(path, bulk=True)
             status = reader.status

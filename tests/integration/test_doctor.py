@@ -67,6 +67,15 @@ def test_a_bare_node(config: Config, tmp_path: Path) -> None:
     assert _found(config)["store"][0] is False
 
 
+def test_how_environments_are_shown(config: Config, bins: tuple[Path, Path]) -> None:
+    _, usr = bins
+    assert _found(config)["environments"][0] is False
+    for name, meaning in (("unsquashfs", "unsquashfs"), ("squashfuse", "by squashfuse"), ("squashfuse_ll", "_ll")):
+        _program(usr / name)
+        works, shown = _found(config)["environments"]
+        assert works and meaning in shown, name
+
+
 def test_the_stand_in_has_to_come_first(config: Config, bins: tuple[Path, Path]) -> None:
     local, usr = bins
     shutil.copy(STAND_IN, local / "squashfuse")

@@ -40,6 +40,7 @@ def make_venv(node: Node, name: str = "venv") -> Path:
     (packages / "thing").mkdir()
     (packages / "thing" / "__init__.py").write_text("VALUE = 1\n")
     (root / "pyvenv.cfg").write_text("home = /usr/bin\nversion = 3.11.2\n")
+    (root / "lib64").symlink_to("lib")
     (root / "bin").mkdir()
     (root / "bin" / "python").symlink_to(sys.executable)
     give_alice(root)
@@ -404,12 +405,19 @@ attach.shutil.which = which
 """)
         seen = {}
         node.bootseer("env", "save", str(root))
-        for job, lacking in ((1, ""), (2, "squashfuse_ll")):
+        for job, lacking in ((1, ""), (2, "squashfuse_ll"), (6, "squashfuse_ll squashfuse")):
             without.write_text(lacking)
             view = shown(node, job, root)
-            assert view is not None and kind_of(view) == "fuseblk"
+            assert view is not None and (kind_of(view) == "fuseblk") == (job != 6)
+            with pytest.raises(subprocess.CalledProcessError):
+                as_alice(view, "touch new")
+            if job == 6:
+                node.crash()
+                assert attach(node, job), "and the next agent finds it"
             seen[f"user's, without {lacking}"] = contents(view)
             end(node, job, view)
+        wait_until(lambda: not list((node.folder / "cache" / ".unpacked").iterdir()))
+        without.write_text("")
         node.bootseer("env", "rm", str(root))
         assert shown(node, 3, root) is None
         node.ask("mark", JOB_ID=3, NAME="training_started", TIME_NS=time.time_ns())
@@ -497,3 +505,35 @@ def as_alice(view: Path, script: str) -> None:
         extra_groups=[],
         pass_fds=(int(view.name),),
     )
+
+
+def test_where_root_may_not_read(node: Node) -> None:
+    """As on a file system with root_squash: here the agent's root lacks the right to read what is not its own."""
+    home = node.folder / "data" / "home"
+    home.mkdir()
+    made = make_venv(node)
+    root = home / "venv"
+    made.rename(root)
+    os.chown(home, ALICE, ALICE)
+    home.chmod(0o700)
+    node.bootseer("env", "save", str(root))
+    node.start("""
+import ctypes
+libc = ctypes.CDLL(None)
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24
+for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+    libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+class Header(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+header, data = Header(0x20080522, 0), (ctypes.c_uint32 * 6)()
+libc.capget(ctypes.byref(header), data)
+for part in range(3):
+    data[part] &= ~(1 << CAP_DAC_OVERRIDE | 1 << CAP_DAC_READ_SEARCH)
+assert libc.capset(ctypes.byref(header), data) == 0
+""")
+    (status,) = Path(f"/proc/{node.agent_pid}/status").read_text().split("CapEff:")[1].split("\n", 1)[:1]
+    assert int(status, 16) & 0b110 == 0
+    view = shown(node, 1, root)
+    assert view is not None, node.log
+    assert (view / "pyvenv.cfg").exists()
+    end(node, 1, view)

@@ -448,7 +448,7 @@ def test_one_job_cannot_fill_memory_with_what_it_asks_for(node: Node) -> None:
 
 
 def test_one_job_cannot_fill_memory_with_digests(node: Node) -> None:
-    node.start("session._DIGESTS_LIMIT_BYTES = 150")
+    node.start("from bootseer_slurm.agent import wanted\nwanted._DIGESTS_LIMIT_BYTES = 150")
     first, second = make_file(node, "a.bin", 2**20), make_file(node, "b.bin", 2**20)
     node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=first)
     os.close(attach(node, 1)[str(first)])

@@ -14,13 +14,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import image, prolog
+from bench import env, image, prolog
 from bench.rows import Row
 from cluster.client import Cluster
 from cluster.layout import ClusterError
 
-BENCHMARKS = {"image": image.run, "prolog": prolog.run}
-NODES = {"image": 1}  # what one that is started has; three, where nothing is said
+BENCHMARKS = {"env": env.run, "image": image.run, "prolog": prolog.run}
+NODES = {"env": 1, "image": 1}  # what one that is started has; three, where nothing is said
 
 console = Console()
 

@@ -1,0 +1,89 @@
+"""What one job wants on this node: each thing once, and no more than one job may ask for."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from bootseer_slurm.agent.request import Request, Wish
+from bootseer_slurm.agent.target import Target
+from bootseer_slurm.errors import InputError
+
+_LOOK_UPS = 64  # of one job on one node: each costs the agent memory and a thread
+_DIGESTS_LIMIT_BYTES = 256 * 2**20  # of one job: of blobs of 2 TB
+
+
+@dataclass(slots=True)
+class Sought:
+    """One wish. asked: by the job itself, not only learned from its class."""
+
+    asked: bool
+    looked_up: threading.Event = field(default_factory=threading.Event)
+    begun: threading.Event = field(default_factory=threading.Event)  # its prefetch, or it is not used
+    target: Target | None = None
+
+
+class Wanted:
+    """The wishes of one job. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._sought: dict[Wish, Sought] = {}
+        self._look_ups = 0
+        self._digest_bytes = 0
+        self._lock = threading.Lock()
+
+    def has_new(self, request: Request) -> bool:
+        """Whether a request has anything that was not asked for, and can still be."""
+        with self._lock:
+            if len(self._sought) >= _LOOK_UPS:
+                return False
+            return any(wish not in self._sought or not self._sought[wish].asked for wish in request.wishes)
+
+    def seek(self, wish: Wish, *, asked: bool) -> tuple[Sought, bool]:
+        """What is known of a wish, and whether it is to be looked up: it is new, and there is room for it."""
+        with self._lock:
+            sought = self._sought.get(wish)
+            if sought is not None:
+                sought.asked = sought.asked or asked
+                return sought, False
+            sought = Sought(asked)
+            if len(self._sought) < _LOOK_UPS:
+                self._sought[wish] = sought
+                return sought, True
+        sought.looked_up.set()
+        sought.begun.set()
+        return sought, False
+
+    def can_come(self, wish: Wish, sought: Sought) -> bool:
+        """Whether a wish is there, or may still be looked up."""
+        with self._lock:
+            return sought.target is not None or (
+                self._look_ups < _LOOK_UPS and self._sought.get(wish) is sought
+            )
+
+    def count_look_up(self, wish: Wish) -> None:
+        """One look-up more. Raises InputError when they are too many."""
+        with self._lock:
+            self._look_ups += 1
+            if self._look_ups > _LOOK_UPS:
+                raise InputError(f"{wish.kind} {wish.name}: this job asked for too much")
+
+    def allow(self, size_bytes: int) -> None:
+        """So many bytes of digests more. Raises InputError when they are too many."""
+        with self._lock:
+            self._digest_bytes += size_bytes
+            if self._digest_bytes > _DIGESTS_LIMIT_BYTES:
+                raise InputError("this job asked for too much: its blobs have too many blocks")
+
+    def all(self) -> dict[Wish, Sought]:
+        """All wishes, learned ones too."""
+        with self._lock:
+            return dict(self._sought)
+
+    def asked(self) -> dict[Wish, Sought]:
+        """What the job itself asked for."""
+        return {wish: sought for wish, sought in self.all().items() if sought.asked}
+
+    def image_name(self) -> str:
+        """The image that the job asked for first, "" when it did not name one."""
+        return next((wish.name for wish in self.asked() if wish.kind == "image"), "")

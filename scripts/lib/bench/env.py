@@ -1,0 +1,311 @@
+"""An environment until its imports are done: what is done today, beside Bootseer.
+
+Every arm ends with the same imports by alice, who sees the environment at its own path; the clock runs until
+the last is done. Before each start no page is cached, and where an arm says so the agent's cache is empty.
+One run takes about half an hour on two cores, and longer the first time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from bench import env_inputs, image_inputs
+from bench.env_inputs import PEERS, Environment
+from bench.image_arms import HERE, JOB_ENV, NODE, WORK, Result, Step, make_cold, measure_dd
+from bench.image_inputs import ALICE, IMPORTS, PACKAGES
+from bench.rows import Row
+from cluster.client import Cluster
+from cluster.layout import REPO, ClusterError, Layout, poll
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+REPEATS = 5
+SLOW_REPEATS = 1  # of what takes minutes
+LINK = "1gbit"
+DD_BYTES = 256 * 2**20
+PLACE = f"{WORK}/env"  # where other arms put the environment
+UV_CACHE = f"{WORK}/uv-cache"
+INDEX_PORT = 8003
+HOOK = str(REPO / "prolog.d" / "50-bootseer")
+PYTHON = str(REPO / ".venv" / "bin" / "python")
+BOOTSEER = str(REPO / ".venv" / "bin" / "bootseer")
+ENTER = str(HERE / "env_enter.py")
+STAMP = "/run/bench-attached"
+PATIENCE_S = 900.0
+LOCAL, COLD, WARM = "local ext4 tree", "with Bootseer", "with Bootseer, snapshot on the node"
+UV_WARM = "uv pip install, warm cache, hard links"
+
+_job_ids = itertools.count(700_000 + int(time.time()) % 100_000 * 10)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """steps: of image_node.py. source: what is shown at the environment's path, "" for what lies there.
+
+    slow: takes minutes. empty: forget the agent's cache first. job: of Bootseer's arms.
+    """
+
+    name: str
+    steps: list[Step]
+    source: str = ""
+    slow: bool = False
+    empty: bool = False
+    job: int = 0
+
+
+def run(cluster: Cluster) -> list[Row]:
+    """All rows, on a cluster that is up."""
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
+        task = progress.add_task("inputs", total=None)
+
+        def step(text: str) -> None:
+            progress.update(task, description=text)
+
+        inputs = image_inputs.make(cluster, step)
+        environment = env_inputs.make(cluster, inputs, step)
+        cluster.script("link", NODE, "10gbit")
+        step("the first start, which saves the environment")
+        save(cluster, environment)
+        cluster.script("link", NODE, LINK)
+        results: dict[str, list[Result]] = {}
+        with _index(cluster, environment) as index:
+            for number in range(REPEATS):
+                step(f"dd, {number + 1} of {REPEATS}")
+                rate = measure_dd(cluster, inputs, DD_BYTES)
+                results.setdefault("dd", []).append({"bytes_per_s": rate})
+                for arm in arms(environment, index):
+                    if not arm.slow or number < SLOW_REPEATS:
+                        step(f"{arm.name}, {number + 1} of {REPEATS}")
+                        results.setdefault(arm.name, []).append(start(cluster, environment, arm))
+    return rows_of(environment, results)
+
+
+def arms(environment: Environment, index: str) -> list[Arm]:
+    """One round. Of Bootseer's arms the second finds what the first brought."""
+    uv = [str(PEERS / "bin" / "uv"), "pip", "install", "--quiet", "--python", str(PEERS / "bin" / "python")]
+    pip = [str(PEERS / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+    wanted = ["--no-index", "--find-links", index, "--target", PLACE, *PACKAGES]
+    cold, warm = next(_job_ids), next(_job_ids)
+
+    def alice(name: str, *argv: str, **env: str) -> Step:
+        return {"name": name, "argv": list(argv), "user": "alice", "env": env}
+
+    hard = [*uv, "--link-mode", "hardlink", "--cache-dir", UV_CACHE, *wanted]
+    forget = f"rm -rf {PLACE}/*; sync; echo 3 > /proc/sys/vm/drop_caches"
+    from_cache: list[Step] = [
+        {**alice("fill", *hard), "timed": False},
+        {"name": "forget", "argv": ["bash", "-c", forget], "timed": False},
+        alice("install", *hard),
+    ]
+    unpack = alice("unpack", "tar", "--zstd", "-C", PLACE, "-xf", environment.archive)
+    return [
+        Arm(LOCAL, [], source=str(environment.local)),
+        Arm("slow shared mount", []),
+        Arm(COLD, [_prolog(cold, environment)], empty=True, job=cold),
+        Arm(WARM, [_prolog(warm, environment)], job=warm),
+        Arm("tar --zstd", [unpack], source=PLACE),
+        Arm(UV_WARM, from_cache, source=PLACE, slow=True),
+        Arm("uv pip install", [alice("install", *uv, "--no-cache", *wanted)], source=PLACE, slow=True),
+        Arm("pip install", [alice("install", *pip, "--no-cache-dir", *wanted)], source=PLACE, slow=True),
+    ]
+
+
+def _slurm(job: int, environment: Environment) -> dict[str, str]:
+    return {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_JOB_UID": str(ALICE),
+        "SLURM_JOB_GID": str(ALICE),
+        "SLURM_JOB_USER": "alice",
+        "SLURM_JOB_ACCOUNT": "research",
+        "SLURM_NODELIST": NODE,
+        "SLURMD_NODENAME": NODE,
+        "SLURM_JOB_PARTITION": "main",
+        "SLURM_JOB_RESTART_COUNT": "0",
+        "SPANK_BOOTSEER_MODE": "1",
+        "SPANK_BOOTSEER_JOB_NAME": "bench-env",
+        "SPANK_BOOTSEER_ENV": environment.target,
+    }
+
+
+def _prolog(job: int, environment: Environment) -> Step:
+    env = _slurm(job, environment) | {"SLURM_SCRIPT_CONTEXT": "prolog_slurmd"}
+    return {"name": "prolog", "argv": [HOOK], "env": env}
+
+
+def _ended(job: int, environment: Environment) -> list[Step]:
+    env = _slurm(job, environment) | {"SLURM_SCRIPT_CONTEXT": "epilog_slurmd"}
+    return [{"name": "epilog", "argv": [HOOK], "env": env}]
+
+
+def _mark(job: int) -> Step:
+    env = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0"}
+    return {"name": "mark", "argv": [BOOTSEER, "mark", "training_started"], "user": "alice", "env": env}
+
+
+def start(cluster: Cluster, environment: Environment, arm: Arm) -> Result:
+    """One start, on a node that was made cold. Raises ClusterError."""
+    make_cold(cluster, empty=arm.empty)
+    places = f"{PLACE} {UV_CACHE}"
+    ready = f"rm -rf {places}; mkdir -p {places} && chown {ALICE}:{ALICE} {places}; "
+    ready += (
+        f"{{ setpriv --version; {PYTHON} -c 'import bootseer_slurm.mounts, bootseer_slurm.agent.protocol'; "
+    )
+    ready += (
+        f"/usr/bin/python3 -c 'import json, hashlib, importlib'; dd if={HERE}/image_job.py of=/dev/null; "
+    )
+    ready += f"{PEERS}/bin/uv --version; {PEERS}/bin/pip --version; }} >/dev/null 2>&1"
+    cluster.exec(NODE, "bash", "-c", ready, timeout_s=120)
+    _warm_server(cluster, environment, arm)
+    how = ["agent", str(arm.job)] if arm.job else ["bind", arm.source or environment.target]
+    job = [
+        "env",
+        f"PYTHONPATH={environment.target}",
+        "/usr/bin/python3",
+        "-W",
+        "ignore",
+        str(HERE / "image_job.py"),
+        *IMPORTS,
+    ]
+    plan: dict[str, Any] = {
+        "steps": arm.steps,
+        "run": {
+            "name": "job",
+            "argv": [PYTHON, ENTER, *how, environment.target, str(ALICE), *job],
+            "env": JOB_ENV | {"HOME": "/shared/home/alice"},
+        },
+        "imported": [_mark(arm.job)] if arm.job else [],
+        "ended": _ended(arm.job, environment) if arm.job else [],
+        "after": [["rm", "-rf", PLACE, UV_CACHE]],
+        "link": "eth0",
+    }
+    done = cluster.exec(
+        NODE,
+        "/usr/bin/python3",
+        str(HERE / "image_node.py"),
+        input_text=json.dumps(plan),
+        timeout_s=PATIENCE_S,
+    )
+    if done.returncode != 0:
+        raise ClusterError(f"the start {arm.name!r} failed: {done.stderr.strip()}")
+    result: Result = json.loads(done.stdout)
+    return result | (_told(cluster, arm.job) if arm.job else {})
+
+
+def _warm_server(cluster: Cluster, environment: Environment, arm: Arm) -> None:
+    """The server reads what the arm needs into its memory: its disk is not what is measured."""
+    shared = cluster.shared
+    for path in {
+        "slow shared mount": [shared / environment.target.removeprefix("/shared/")],
+        COLD: list((shared / f"bootseer/users/{ALICE}/blobs").glob("*")),
+        "tar --zstd": [shared / environment.archive.removeprefix("/shared/")],
+    }.get(arm.name, [environment.wheels] if arm.slow else []):
+        # Not tar: it does not read what it writes to /dev/null.
+        subprocess.run(["grep", "-rqsa", "no such text in here", str(path)], check=False)
+
+
+def _told(cluster: Cluster, job: int) -> Result:
+    """What the node told of a job, and when its step had the environment."""
+    events = cluster.shared / f"bootseer/users/{ALICE}/events/{job}.0/{NODE}.jsonl"
+    if not poll(lambda: events.exists() and '"session","name":"end"' in events.read_text(), timeout_s=60):
+        raise ClusterError(f"job {job} sent no events")
+    found = [json.loads(line) for line in events.read_text().splitlines()]
+    begin_ns = next(event["t_ns"] for event in found if (event["kind"], event["name"]) == ("hook", "begin"))
+    attached_ns = int(cluster.exec(NODE, "cat", STAMP).stdout)
+    result: Result = {"attached_s": (attached_ns - begin_ns) / 1e9}
+    for event in found:
+        if (event["kind"], event["name"]) == ("prefetch", "hot"):
+            result |= {"hot_bytes": event["bytes"], "hot_s": event["dur_s"]}
+        if event["kind"] == "access":
+            result |= {"reads": event["reads"], "reads_blocked": event["reads_blocked"]}
+        if event["kind"] == "fault":
+            result.setdefault("faults", []).append(event.get("message"))
+    return result
+
+
+def save(cluster: Cluster, environment: Environment) -> None:
+    """The first start: it finds no snapshot, and makes one in the background. Then one that records."""
+    python = ["bash", "-c", f"umask 077; [ -s /etc/bootseer/site.key ] || {BOOTSEER} image make-key"]
+    for user, node, *command in (
+        (None, "login", BOOTSEER, "store", "init"),
+        ("alice", "login", BOOTSEER, "env", "rm", environment.target),
+        (None, NODE, *python),
+    ):
+        cluster.exec(node, *command, user=user, timeout_s=300)
+    shutil.rmtree(cluster.shared / f"bootseer/users/{ALICE}/traces", ignore_errors=True)
+    cluster.agent(NODE, "stop")
+    cluster.agent(NODE, "start")
+    job = next(_job_ids)
+    env = _slurm(job, environment)
+    cluster.exec(NODE, "env", *_words(env), "SLURM_SCRIPT_CONTEXT=prolog_slurmd", HOOK)
+    mark = ["env", f"SLURM_JOB_ID={job}", BOOTSEER, "mark", "training_started"]
+    cluster.exec(NODE, *mark, user="alice")
+    names = cluster.shared / f"bootseer/users/{ALICE}/names"
+    before = time.time()
+
+    def saved() -> bool:
+        found = [json.loads(path.read_text()) for path in names.glob("*.json")] if names.exists() else []
+        return any(each["name"] == environment.target and each["made_ns"] > before * 1e9 for each in found)
+
+    if not poll(saved, timeout_s=PATIENCE_S):
+        raise ClusterError("the first start saved no environment")
+    cluster.exec(NODE, "env", *_words(env), "SLURM_SCRIPT_CONTEXT=epilog_slurmd", HOOK)
+    recorded = next(_job_ids)
+    start(cluster, environment, Arm("recorded", [_prolog(recorded, environment)], empty=True, job=recorded))
+
+
+def _words(env: dict[str, str]) -> list[str]:
+    return [f"{name}={value}" for name, value in env.items()]
+
+
+@contextlib.contextmanager
+def _index(cluster: Cluster, environment: Environment) -> Iterator[str]:
+    """The wheels, served by HTTP from the login machine, behind the node's link."""
+    address = Layout(cluster.state_dir).address("ctl")
+    serve = f"python3 -m http.server --bind {address} --directory {environment.wheels} {INDEX_PORT}"
+    with cluster.start("login", "sh", "-c", f"{serve} >/dev/null 2>&1 & read -r end; kill $!") as process:
+        try:
+            yield f"http://{address}:{INDEX_PORT}/"
+        finally:
+            assert process.stdin
+            process.stdin.close()
+
+
+def rows_of(environment: Environment, results: dict[str, list[Result]]) -> list[Row]:
+    """What follows from all rounds."""
+    rate = median(each["bytes_per_s"] for each in results["dd"])
+    local_s = _seconds(results[LOCAL])
+    cold, warm = results[COLD], results[WARM]
+    hot_bytes = median(each["hot_bytes"] for each in cold)
+    bound_s = hot_bytes / rate + local_s
+    peers = ("slow shared mount", "tar --zstd", "uv pip install", "pip install")
+    best_s = min(_seconds(results[name]) for name in peers)
+    uv_s = _seconds(results[UV_WARM])
+    how = f"{LINK}, dd {rate / 1e6:.0f} MB/s; {environment.files} files, {environment.size_bytes / 1e9:.1f} "
+    how += f"GB; cold page cache; medians of {REPEATS} interleaved starts, of uv and pip {SLOW_REPEATS}"
+    attached_s = median(each["attached_s"] for each in warm)
+    figures = [
+        ("attached in the prolog, snapshot on the node", attached_s, "s", 0.2, None, False),
+        ("snapshot on the node, against an ext4 tree", _seconds(warm) / local_s, "×", 1.0, 1.0, False),
+        ("best of the others on a new node, against ours", best_s / _seconds(cold), "×", 5.0, 1.0, True),
+        ("snapshot on the node, against uv with all it needs", _seconds(warm) / uv_s, "×", 1.0, 1.0, False),
+        ("start, against hot bytes / link + local", _seconds(cold) / bound_s, "×", 1.15, 1.0, False),
+    ]
+    rows = [
+        Row(name, value, unit, target, limit, how, at_least)
+        for name, value, unit, target, limit, at_least in figures
+    ]
+    return rows + [
+        Row(name, _seconds(each), "s", None, local_s, how) for name, each in results.items() if name != "dd"
+    ]
+
+
+def _seconds(results: list[Result]) -> float:
+    return median(result["total_s"] for result in results)

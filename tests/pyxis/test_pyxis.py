@@ -131,5 +131,7 @@ def test_a_start_that_is_cancelled_leaves_nothing(site: Site) -> None:
         start = pool.submit(site.cluster.exec, "login", *argv, user="alice", timeout_s=120)
         time.sleep(3)
         site.cluster.exec("login", "scancel", "-u", "alice")
-        assert "CANCELLED" in start.result().stderr
+        said = start.result().stderr
+        # What srun says depends on how far slurmstepd was: it takes no signals while pyxis imports.
+        assert "CANCELLED" in said or "aborted before step completely launched" in said
     assert_nothing_left(site)

@@ -217,15 +217,13 @@ class Agent:
         if op == "pack":
             if not read_key(self._config.image.site_key) or self._config.image.kernel_mount == "off":
                 raise InputError("this node signs no images")
-            fd, ticket = self._packer.start(self._own(message, uid).job.uid)
+            kind = "environment" if first(message, "KIND") == "environment" else "image"
+            fd, ticket = self._packer.start(self._own(message, uid).job.uid, kind)
             fds.append(fd)
             return [("TICKET", ticket)]
         if op == "packed":
             owner = self._own(message, uid).job.uid
-            kind = "environment" if first(message, "KIND") == "environment" else "image"
-            packed = self._packer.finish(
-                owner, first(message, "TICKET"), timeout_s=_PACK_TIMEOUT_S, kind=kind
-            )
+            packed = self._packer.finish(owner, first(message, "TICKET"), timeout_s=_PACK_TIMEOUT_S)
             fds.append(packed.fd)
             signature = sign(read_key(self._config.image.site_key), owner, packed.manifest.id)
             return [("MANIFEST_ID", packed.manifest.id), ("SIGNATURE", signature)]

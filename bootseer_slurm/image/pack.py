@@ -44,12 +44,16 @@ _log = logging.getLogger(__name__)
 # Of the range that distributions leave to services without a fixed id (systemd's UIDS-GIDS.md).
 PACKER_UIDS = range(61872, 61875)
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# Level 3: see `convert`, whose images these are. Fatal errors, since a part of an image is worse than none.
+# Fatal errors, since a part of an image is worse than none.
 _SQUASHFS = (
     *("-tar", "-noappend", "-all-root", "-no-xattrs", "-exit-on-error", "-no-progress", "-quiet"),
-    *("-comp", "zstd", "-Xcompression-level", "3", "-b", "128K"),
-    *("-root-mode", "755"),
+    *("-b", "128K", "-root-mode", "755"),
 )
+# A job waits for its image: see `convert`. None waits for a snapshot: see env/snapshot.py.
+_COMPRESSION = {
+    "image": ("-comp", "zstd", "-Xcompression-level", "3"),
+    "environment": ("-comp", "lz4", "-Xhc"),
+}
 _MEMORY_MIB = 1024
 _ADDRESS_SPACE_BYTES = 8 * 2**30  # mksquashfs has some stacks and buffers for each thread
 _OPEN_FILES = 64
@@ -76,6 +80,7 @@ class Packed:
 @dataclass(slots=True)
 class _Packing:
     ticket: str
+    kind: str
     uid: int
     packer_uid: int
     folder: Path
@@ -116,9 +121,10 @@ class Packer:
         except OSError as error:
             raise BootseerError(f"{folder}: cannot be used for packing: {error.strerror}") from error
 
-    def start(self, uid: int) -> tuple[int, str]:
+    def start(self, uid: int, kind: str = "image") -> tuple[int, str]:
         """Begin to pack for a user: the write end of a pipe for the tar, and a ticket. The caller closes it.
 
+        kind: "image" or "environment", of the blob that it becomes.
         Raises BootseerError: another packing of the user or too many run, or mksquashfs cannot be started.
         """
         with self._lock:
@@ -135,12 +141,14 @@ class Packer:
             if limit_bytes <= 0:
                 raise BootseerError(f"{self._folder}: the disk has no room for packing")
             ticket = secrets.token_hex(16)
-            packing, fd = self._launch(ticket, uid, free[0], limit_bytes)
+            packing, fd = self._launch(ticket, kind, uid, free[0], limit_bytes)
             self._packings[ticket] = packing
             threading.Thread(target=self._watch, args=(packing,), name="packing", daemon=True).start()
             return fd, ticket
 
-    def _launch(self, ticket: str, uid: int, packer_uid: int, limit_bytes: int) -> tuple[_Packing, int]:
+    def _launch(
+        self, ticket: str, kind: str, uid: int, packer_uid: int, limit_bytes: int
+    ) -> tuple[_Packing, int]:
         folder = self._folder / ticket
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
         try:
@@ -148,7 +156,7 @@ class Packer:
             log = (folder / "log").open("w+b")
             os.chown(folder, packer_uid, packer_uid)
             process = subprocess.Popen(
-                _command(packer_uid, limit_bytes),
+                _command(kind, packer_uid, limit_bytes),
                 stdin=read_fd,
                 stdout=log,
                 stderr=log,
@@ -162,7 +170,7 @@ class Packer:
             raise BootseerError(f"packing cannot be started: {error}") from error
         finally:
             os.close(read_fd)
-        return _Packing(ticket, uid, packer_uid, folder, process, log), write_fd
+        return _Packing(ticket, kind, uid, packer_uid, folder, process, log), write_fd
 
     def _watch(self, packing: _Packing) -> None:
         """End a packing that takes too long, or whose result nobody asks for (a thread of its own)."""
@@ -188,12 +196,11 @@ class Packer:
         os.close(self._results.pop(uid))
         return True
 
-    def finish(self, uid: int, ticket: str, *, timeout_s: float, kind: str = "image") -> Packed:
+    def finish(self, uid: int, ticket: str, *, timeout_s: float) -> Packed:
         """Wait until the image of this user's ticket is whole, and take it. The caller closes its descriptor.
 
-        kind: of the blob that it becomes. timeout_s: for mksquashfs after the stream's end. Raises NotFound
-        for a ticket that is not the user's, BootseerError with what mksquashfs said, or what is wrong with
-        its result; nothing is left.
+        timeout_s: for mksquashfs after the stream's end. Raises NotFound for a ticket that is not the
+        user's, BootseerError with what mksquashfs said, or what is wrong with its result; nothing is left.
         """
         with self._lock:
             packing = self._packings.get(ticket)
@@ -212,7 +219,7 @@ class Packer:
         finally:
             self._forget(packing)
         try:
-            packed = Packed(fd, Manifest(kind, *_digest(fd)))
+            packed = Packed(fd, Manifest(packing.kind, *_digest(fd)))
             with self._lock:
                 self._results[uid] = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
             return packed
@@ -264,7 +271,7 @@ class Packer:
             self._packings.pop(packing.ticket, None)
 
 
-def _command(packer_uid: int, limit_bytes: int) -> list[str]:
+def _command(kind: str, packer_uid: int, limit_bytes: int) -> list[str]:
     """mksquashfs as a packer, with nothing to gain."""
     processors = max(1, (os.cpu_count() or 1) // 2)  # jobs run beside it
     return [
@@ -272,7 +279,7 @@ def _command(packer_uid: int, limit_bytes: int) -> list[str]:
         *("--bounding-set=-all", "--inh-caps=-all", "--"),
         *("prlimit", f"--fsize={limit_bytes}", f"--nofile={_OPEN_FILES}", f"--nproc={_THREADS}", "--core=0"),
         *(f"--as={_ADDRESS_SPACE_BYTES}", "--"),
-        *("nice", "-n", "5", "mksquashfs", "-", "image", *_SQUASHFS),
+        *("nice", "-n", "5", "mksquashfs", "-", "image", *_SQUASHFS, *_COMPRESSION[kind]),
         *("-processors", str(processors), "-mem", f"{_MEMORY_MIB}M"),
     ]
 

@@ -86,8 +86,8 @@ class AgentPacking:
 
     def _packed(self, write: Callable[[int], None], kind: str) -> tuple[int, tuple[str, str]]:
         """Send the tar; gives a descriptor of the image, and (its blob's id, signature)."""
-        reply, fds = self._ask("pack", [], _START_TIMEOUT_S)
-        ticket = [("TICKET", first(reply, "TICKET")), ("KIND", kind)]
+        reply, fds = self._ask("pack", [("KIND", kind)], _START_TIMEOUT_S)
+        ticket = [("TICKET", first(reply, "TICKET"))]
         try:
             try:
                 if len(fds) != 1:

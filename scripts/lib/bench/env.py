@@ -20,7 +20,7 @@ from typing import Any
 
 from bench import env_inputs, image_inputs
 from bench.env_inputs import PEERS, Environment
-from bench.image_arms import HERE, JOB_ENV, NODE, WORK, Result, Step, make_cold, measure_dd
+from bench.image_arms import HERE, JOB_ENV, NODE, WORK, Result, Step, far_store, make_cold, measure_dd
 from bench.image_inputs import ALICE, IMPORTS, PACKAGES
 from bench.rows import Row
 from cluster.client import Cluster
@@ -31,6 +31,7 @@ REPEATS = 5
 SLOW_REPEATS = 1  # of what takes minutes
 LINK = "1gbit"
 DD_BYTES = 256 * 2**20
+DELAY_S = 0.0005  # each way
 PLACE = f"{WORK}/env"  # where other arms put the environment
 UV_CACHE = f"{WORK}/uv-cache"
 INDEX_PORT = 8003
@@ -41,6 +42,7 @@ ENTER = str(HERE / "env_enter.py")
 STAMP = "/run/bench-attached"
 PATIENCE_S = 900.0
 LOCAL, COLD, WARM = "local ext4 tree", "with Bootseer", "with Bootseer, snapshot on the node"
+FAR, FAR_COLD = "slow shared mount, 1 ms", "with Bootseer, 1 ms"
 UV_WARM = "uv pip install, warm cache, hard links"
 
 _job_ids = itertools.count(700_000 + int(time.time()) % 100_000 * 10)
@@ -85,6 +87,10 @@ def run(cluster: Cluster) -> list[Row]:
                     if not arm.slow or number < SLOW_REPEATS:
                         step(f"{arm.name}, {number + 1} of {REPEATS}")
                         results.setdefault(arm.name, []).append(start(cluster, environment, arm))
+                with far_store(cluster, DELAY_S):
+                    for arm in far(environment):
+                        step(f"{arm.name}, {number + 1} of {REPEATS}")
+                        results.setdefault(arm.name, []).append(start(cluster, environment, arm))
     return rows_of(environment, results)
 
 
@@ -92,6 +98,7 @@ def arms(environment: Environment, index: str) -> list[Arm]:
     """One round. Of Bootseer's arms the second finds what the first brought."""
     uv = [str(PEERS / "bin" / "uv"), "pip", "install", "--quiet", "--python", str(PEERS / "bin" / "python")]
     pip = [str(PEERS / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+    pip += ["--trusted-host", index.split("/")[2].partition(":")[0]]
     wanted = ["--no-index", "--find-links", index, "--target", PLACE, *PACKAGES]
     cold, warm = next(_job_ids), next(_job_ids)
 
@@ -116,6 +123,12 @@ def arms(environment: Environment, index: str) -> list[Arm]:
         Arm("uv pip install", [alice("install", *uv, "--no-cache", *wanted)], source=PLACE, slow=True),
         Arm("pip install", [alice("install", *pip, "--no-cache-dir", *wanted)], source=PLACE, slow=True),
     ]
+
+
+def far(environment: Environment) -> list[Arm]:
+    """Inside of `far_store`: with 1 ms more round trip."""
+    job = next(_job_ids)
+    return [Arm(FAR, []), Arm(FAR_COLD, [_prolog(job, environment)], empty=True, job=job)]
 
 
 def _slurm(job: int, environment: Environment) -> dict[str, str]:
@@ -204,7 +217,9 @@ def _warm_server(cluster: Cluster, environment: Environment, arm: Arm) -> None:
     shared = cluster.shared
     for path in {
         "slow shared mount": [shared / environment.target.removeprefix("/shared/")],
+        FAR: [shared / environment.target.removeprefix("/shared/")],
         COLD: list((shared / f"bootseer/users/{ALICE}/blobs").glob("*")),
+        FAR_COLD: list((shared / f"bootseer/users/{ALICE}/blobs").glob("*")),
         "tar --zstd": [shared / environment.archive.removeprefix("/shared/")],
     }.get(arm.name, [environment.wheels] if arm.slow else []):
         # Not tar: it does not read what it writes to /dev/null.
@@ -287,6 +302,7 @@ def rows_of(environment: Environment, results: dict[str, list[Result]]) -> list[
     bound_s = hot_bytes / rate + local_s
     peers = ("slow shared mount", "tar --zstd", "uv pip install", "pip install")
     best_s = min(_seconds(results[name]) for name in peers)
+    far_ratio = _seconds(results[FAR]) / _seconds(results[FAR_COLD])
     uv_s = _seconds(results[UV_WARM])
     how = f"{LINK}, dd {rate / 1e6:.0f} MB/s; {environment.files} files, {environment.size_bytes / 1e9:.1f} "
     how += f"GB; cold page cache; medians of {REPEATS} interleaved starts, of uv and pip {SLOW_REPEATS}"
@@ -295,6 +311,7 @@ def rows_of(environment: Environment, results: dict[str, list[Result]]) -> list[
         ("attached in the prolog, snapshot on the node", attached_s, "s", 0.2, None, False),
         ("snapshot on the node, against an ext4 tree", _seconds(warm) / local_s, "×", 1.0, 1.0, False),
         ("best of the others on a new node, against ours", best_s / _seconds(cold), "×", 5.0, 1.0, True),
+        ("slow shared mount with 1 ms, against ours", far_ratio, "×", None, 1.0, True),
         ("snapshot on the node, against uv with all it needs", _seconds(warm) / uv_s, "×", 1.0, 1.0, False),
         ("start, against hot bytes / link + local", _seconds(cold) / bound_s, "×", 1.15, 1.0, False),
     ]

@@ -36,6 +36,7 @@ _Image = Annotated[
 @app.command("save")
 def env_save(folder: _Folder, image: _Image = "") -> None:
     """Save an environment; jobs that use it at this path are served from the snapshot."""
+    from bootseer_slurm.blob.garbage import collect_garbage
     from bootseer_slurm.env.snapshot import save
 
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -51,6 +52,8 @@ def env_save(folder: _Folder, image: _Image = "") -> None:
             stage=lambda text, size_bytes: progress.reset(task, description=text, total=size_bytes),
             progress=lambda count: progress.advance(task, count),
         )
+    if saved:  # one that this replaces goes a day later, without anybody asking
+        collect_garbage(settings.store(), os.getuid())
     print(f"{record.name}  {record.blob[:16]}  {'saved' if saved else 'in the store already'}")
 
 

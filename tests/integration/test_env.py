@@ -108,6 +108,9 @@ def test_saved_once_shown_and_never_when_it_changed(node: Node) -> None:
     assert shown(node, 2, root) is None
     faults = [str(event.get("message")) for event in end(node, 2) if event["kind"] == "fault"]
     assert any("was changed since it was put into the store: packages" in fault for fault in faults)
+    (old,) = blobs(node)
+    node.bootseer("env", "save", str(root))
+    assert len(blobs(node)) == 2 and (old / "unused").exists(), "it goes a day after it was replaced"
 
 
 def test_the_commands(node: Node) -> None:

@@ -221,6 +221,14 @@ def test_a_problem_of_several_nodes_is_one_and_errors_come_first() -> None:
     assert problems[1].message == "not shown: the original has changed"
 
 
+def test_a_snapshot_that_was_made_is_told() -> None:
+    nodes = [Node(f"n{number}").started() for number in (1, 2)]
+    nodes[0].at(30, "snapshot", "saved", what="environment", target="/venv", message="saved for the next start")
+    (problem,) = report_of(*nodes).problems
+    assert (problem.level, problem.name, problem.nodes) == ("info", "snapshot_saved", ("n1",))
+    assert (problem.target, problem.message) == ("/venv", "saved for the next start")
+
+
 def test_a_thousand_nodes_take_little_time() -> None:
     nodes = [
         mark(Node(f"n{number}").started(), 20 + number / 100, "training_started") for number in range(1000)

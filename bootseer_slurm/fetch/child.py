@@ -131,6 +131,8 @@ class Child:
                 image = self._image_digest(request.get("image", ""))
                 stored_as = stored_name(name, image)
             record = self._record(stored_as, request.get("digest", ""))
+            if record is None and stored_as != name:  # the same files, saved for the node itself
+                image, record = "", self._record(name, "")
             if kind == "environment":
                 fingerprint = self._note_key(name, image, record.key if record else None)
             if record and kind == "image" and name.startswith(_SNAPSHOTS):

@@ -341,17 +341,20 @@ def test_one_for_each_image_it_is_used_in(node: Node) -> None:
     image = node.folder / "data" / "image.sqsh"
     subprocess.run(["mksquashfs", str(root), str(image), "-quiet", "-no-progress"], check=True, capture_output=True)
     os.utime(image, OLD)
-    node.bootseer("env", "save", str(root))
-    node.start()
-    assert shown(node, 1, root, IMAGE=image) is None, "it was made for no image"
-    end(node, 1)
     node.bootseer("env", "save", str(root), "--image", str(image))
+    node.start()
+    assert shown(node, 1, root) is None, "it was made for an image"
+    end(node, 1)
     view = shown(node, 2, root, IMAGE=image)
     assert view is not None
     end(node, 2, view)
     os.utime(image, (OLD[0] + 5, OLD[0] + 5))
     assert shown(node, 3, root, IMAGE=image) is None, "it is another image now"
     end(node, 3)
+    node.bootseer("env", "save", str(root))
+    view = shown(node, 4, root, IMAGE=image)
+    assert view is not None, "what was saved without an image is good for all that have none of their own"
+    end(node, 4, view)
 
 
 def kind_of(view: Path) -> str:

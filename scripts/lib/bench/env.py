@@ -23,6 +23,7 @@ from bench.env_inputs import PEERS, Environment
 from bench.image_arms import HERE, JOB_ENV, NODE, WORK, Result, Step, far_store, make_cold, measure_dd
 from bench.image_inputs import ALICE, IMPORTS, PACKAGES
 from bench.rows import Row
+from bench.told import HOOK, events_of, figures, hook_environ
 from cluster.client import Cluster
 from cluster.layout import REPO, ClusterError, Layout, poll
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -35,7 +36,6 @@ DELAY_S = 0.0005  # each way
 PLACE = f"{WORK}/env"  # where other arms put the environment
 UV_CACHE = f"{WORK}/uv-cache"
 INDEX_PORT = 8003
-HOOK = str(REPO / "prolog.d" / "50-bootseer")
 PYTHON = str(REPO / ".venv" / "bin" / "python")
 BOOTSEER = str(REPO / ".venv" / "bin" / "bootseer")
 ENTER = str(HERE / "env_enter.py")
@@ -132,20 +132,7 @@ def far(environment: Environment) -> list[Arm]:
 
 
 def _slurm(job: int, environment: Environment) -> dict[str, str]:
-    return {
-        "SLURM_JOB_ID": str(job),
-        "SLURM_JOB_UID": str(ALICE),
-        "SLURM_JOB_GID": str(ALICE),
-        "SLURM_JOB_USER": "alice",
-        "SLURM_JOB_ACCOUNT": "research",
-        "SLURM_NODELIST": NODE,
-        "SLURMD_NODENAME": NODE,
-        "SLURM_JOB_PARTITION": "main",
-        "SLURM_JOB_RESTART_COUNT": "0",
-        "SPANK_BOOTSEER_MODE": "1",
-        "SPANK_BOOTSEER_JOB_NAME": "bench-env",
-        "SPANK_BOOTSEER_ENV": environment.target,
-    }
+    return hook_environ(job, "bench-env", ENV=environment.target)
 
 
 def _prolog(job: int, environment: Environment) -> Step:
@@ -228,21 +215,10 @@ def _warm_server(cluster: Cluster, environment: Environment, arm: Arm) -> None:
 
 def _told(cluster: Cluster, job: int) -> Result:
     """What the node told of a job, and when its step had the environment."""
-    events = cluster.shared / f"bootseer/users/{ALICE}/events/{job}.0/{NODE}.jsonl"
-    if not poll(lambda: events.exists() and '"session","name":"end"' in events.read_text(), timeout_s=60):
-        raise ClusterError(f"job {job} sent no events")
-    found = [json.loads(line) for line in events.read_text().splitlines()]
-    begin_ns = next(event["t_ns"] for event in found if (event["kind"], event["name"]) == ("hook", "begin"))
+    events = events_of(cluster, job)
+    begin_ns = next(event["t_ns"] for event in events if (event["kind"], event["name"]) == ("hook", "begin"))
     attached_ns = int(cluster.exec(NODE, "cat", STAMP).stdout)
-    result: Result = {"attached_s": (attached_ns - begin_ns) / 1e9}
-    for event in found:
-        if (event["kind"], event["name"]) == ("prefetch", "hot"):
-            result |= {"hot_bytes": event["bytes"], "hot_s": event["dur_s"]}
-        if event["kind"] == "access":
-            result |= {"reads": event["reads"], "reads_blocked": event["reads_blocked"]}
-        if event["kind"] == "fault":
-            result.setdefault("faults", []).append(event.get("message"))
-    return result
+    return figures(events) | {"attached_s": (attached_ns - begin_ns) / 1e9}
 
 
 def save(cluster: Cluster, environment: Environment) -> None:

@@ -12,21 +12,19 @@ All starts are of one job class, so the first one, which is not counted, records
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import time
 
-from bench.image_arms import NODE, ROOT, Arm, Result, Step, start
+from bench.image_arms import ROOT, Arm, Result, Step, start
 from bench.image_inputs import ALICE, Inputs
+from bench.told import HOOK, events_of, figures, hook_environ
 from cluster.client import Cluster
 from cluster.layout import REPO, ClusterError
 
-HOOK = str(REPO / "prolog.d" / "50-bootseer")
 BIN = REPO / ".venv" / "bin"
 STAND_IN = str(REPO / "libexec" / "squashfuse")
 JOB_NAME = "bench-image"
 RUNTIME = "/run/bench-pyxis"
-EVENTS_PATIENCE_S = 60.0
 # By digest: no registry needs to be asked what a tag means.
 DIGEST = "sha256:" + "1" * 64
 URI = f"docker://registry.example/bench@{DIGEST}"
@@ -67,19 +65,7 @@ def measured(
     """
     job_id = next(_job_ids)
     result = start(cluster, inputs, arm(job_id, uri, head_start_s=head_start_s, heavy=heavy, warm=warm))
-    events = cluster.shared / f"bootseer/users/{ALICE}/events/{job_id}.0/{NODE}.jsonl"
-    deadline_s = time.monotonic() + EVENTS_PATIENCE_S
-    while not (events.exists() and '"session","name":"end"' in events.read_text()):
-        if time.monotonic() > deadline_s:
-            raise ClusterError(f"job {job_id} sent no events")
-        time.sleep(0.1)
-    found = [json.loads(line) for line in events.read_text().splitlines()]
-    for event in found:
-        if (event["kind"], event["name"]) == ("prefetch", "hot"):
-            result |= {"hot_bytes": event["bytes"], "hot_s": event["dur_s"]}
-        if event["kind"] == "access":
-            result |= {"reads": event["reads"], "reads_blocked": event["reads_blocked"]}
-    return result
+    return result | figures(events_of(cluster, job_id))
 
 
 def forget(cluster: Cluster) -> None:
@@ -90,20 +76,7 @@ def forget(cluster: Cluster) -> None:
 def arm(job_id: int, uri: str, *, head_start_s: float, heavy: bool, warm: bool) -> Arm:
     """A start of a new job. head_start_s: between the prolog and the step."""
     title = "with Bootseer"
-    slurm = {
-        "SLURM_JOB_ID": str(job_id),
-        "SLURM_JOB_UID": str(ALICE),
-        "SLURM_JOB_GID": str(ALICE),
-        "SLURM_JOB_USER": "alice",
-        "SLURM_JOB_ACCOUNT": "research",
-        "SLURM_NODELIST": NODE,
-        "SLURMD_NODENAME": NODE,
-        "SLURM_JOB_PARTITION": "main",
-        "SLURM_JOB_RESTART_COUNT": "0",
-        "SPANK_BOOTSEER_MODE": "1",
-        "SPANK_BOOTSEER_JOB_NAME": f"{JOB_NAME}-{heavy}",
-        "SPANK_BOOTSEER_CONTAINER_IMAGE": uri,
-    }
+    slurm = hook_environ(job_id, f"{JOB_NAME}-{heavy}", CONTAINER_IMAGE=uri)
     step = {
         "SLURM_JOB_ID": str(job_id),
         "SLURM_STEP_ID": "0",

@@ -12,7 +12,7 @@ import stat
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
@@ -200,31 +200,32 @@ def _packed(
 def _write_tar(out: IO[bytes], real: Path, compiled: Path, entries: dict[str, _Entry]) -> None:
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.GNU_FORMAT) as tar:
         for path, entry in entries.items():
-            if entry.special:
-                continue
-            info = tar.gettarinfo(real / path, arcname=path)
-            info.mtime = int(info.mtime)
-            info.uname = info.gname = ""
-            if info.isreg():
-                with (real / path).open("rb") as file:
-                    tar.addfile(info, file)
-            else:
-                tar.addfile(info)
-        _add_byte_code(tar, real, compiled)
+            if not entry.special:
+                _add(tar, real / path, path)
+        for path, made in _byte_code(real, compiled):
+            _add(tar, made, path)
 
 
-def _add_byte_code(tar: tarfile.TarFile, real: Path, compiled: Path) -> None:
-    """What was compiled aside, at its place beside the sources, where there is none of that name."""
+def _add(tar: tarfile.TarFile, file: Path, path: str) -> None:
+    """A file, folder or link under this path, with what of it is the same on every node."""
+    info = tar.gettarinfo(file, arcname=path)
+    info.mtime, info.uname, info.gname = int(info.mtime), "", ""
+    if not info.isreg():
+        tar.addfile(info)
+        return
+    with file.open("rb") as content:
+        tar.addfile(info, content)
+
+
+def _byte_code(real: Path, compiled: Path) -> Iterator[tuple[str, Path]]:
+    """What was compiled aside, and its place beside the sources, where there is none of that name."""
     made = compiled / real.relative_to("/")
     for folder, _, files in os.walk(made):
         cache = os.path.join(os.path.relpath(folder, made), "__pycache__")
         for name in sorted(files):
             path = os.path.normpath(os.path.join(cache, name))
             if not (real / path).exists():
-                info = tar.gettarinfo(os.path.join(folder, name), arcname=path)
-                info.mtime, info.uname, info.gname = int(info.mtime), "", ""
-                with open(os.path.join(folder, name), "rb") as file:
-                    tar.addfile(info, file)
+                yield path, Path(folder, name)
 
 
 def _shortened(key: dict[str, str]) -> dict[str, str]:

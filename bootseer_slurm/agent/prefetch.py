@@ -1,4 +1,4 @@
-"""The prefetch of one job on this node: brings the blocks of its targets, with several reads in flight.
+"""The prefetch of one job on this node: brings blocks of what it starts from, several reads in flight.
 
 Three queues, the first that has work goes on:
 
@@ -8,7 +8,7 @@ Three queues, the first that has work goes on:
 
 Reads that somebody waits for go before all of these (fetch/turns.py). During the start nothing is fetched of
 a blob with a plan but the plan, for the link is then the job's. Threads: `streams` of its own, started with
-the first target.
+the first part.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import psutil
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from bootseer_slurm.agent.target import Target
+from bootseer_slurm.agent.part import Part
 from bootseer_slurm.blob.manifest import Layout
 from bootseer_slurm.blob.reader import OnFault
 from bootseer_slurm.blob.trace import Plan
@@ -47,9 +47,9 @@ _NO_PLAN = Plan()
 
 @dataclass(slots=True, eq=False)
 class _Work:
-    """One target and how far it is. times_ms: when a start touches each hot block, in order; -1: at once."""
+    """One part and how far it is. times_ms: when a start touches each hot block, in order; -1: at once."""
 
-    target: Target
+    part: Part
     times_ms: dict[int, int]
     planned: bool
     in_flight: int = 0
@@ -64,7 +64,7 @@ class _Work:
 
     def lacking(self) -> list[int]:
         """The hot blocks that are not there."""
-        blob = self.target.reader.blob
+        blob = self.part.reader.blob
         return [block for block in self.times_ms if not blob.has(block, block)]
 
 
@@ -80,7 +80,7 @@ class _Run:
 
 
 class Prefetch:
-    """Brings targets until it is stopped. Thread-safe."""
+    """Brings parts until it is stopped. Thread-safe."""
 
     def __init__(self, turns: Turns, config: PrefetchConfig, *, log: EventLog, on_fault: OnFault) -> None:
         """turns: of the fetch process that reads. on_fault(name, message): told of what cannot be read."""
@@ -99,16 +99,16 @@ class Prefetch:
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
 
-    def add(self, target: Target, *, plan: Plan = _NO_PLAN, first: Sequence[tuple[int, int]] = ()) -> None:
-        """Bring this target's blocks too. first: ranges (offset, bytes) that its start needs at once."""
-        wish, layout = target.wish, target.reader.blob.layout
-        self._log.emit("prefetch", "begin", bytes=layout.size_bytes, target=wish.name, what=wish.kind)
+    def add(self, part: Part, *, plan: Plan = _NO_PLAN, first: Sequence[tuple[int, int]] = ()) -> None:
+        """Bring this part's blocks too. first: ranges (offset, bytes) that its start needs at once."""
+        layout = part.reader.blob.layout
+        self._log.emit("prefetch", "begin", bytes=layout.size_bytes, target=part.label, what=part.wish.kind)
         times_ms = _hot_times(layout, plan, first)
-        work = _Work(target, times_ms, bool(plan.blocks))
+        work = _Work(part, times_ms, bool(plan.blocks))
         lacking = work.lacking()
         with self._changed:
             self._works.append(work)
-            self._works.sort(key=lambda work: _ORDER.index(work.target.wish.kind))
+            self._works.sort(key=lambda work: _ORDER.index(work.part.wish.kind))
             for block, first_block, last_block in _runs(lacking, layout.chunk_bytes // layout.block_bytes):
                 self._queue(work, times_ms[block], first_block, last_block)
             if not lacking:
@@ -119,15 +119,15 @@ class Prefetch:
             self._settle(work)
             self._changed.notify_all()
 
-    def wait_hot(self, target: Target, timeout_s: float) -> bool:
-        """Wait until what the target's start needs is there, or will be there before it is needed.
+    def wait_hot(self, part: Part, timeout_s: float) -> bool:
+        """Wait until what the part's start needs is there, or will be there before it is needed.
 
         A start touches its blocks one after the other, and the link goes on meanwhile: waiting for the last
         of them would cost the time that the first take. False when they are not, in that time or at all.
         """
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
-            work = next((work for work in self._works if work.target is target), None)
+            work = next((work for work in self._works if work.part is part), None)
             while work is not None and not (work.hot_over or self._over.is_set()):
                 left_s = deadline_s - time.monotonic()
                 if time.monotonic() - work.forecast_s >= _FORECAST_EVERY_S:  # for all tasks
@@ -179,7 +179,7 @@ class Prefetch:
             except Exception as error:  # a stream that died would hold up what waits for it
                 failure = StoreError(f"{type(error).__name__}: {error}")
             if failure and not self._over.is_set():
-                self._on_fault("prefetch_failed", f"{work.target.wish.name}: {failure.message}")
+                self._on_fault("prefetch_failed", f"{work.part.label}: {failure.message}")
             with self._changed:
                 work.in_flight -= 1
                 if failure and run is None:
@@ -192,7 +192,7 @@ class Prefetch:
                 self._changed.notify_all()
 
     def _next(self) -> tuple[_Work, _Run | None, bool] | None:
-        """Wait for a hot run, or a target to go on with, and whether that is cold; None at the end."""
+        """Wait for a hot run, or a part to go on with, and whether that is cold; None at the end."""
         with self._changed:
             while not self._over.is_set():
                 while self._hot:
@@ -211,14 +211,14 @@ class Prefetch:
         return None
 
     def _wants_more(self, work: _Work) -> bool:
-        """Whether a target has something to do beside what is hot."""
+        """Whether a part has something to do beside what is hot."""
         if self._start_over:
             return not (work.exhausted or self._cold_busy) and self._config.cold_rate_bytes > 0
         return not (work.exhausted or work.planned)
 
     def _bring_hot(self, run: _Run) -> None:
         work, first = run.work, run.first
-        blob = work.target.reader.blob
+        blob = work.part.reader.blob
         if not (blob.full or blob.has(first, run.last)):
             first = self._retried(work, first, run.last)
         else:
@@ -262,10 +262,10 @@ class Prefetch:
 
     def _fetch_any(self, work: _Work) -> int:
         with self._turns.prefetch() as limit_bytes:
-            return 0 if self._over.is_set() else work.target.reader.prefetch_run(limit_bytes)
+            return 0 if self._over.is_set() else work.part.reader.prefetch_run(limit_bytes)
 
     def _fetch_hot(self, work: _Work, first: int, last: int) -> int:
-        reader = work.target.reader
+        reader = work.part.reader
         size_bytes = (last - first + 1) * reader.blob.layout.block_bytes
         with self._turns.prefetch(size_bytes) as limit_bytes:
             if self._over.is_set():
@@ -285,7 +285,7 @@ class Prefetch:
         if not rate_bytes or any(work.times_ms[block] < 0 for block in lacking):
             return False
         begin_ms = min((at_ms for at_ms in work.times_ms.values() if at_ms > 0), default=0)
-        block_bytes = work.target.reader.blob.layout.block_bytes
+        block_bytes = work.part.reader.blob.layout.block_bytes
         return all(
             count * block_bytes / rate_bytes * _FORECAST_MARGIN < (work.times_ms[block] - begin_ms) / 1000
             for count, block in enumerate(lacking, start=1)
@@ -298,37 +298,37 @@ class Prefetch:
     def _end_hot(self, work: _Work, *, there: bool) -> None:
         work.hot_over, work.hot_there = True, there
         if there and work.planned:
-            layout = work.target.reader.blob.layout
+            layout = work.part.reader.blob.layout
             self._log.emit(
                 "prefetch",
                 "hot",
                 bytes=sum(layout.block_size(block) for block in work.times_ms),
                 blocks=len(work.times_ms),
                 dur_s=time.monotonic() - work.start_s,
-                target=work.target.wish.name,
-                what=work.target.wish.kind,
+                target=work.part.label,
+                what=work.part.wish.kind,
             )
 
     def _settle(self, work: _Work) -> None:
-        """See whether a target is done with: all is there, or nothing more will be brought."""
+        """See whether a part is done with: all is there, or nothing more will be brought."""
         never = not self._config.cold_rate_bytes and (work.planned or self._start_over)
-        if work.hot_over and (never or (work.planned and work.target.reader.blob.complete)):
+        if work.hot_over and (never or (work.planned and work.part.reader.blob.complete)):
             work.exhausted = True
         if work.hot_over and work.exhausted and not (work.in_flight or work.ended or self._over.is_set()):
             work.ended = True
             self._tell(work, "end")
 
     def _tell(self, work: _Work, name: str) -> None:
-        usage, before = work.target.reader.usage, work.target.before
+        usage, before = work.part.reader.usage, work.part.before
         self._log.emit(
             "prefetch",
             name,
             bytes=usage.store_bytes + usage.origin_bytes - before.store_bytes - before.origin_bytes,
-            bytes_cached=work.target.cached_bytes,
+            bytes_cached=work.part.cached_bytes,
             dur_s=time.monotonic() - work.start_s,
             source="store" if usage.store_bytes > before.store_bytes else "origin",
-            target=work.target.wish.name,
-            what=work.target.wish.kind,
+            target=work.part.label,
+            what=work.part.wish.kind,
         )
 
 

@@ -2,7 +2,7 @@
 
 The start is over at the mark training_started ("mark"), when nothing new was read for `start_quiet_s`
 ("quiet"), at `start_cap_s` ("cap"), or with the job ("end"). What mounting an image in the prolog reads is no
-start yet: it does not end in quiet, and leaves no trace. Owns the recorders of the session's targets and one
+start yet: it does not end in quiet, and leaves no trace. Owns the recorders of the session's parts and one
 thread that watches the time. Thread-safe.
 """
 
@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from bootseer_slurm.agent.part import Part
 from bootseer_slurm.agent.publish import Publisher
 from bootseer_slurm.agent.request import Job
-from bootseer_slurm.agent.target import Target
 from bootseer_slurm.blob.trace import Recorder, Trace
 from bootseer_slurm.config import PrefetchConfig
 
@@ -46,25 +46,25 @@ class Recording:
         self._publisher = publisher
         self._on_over = on_over
         self._begin_s = time.monotonic()
-        self._targets: list[Target] = []
+        self._parts: list[Part] = []
         self._step_s = math.inf
-        self._mounted_s: dict[Target, float] = {}
+        self._mounted_s: dict[Part, float] = {}
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._watcher: threading.Thread | None = None
 
-    def add(self, target: Target) -> None:
-        """Record this target too, unless the start is over."""
-        if target.wish.kind not in _RECORDED:
+    def add(self, part: Part) -> None:
+        """Record this part too, unless the start is over."""
+        if part.wish.kind not in _RECORDED:
             return
         with self._lock:
             if self._over.is_set():
                 return
-            target.recorder = Recorder(
-                target.reader.blob.layout.blocks, begin_s=self._begin_s, waited_s=target.reader.waited_s
+            part.recorder = Recorder(
+                part.reader.blob.layout.blocks, begin_s=self._begin_s, waited_s=part.reader.waited_s
             )
-            target.reader.add_recorder(target.recorder)
-            self._targets.append(target)
+            part.reader.add_recorder(part.recorder)
+            self._parts.append(part)
             if self._watcher is None:
                 self._watcher = threading.Thread(target=self._watch, name="recording", daemon=True)
                 self._watcher.start()
@@ -73,9 +73,9 @@ class Recording:
         """A step begins, or wants an image: what is read from now on is the start's."""
         self._step_s = min(self._step_s, time.monotonic())
 
-    def mounted(self, target: Target) -> None:
-        """What was read of this target until now was for mounting it."""
-        self._mounted_s[target] = time.monotonic()
+    def mounted(self, part: Part) -> None:
+        """What was read of this part until now was for mounting it."""
+        self._mounted_s[part] = time.monotonic()
 
     def finish(self, ended: str) -> None:
         """The start is over: write what was recorded. A second call does nothing."""
@@ -83,50 +83,50 @@ class Recording:
             if self._over.is_set():
                 return
             self._over.set()
-            targets = list(self._targets)
-        for target in targets:
-            target.reader.remove_recorder(_recorder(target))
-        used = [target for target in targets if self._last_s(target)]
+            parts = list(self._parts)
+        for part in parts:
+            part.reader.remove_recorder(_recorder(part))
+        used = [part for part in parts if self._last_s(part)]
         began_ms = min(map(self._began_ms, used), default=0)
-        for target in used:
+        for part in used:
             trace = Trace(
-                blob=target.trace_key,
+                blob=part.trace_key,
                 node=self._node,
                 job=self._job.job_id,
                 restart=self._job.restart,
                 made_ns=time.time_ns(),
-                block_bytes=target.reader.blob.layout.block_bytes,
-                partial=target.partial,
+                block_bytes=part.reader.blob.layout.block_bytes,
+                partial=part.partial,
                 ended=ended,
-                touches=_recorder(target).touches_since(began_ms),
+                touches=_recorder(part).touches_since(began_ms),
             )
-            fields: dict[str, Any] = {"class": self._class, "blob": target.trace_key}
+            fields: dict[str, Any] = {"class": self._class, "blob": part.trace_key}
             self._publisher.write("trace", trace.encode(), **fields)
 
     def _watch(self) -> None:
         while not self._over.wait(_LOOK_EVERY_S):
             now_s = time.monotonic()
-            last_s = max(map(self._last_s, self._targets), default=0.0)
+            last_s = max(map(self._last_s, self._parts), default=0.0)
             if now_s - self._begin_s > self._config.start_cap_s:
                 self._on_over("cap")
             elif last_s and now_s - last_s > self._config.start_quiet_s:
                 self._on_over("quiet")
 
-    def _last_s(self, target: Target) -> float:
-        """When a step last read something new of a target; 0 when none did."""
-        last_s = _recorder(target).last_s
-        return last_s if last_s >= self._from_s(target) else 0.0
+    def _last_s(self, part: Part) -> float:
+        """When a step last read something new of a part; 0 when none did."""
+        last_s = _recorder(part).last_s
+        return last_s if last_s >= self._from_s(part) else 0.0
 
-    def _began_ms(self, target: Target) -> int:
-        """When a step first read something new of a target that was used, as its recorder tells the time."""
-        from_ms = int((self._from_s(target) - self._begin_s) * 1000)
-        return next((ms for _, ms in _recorder(target).touches if ms >= from_ms), from_ms)
+    def _began_ms(self, part: Part) -> int:
+        """When a step first read something new of a part that was used, as its recorder tells the time."""
+        from_ms = int((self._from_s(part) - self._begin_s) * 1000)
+        return next((ms for _, ms in _recorder(part).touches if ms >= from_ms), from_ms)
 
-    def _from_s(self, target: Target) -> float:
-        """From when on what is read of a target is the start's."""
-        return max(self._step_s, self._mounted_s.get(target, 0.0))
+    def _from_s(self, part: Part) -> float:
+        """From when on what is read of a part is the start's."""
+        return max(self._step_s, self._mounted_s.get(part, 0.0))
 
 
-def _recorder(target: Target) -> Recorder:
-    assert target.recorder is not None  # all in the recording have one
-    return target.recorder
+def _recorder(part: Part) -> Recorder:
+    assert part.recorder is not None  # all in the recording have one
+    return part.recorder

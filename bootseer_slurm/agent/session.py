@@ -26,7 +26,7 @@ from bootseer_slurm.agent.recording import Recording
 from bootseer_slurm.agent.request import Job, Request, Wish, image_wish, learned_wishes
 from bootseer_slurm.agent.saving import Saving
 from bootseer_slurm.agent.shelf import Shelf
-from bootseer_slurm.agent.target import Bind, Target
+from bootseer_slurm.agent.target import Bind, Target, Use
 from bootseer_slurm.agent.wanted import Sought, Wanted
 from bootseer_slurm.blob.jobclass import encode_wishes, job_class
 from bootseer_slurm.config import Config
@@ -211,7 +211,7 @@ class Session:
             target = self._bring(wish, sought, digest)  # again: the importer may just have made it
         if target is None or (digest and target.fingerprint != digest):
             raise NotFound(f"image {wish.name}: not in the store, or an older one")
-        self._prefetcher().wait_hot(target, self._config.prefetch.hot_wait_s)
+        self._prefetcher().wait_hot(target.parts[0], self._config.prefetch.hot_wait_s)
         return str(target.served_path()), target.fingerprint
 
     def _note(self, wish: Wish) -> None:
@@ -255,8 +255,8 @@ class Session:
 
     def _tell_end(self, targets: list[Target], reason: str) -> None:
         """Write what the next start and the report need."""
-        for target in targets:
-            self.log.emit("access", "summary", **target.summary())
+        for part in (part for target in targets for part in target.parts):
+            self.log.emit("access", "summary", **part.summary())
         for wish, sought in self._wanted.asked().items():
             if sought.target is None and wish.can_be_imported:
                 self._fault("image_not_used", f"image {wish.name}: not in the store")
@@ -295,12 +295,7 @@ class Session:
             self._prefetch.start_over()
         self._recording.finish(why)
         self._publisher.write_events(self.log)
-        without = [
-            wish.name
-            for wish, sought in self._wanted.asked().items()
-            if wish.kind == "environment" and sought.target is None
-        ]
-        self._saving.begin(without, self._wanted.image_name())
+        self._saving.begin(self._wanted.to_save(self._class))
 
     def _remember(self) -> None:
         """Tell the next start of this class what this one asked for."""
@@ -331,7 +326,8 @@ class Session:
             if over:
                 target.close()
                 return None
-            self._journal.note(self.job.job_id, target.note)
+            for part in target.parts:
+                self._journal.note(self.job.job_id, part.note)
             sought.looked_up.set()
             self._begin_prefetch(target)
             return target
@@ -347,20 +343,20 @@ class Session:
         return None
 
     def _begin_prefetch(self, target: Target) -> None:
-        self._recording.add(target)
-        target.take_plan(self._class)
-        trusted = target.wish.kind == "image" and target.is_signed(self._key)
-        # Blocks that are pushed are read unseen: of every few starts, one is recorded whole.
-        if target.plan.full_starts >= _SETTLED_STARTS and self.job.job_id % _WHOLE_TRACE_EVERY:
-            target.push()
-        first = first_ranges(target.first, target.reader.size_bytes)
-        self._prefetcher().add(target, plan=target.plan, first=first)
-        if trusted:
-            try:
-                target.mount_image()
-            except BootseerError as error:
-                self._fault("kernel_mount_failed", error.message)
-            self._recording.mounted(target)
+        for part in target.parts:
+            self._recording.add(part)
+            part.take_plan(self._class)
+            # Blocks that are pushed are read unseen: of every few starts, one is recorded whole.
+            if part.plan.full_starts >= _SETTLED_STARTS and self.job.job_id % _WHOLE_TRACE_EVERY:
+                part.push()
+            first = first_ranges(target.first, part.reader.size_bytes) if target.wish.kind == "image" else ()
+            self._prefetcher().add(part, plan=part.plan, first=first)
+            if target.wish.kind == "image" and part.is_signed(self._key):
+                try:
+                    part.mount_image()
+                except BootseerError as error:
+                    self._fault("kernel_mount_failed", error.message)
+                self._recording.mounted(part)
 
     def _look_up(self, wish: Wish, digest: str) -> Target:
         target = Target(
@@ -370,7 +366,7 @@ class Session:
             self._shelf,
             roots=self._config.shadow.roots,
             digest=digest,
-            image=self._wanted.image_name() if wish.kind == "environment" else "",
+            use=self._use() if wish.kind == "environment" else Use(),
             allow=self._wanted.allow,
             on_fault=lambda name, message: self._fault(name, f"{wish.name}: {message}"),
         )
@@ -378,11 +374,14 @@ class Session:
             if target.warning:
                 self._fault("store_not_used", target.warning)
             if wish.kind == "environment":
-                target.mount_snapshot(self._folder, self._disk, self.job, self._key, writable=self._writable)
+                target.mount_snapshot(self._folder, self._disk, self._key, writable=self._writable)
         except BaseException:
             target.close()
             raise
         return target
+
+    def _use(self) -> Use:
+        return Use(self._wanted.image_name(), self._class if self._writable else "")
 
     def _shadow(self, name: str, wish: Wish, message: str | None) -> None:
         level = "info" if name == "shown" else "warning"

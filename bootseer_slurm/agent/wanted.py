@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass, field
 
 from bootseer_slurm.agent.request import Request, Wish
+from bootseer_slurm.agent.saving import ToSave
 from bootseer_slurm.agent.target import Target
 from bootseer_slurm.errors import InputError
 
@@ -87,3 +88,17 @@ class Wanted:
     def image_name(self) -> str:
         """The image that the job asked for first, "" when it did not name one."""
         return next((wish.name for wish in self.asked() if wish.kind == "image"), "")
+
+    def to_save(self, job_class: str) -> list[ToSave]:
+        """The environments that have no snapshot, and those that this start may have installed to."""
+        image, found = self.image_name(), []
+        for wish, sought in self.asked().items():
+            target = sought.target
+            if wish.kind != "environment":
+                continue
+            if target is None:
+                found.append(ToSave(wish.name, image))
+            elif target.is_writable and target.path:
+                over = [job_class, target.fingerprint, target.parts[0].folder]
+                found.append(ToSave(target.path, image, over, target.installed_view))
+        return found

@@ -44,7 +44,7 @@ def collect_garbage(store: Store, uid: int, *, now_s: float | None = None) -> Co
     root = user_folder(uid)
     result = Collected()
     names, result.problems = list_names(store, uid)
-    used = {name.folder for name in names}
+    used = {folder for name in names for folder in name.folders}
     for blob in store.scan(f"{root}/blobs"):
         if blob.is_folder:
             path = f"{root}/blobs/{blob.name}"

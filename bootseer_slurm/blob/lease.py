@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar
 
 from bootseer_slurm.blob.names import user_folder
 from bootseer_slurm.errors import BootseerError, NotFound, StoreError
@@ -43,6 +44,9 @@ _POLL_S, _POLL_MAX_S = 0.3, 2.0
 _SETTLE_S = 1.0
 _LIMIT_BYTES = 4096
 _REASON = 500  # characters of it are kept
+
+
+_Made = TypeVar("_Made")
 
 
 class Lease:
@@ -156,6 +160,32 @@ class Lease:
             "token": self._token,
         }
         return json.dumps(content, sort_keys=True).encode()
+
+
+def make_once(
+    store: Store,
+    uid: int,
+    name: str,
+    *,
+    look: Callable[[], _Made | None],
+    make: Callable[[], _Made],
+    on_wait: Callable[[str], None],
+) -> tuple[_Made, bool]:
+    """What is called `name`, and whether this process made it: one in the cluster does, the others wait.
+
+    look: finds it in the store, or None. on_wait: see Lease.acquire. Raises what that and `make` raise.
+    """
+    lease = Lease(store, uid, name)
+    if lease.acquire(done=lambda: look() is not None, on_wait=on_wait):
+        with lease:
+            # It may have come between the last look and the lease. One who loses the lease now goes on: to
+            # put the same thing into the store twice is harmless.
+            found = look()
+            return (found, False) if found is not None else (make(), True)
+    found = look()
+    if found is None:
+        raise StoreError(f"{name}: was in the store a moment ago and is not there now")
+    return found, False
 
 
 def _field(content: bytes, key: str) -> str:

@@ -4,13 +4,14 @@ One small JSON object in the store for each path or URI, under the sha256 of tha
 
     {"version": 1, "kind": "image", "name": "/lustre/img/train.sqsh", "fingerprint": "…",
      "blob": "<id>", "folder": "users/<uid>/blobs/<token>", "made_ns": 1764000000000000000, "signature": "",
-     "key": {}}
+     "key": {}, "base": null}
 
 A fingerprint says what the original was when the blob was made. It must mean the same on every node, so it
 holds no device, no inode and no part of a second: SFTP, for one, has none of them. To make whole seconds
 safe, no blob is made of what was changed less than SETTLE_S ago. Compare git's "racy" index entries.
 An image of a registry (image/reference.py) has the registry's manifest digest as its fingerprint, an
-environment the digest of its key (env/key.py), which is kept to tell what changed.
+environment the digest of its key (env/key.py), which is kept to tell what changed. Where the blob is a layer
+(env/layer.py), "base" is the one that it lies over: {"blob": "<id>", "folder": "…", "signature": ""}.
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ _LIMIT_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """The blob that a layer lies over."""
+
+    blob: str
+    folder: str
+    signature: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Name:
     """What the store knows of one path or URI.
 
@@ -45,6 +55,12 @@ class Name:
     made_ns: int
     signature: str = ""
     key: dict[str, str] = field(default_factory=dict)
+    base: Base | None = None
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Where in the store its blobs lie."""
+        return (self.folder,) if self.base is None else (self.folder, self.base.folder)
 
 
 def user_folder(uid: int) -> str:
@@ -134,10 +150,15 @@ def _decode(content: bytes, uid: int, name: str) -> Name:
         key = record.get("key", {})
         if not isinstance(key, dict) or not all(isinstance(part, str) for part in key.values()):
             raise ValueError("its key is not of texts")
-        folder: str = record["folder"]
-        if not folder.startswith(f"{user_folder(uid)}/blobs/") or ".." in folder.split("/"):
-            raise ValueError("its folder is not one of this user's blobs")
-        return Name(**record)
+        if record.get("base") is not None:
+            record["base"] = Base(**record["base"])
+            if not all(isinstance(value, str) for value in asdict(record["base"]).values()):
+                raise ValueError("its base is not of texts")
+        found = Name(**record)
+        for folder in found.folders:
+            if not folder.startswith(f"{user_folder(uid)}/blobs/") or ".." in folder.split("/"):
+                raise ValueError("its folder is not one of this user's blobs")
+        return found
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"the store's record of {name} is damaged: {error}") from error
 

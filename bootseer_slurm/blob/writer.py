@@ -9,12 +9,12 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bootseer_slurm.blob.manifest import DIGEST_BYTES, Layout, Manifest
-from bootseer_slurm.blob.names import Name, user_folder, wait_until_settled, write_name
+from bootseer_slurm.blob.names import Base, Name, user_folder, wait_until_settled, write_name
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.store import FileReader, Store
 
@@ -32,12 +32,15 @@ def store_file(
     progress: Callable[[int], None] = lambda count: None,
     sign: Callable[[str], str] = lambda blob: "",
     key: dict[str, str] | None = None,
+    base: Base | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> Name:
     """Put the bytes of `path` into the store as a blob of this user, known under `name`.
 
     kind: image, environment or checkpoint. objects: stripe objects to spread the bytes over.
     progress: called with the number of bytes just stored, from several threads.
-    sign: gives the signature of a blob's id, "" without one. key: of an environment.
+    sign: gives the signature of a blob's id, "" without one. key: of an environment. base: what it lies over.
+    beside: small objects to keep in the blob's folder, by their names.
     Raises BootseerError when the file changed while it was read, StoreError when the store fails.
     """
     before = path.stat()
@@ -65,6 +68,8 @@ def store_file(
             raise BootseerError(
                 f"{path}: was changed while it was read", hint="try again when it is complete"
             )
+        for other, content in (beside or {}).items():
+            store.write(f"{folder}/{other}", content)
         manifest = Manifest(kind, layout, bytes(digests))
         store.write(f"{folder}/manifest", manifest.encode())
     except BaseException:
@@ -72,7 +77,8 @@ def store_file(
         raise
     finally:
         source.close()
-    record = Name(kind, name, fingerprint, manifest.id, folder, time.time_ns(), sign(manifest.id), key or {})
+    signature = sign(manifest.id)
+    record = Name(kind, name, fingerprint, manifest.id, folder, time.time_ns(), signature, key or {}, base)
     write_name(store, os.getuid(), record)
     return record
 

@@ -21,7 +21,7 @@ from bootseer_slurm.errors import InputError, NotFound
 
 if TYPE_CHECKING:
     from bootseer_slurm.blob.names import Name
-    from bootseer_slurm.env.snapshot import Packing
+    from bootseer_slurm.env.snapshot import Installed, Packing
 
 app = typer.Typer(no_args_is_help=True, help="Snapshots of Python environments.")
 
@@ -35,8 +35,42 @@ _Image = Annotated[
 
 @app.command("save")
 def env_save(folder: _Folder, image: _Image = "") -> None:
-    """Save an environment; jobs that use it at this path are served from the snapshot."""
+    """Save an environment; jobs that use it at this path are served from the snapshot.
+
+    What changed since it was saved last becomes a layer over that snapshot.
+    """
+    from bootseer_slurm.env.snapshot import forget_installed
+
+    record, saved = _save(folder, image)
+    if saved:
+        forget_installed(settings.store(), record)
+    _tell_saved(record, saved)
+
+
+@app.command("save-installed", hidden=True)
+def env_save_installed(folder: _Folder, job_class: str, over: str, shown: str, image: str = "") -> None:
+    """Save what a job's start installed over a snapshot; for the agent, where the job sees both at FOLDER."""
+    from bootseer_slurm.env.key import fingerprint_of, key_of
+    from bootseer_slurm.env.snapshot import Installed
+
+    key = key_of(str(_resolve(folder)), home=os.path.expanduser("~"), image=_digest(image))
+    if fingerprint_of(key) == over:
+        print(f"{folder}: nothing was installed")
+    else:
+        _tell_saved(*_save(folder, image, Installed(job_class, over, shown)))
+
+
+def _tell_saved(record: Name, saved: bool) -> None:
+    """What was saved; a snapshot that this replaces goes a day later, without anybody asking."""
     from bootseer_slurm.blob.garbage import collect_garbage
+
+    if saved:
+        collect_garbage(settings.store(), os.getuid())
+    over = f"  over {record.base.blob[:16]}" if record.base else ""
+    print(f"{record.name}  {record.blob[:16]}{over}  {'saved' if saved else 'in the store already'}")
+
+
+def _save(folder: Path, image: str, installed: Installed | None = None) -> tuple[Name, bool]:
     from bootseer_slurm.env.snapshot import save
 
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -44,17 +78,15 @@ def env_save(folder: _Folder, image: _Image = "") -> None:
     real, digest = _resolve(folder), _digest(image)
     with progress_bars() as progress:
         task = progress.add_task("looking", total=None)
-        record, saved = save(
+        return save(
             settings.store(),
             real,
             image=digest,
+            installed=installed,
             packing=_packing(),
             stage=lambda text, size_bytes: progress.reset(task, description=text, total=size_bytes),
             progress=lambda count: progress.advance(task, count),
         )
-    if saved:  # one that this replaces goes a day later, without anybody asking
-        collect_garbage(settings.store(), os.getuid())
-    print(f"{record.name}  {record.blob[:16]}  {'saved' if saved else 'in the store already'}")
 
 
 @app.command("key")
@@ -100,12 +132,20 @@ def env_why(folder: _Folder, image: _Image = "") -> None:
 @app.command("list")
 def env_list() -> None:
     """Show your snapshots in the store."""
+    from bootseer_slurm.env.key import parts_of
+
     table = Table("environment", "image", "blob", "packages", "saved", box=None, pad_edge=False)
     table.columns[0].overflow = table.columns[1].overflow = "fold"
     for record in _records():
-        path, _, image = record.name.partition(" in ")
+        path, image, job_class = parts_of(record.name)
         packages = max(0, len(record.key.get("packages", "").splitlines()) - 1)
-        table.add_row(path, image[:24] or "-", record.blob[:12], str(packages or ""), _when(record))
+        table.add_row(
+            f"{path}\nand what jobs of class {job_class[:8]} install" if job_class else path,
+            image[:24] or "-",
+            record.blob[:12] + (f"\nover {record.base.blob[:12]}" if record.base else ""),
+            str(packages or ""),
+            _when(record),
+        )
     Console().print(table)
 
 
@@ -115,8 +155,12 @@ def env_show(folder: _Folder, image: _Image = "") -> None:
     from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, decode
 
     record = _record(folder, image)
-    content = settings.store().read(f"{record.folder}/manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
-    layout = decode(content).layout
+
+    def size(folder: str) -> str:
+        content = settings.store().read(f"{folder}/manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
+        size_bytes = decode(content).layout.size_bytes
+        return f"{decimal(size_bytes)} ({size_bytes} bytes)"
+
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -125,7 +169,8 @@ def env_show(folder: _Folder, image: _Image = "") -> None:
         "key": record.fingerprint,
         "blob": record.blob,
         "in the store": record.folder,
-        "size": f"{decimal(layout.size_bytes)} ({layout.size_bytes} bytes)",
+        "size": size(record.folder),
+        **({"over": record.base.blob, "its size": size(record.base.folder)} if record.base else {}),
         "saved": _when(record),
     }.items():
         table.add_row(name, value)
@@ -134,13 +179,19 @@ def env_show(folder: _Folder, image: _Image = "") -> None:
 
 @app.command("rm")
 def env_rm(folder: _Folder, image: _Image = "") -> None:
-    """Forget a snapshot; jobs then use the environment as it lies."""
+    """Forget a snapshot, and what jobs installed over it; jobs then use the environment as it lies."""
     from bootseer_slurm.blob.names import remove_name
+    from bootseer_slurm.env.key import parts_of
 
-    record = _record(folder, image)
-    remove_name(settings.store(), os.getuid(), record.name)
-    settings.store().remove(record.folder)
-    print(f"{record.name}  removed")
+    store, wanted = settings.store(), _record(folder, image)
+    records = _records()
+    gone = [record for record in records if parts_of(record.name)[:2] == parts_of(wanted.name)[:2]]
+    used = {each for record in records if record not in gone for each in record.folders}
+    for record in gone:
+        remove_name(store, os.getuid(), record.name)
+        print(f"{record.name}  removed")
+    for unused in {each for record in gone for each in record.folders} - used:
+        store.remove(unused)
 
 
 @app.command("gc")
@@ -148,10 +199,11 @@ def env_gc() -> None:
     """Remove snapshots of environments that are gone, and what broken saves left."""
     from bootseer_slurm.blob.garbage import collect_garbage
     from bootseer_slurm.blob.names import remove_name
+    from bootseer_slurm.env.key import parts_of
 
     store = settings.store()
     for record in _records():
-        path = record.name.partition(" in ")[0]
+        path = parts_of(record.name)[0]
         if not os.path.isdir(path) and os.path.isdir(os.path.dirname(path)):  # its file system is there
             remove_name(store, os.getuid(), record.name)
             print(f"forgotten: {path} is gone")

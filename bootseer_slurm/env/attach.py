@@ -1,4 +1,4 @@
-"""Showing a snapshot that the kernel's driver may not or cannot mount, and writing over one.
+"""Showing a snapshot that the kernel's driver may not or cannot mount, and layers over one.
 
 A user's squashfs is never given to the kernel's driver, but to squashfuse, run as the job's user. That cannot
 mount without privilege either, so the agent mounts with an open /dev/fuse and hands that descriptor over as
@@ -11,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -102,11 +105,12 @@ class Snapshot:
 class Unpacked:
     """A snapshot as files on the node's disk: the last resort, where no squashfuse is installed."""
 
-    def __init__(self, image: Path, folder: Path, *, uid: int, gid: int) -> None:
-        """Unpack the squashfs `image` below the new folder `folder`, as its user; or take up what is there.
+    def __init__(self, images: Sequence[Path], folder: Path, *, uid: int, gid: int) -> None:
+        """Unpack the squashfs `images` below the new folder `folder`, or take up what is there.
 
-        folder: where only root may enter. Reads all of the image, so it takes long. Raises BootseerError when
-        unsquashfs is missing or fails; nothing is left then.
+        images: the snapshot, or a layer and the snapshot below it. folder: where only root may enter. All is
+        read, so it takes long, and is the user's. Raises BootseerError when unsquashfs is missing or fails;
+        nothing is left then.
         """
         self.path = folder / "tree"
         self._folder = folder
@@ -117,30 +121,58 @@ class Unpacked:
         try:
             self.path.mkdir(mode=0o755, parents=True)
             os.chown(self.path, uid, gid)
-            unpacking = subprocess.run(
-                ["nice", "unsquashfs", "-no-progress", "-quiet", "-force", "-dest", ".", str(image)],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                cwd=self.path,  # entered as root: its user could not by path
-                env={"PATH": _PATH, "LANG": "C.UTF-8"},
-                user=uid,
-                group=gid,
-                extra_groups=[],
-                start_new_session=True,
-                timeout=_UNPACK_LIMIT_S,
-                check=False,
-            )
-            if unpacking.returncode:
-                said = unpacking.stderr.strip().splitlines() or ["unsquashfs failed"]
-                raise BootseerError(f"snapshot cannot be unpacked: {said[-1]}")
+            replaced = [path for image in images[:-1] for path in self._contents(image, uid, gid)]
+            *layers, snapshot = images
+            self._unpack(snapshot, [path for _, path in replaced], uid, gid)
+            for layer in layers:
+                self._unpack(layer, [path for is_whiteout, path in replaced if is_whiteout], uid, gid)
             done.touch()
         except (OSError, subprocess.SubprocessError) as error:
             raise BootseerError(f"snapshot cannot be unpacked: {error}") from error
         finally:
             if not done.exists():
                 self.close()
+
+    def _unpack(self, image: Path, without: Sequence[bytes], uid: int, gid: int) -> None:
+        """Unpack all but these paths into the tree."""
+        with tempfile.TemporaryFile() as listed:
+            listed.write(b"".join(path + b"\n" for path in without))
+            listed.seek(0)
+            os.fchmod(listed.fileno(), 0o444)  # its user opens it
+            excluded = ["-no-wildcards", "-excludes", "-exclude-file", "/dev/stdin"] if without else []
+            command = ["-no-progress", "-quiet", "-force", "-dest", ".", *excluded, str(image)]
+            self._unsquashfs(command, uid, gid, listed.fileno())
+
+    def _contents(self, layer: Path, uid: int, gid: int) -> list[tuple[bool, bytes]]:
+        """What a layer replaces: its path, as plain as layer_over has them, and whether by nothing."""
+        found = []
+        for line in self._unsquashfs(["-lln", "-dest", "", str(layer)], uid, gid).splitlines():
+            # crw-r--r-- 0/0    0,  0 2026-11-25 16:30 /lib/gone
+            match = re.match(rb"([cl-])\S+ +\d+/\d+ +(?:\d+, *\d+|\d+) \S+ \S+ (/.+)", line)
+            if match:
+                kind, path = match.groups()
+                found.append((kind == b"c", path.partition(b" -> ")[0] if kind == b"l" else path))
+        return found
+
+    def _unsquashfs(self, arguments: Sequence[str], uid: int, gid: int, stdin: int | None = None) -> bytes:
+        """Run it as its user in the tree, which that user could not enter by path; gives what it printed."""
+        done = subprocess.run(
+            ["nice", "unsquashfs", *arguments],
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
+            capture_output=True,
+            cwd=self.path,
+            env={"PATH": _PATH, "LANG": "C.UTF-8", "TZ": "UTC"},
+            user=uid,
+            group=gid,
+            extra_groups=[],
+            start_new_session=True,
+            timeout=_UNPACK_LIMIT_S,
+            check=False,
+        )
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().splitlines() or ["unsquashfs failed"]
+            raise BootseerError(f"snapshot cannot be unpacked: {said[-1]}")
+        return done.stdout
 
     def close(self) -> None:
         """Remove the files."""
@@ -149,36 +181,46 @@ class Unpacked:
             self._folder.parent.rmdir()
 
 
-class Layer:
-    """A place to write over a mounted snapshot, in memory, and gone with the job.
+class Overlay:
+    """Layers over a mounted snapshot: one that was saved, and one to write to.
 
-    The memory is that of the steps that write (their cgroup's), an eighth of the node's at most.
+    The latter is in memory, of the steps that write (their cgroup's), an eighth of the node's at most. It
+    goes with the job.
     """
 
-    def __init__(self, lower: Path, target: Path, *, uid: int, gid: int) -> None:
-        """Show the mount `lower` at the new folder `target`, writable for its user; or take up what is there.
+    def __init__(self, lower: Sequence[Path], target: Path, *, uid: int, gid: int, writable: bool) -> None:
+        """Show these mounts, the topmost first, at the new folder `target`; or take up what is there.
 
-        Raises BootseerError where the kernel has no overlay for this mount.
+        writable: for its user. Raises BootseerError where the kernel has no overlay for these mounts.
         """
         self.path = target
+        self.writable = writable
         self._memory = target.with_name(f"{target.name}.new")
         if mounts.is_mountpoint(target):
             return
         flags = mounts.MS_NOSUID | mounts.MS_NODEV
-        size_bytes = psutil.virtual_memory().total // _MEMORY_SHARE
+        options = f"lowerdir={':'.join(map(str, lower))}"
         try:
-            for folder in (target, self._memory):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            mounts.mount("tmpfs", self._memory, "tmpfs", flags, f"size={size_bytes},mode=0755")
-            upper, work = self._memory / "upper", self._memory / "work"
-            upper.mkdir(mode=0o755)
-            work.mkdir()
-            os.chown(upper, uid, gid)
-            options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+            target.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if writable:
+                options += self._upper(flags, uid, gid)
+            else:
+                flags |= mounts.MS_RDONLY
             mounts.mount("overlay", target, "overlay", flags, options)
         except OSError as error:
             self.close()
-            raise BootseerError(f"snapshot cannot be made writable: {error}") from error
+            raise BootseerError(f"layers of a snapshot cannot be mounted: {error}") from error
+
+    def _upper(self, flags: int, uid: int, gid: int) -> str:
+        """Make the layer to write to; gives overlayfs's options for it."""
+        size_bytes = psutil.virtual_memory().total // _MEMORY_SHARE
+        self._memory.mkdir(mode=0o700, exist_ok=True)
+        mounts.mount("tmpfs", self._memory, "tmpfs", flags, f"size={size_bytes},mode=0755")
+        upper, work = self._memory / "upper", self._memory / "work"
+        upper.mkdir(mode=0o755)
+        work.mkdir()
+        os.chown(upper, uid, gid)
+        return f",upperdir={upper},workdir={work}"
 
     def close(self) -> None:
         """Take it away; steps that still run keep it."""

@@ -38,6 +38,7 @@ _CONFIGURATION = ("pip.conf", "uv.toml")  # of the environment and of the folder
 _USER_CONFIGURATION = (".config/pip/pip.conf", ".pip/pip.conf", ".config/uv/uv.toml")
 _FILE_LIMIT_BYTES = 4 * 2**20
 _REF = re.compile(r"[0-9a-f]{40,64}")
+_NAME = re.compile(r"(.*?)(?: in (\S+))?(?: for ([0-9a-f]{32}))?", re.DOTALL)
 
 
 def key_of(root: str, *, home: str, image: str = "", known: Key | None = None) -> Key:
@@ -72,9 +73,19 @@ def fingerprint_of(key: Key) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def stored_name(path: str, image: str) -> str:
-    """What a snapshot is called in the store. image: the digest of the image it is for, "" without one."""
-    return f"{path} in {image}" if image else path
+def stored_name(path: str, image: str, job_class: str = "") -> str:
+    """What a snapshot is called in the store.
+
+    image: the digest of the image it is for, "" without one. job_class: of the jobs whose start installed
+    what it holds, "" when it is the environment as it lies.
+    """
+    return path + (f" in {image}" if image else "") + (f" for {job_class}" if job_class else "")
+
+
+def parts_of(name: str) -> tuple[str, str, str]:
+    """The path, image and job class that `stored_name` was given."""
+    path, image, job_class = _NAME.fullmatch(name).groups("")  # type: ignore[union-attr]  # fits all
+    return path, image, job_class
 
 
 def differences(before: Key, after: Key) -> dict[str, list[str]]:

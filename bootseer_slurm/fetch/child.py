@@ -30,12 +30,13 @@ from typing import Any
 from bootseer_slurm.blob import trace
 from bootseer_slurm.blob.jobclass import RECORD_LIMIT_BYTES, class_path, decode_wishes
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
-from bootseer_slurm.blob.names import Name, file_fingerprint, read_published, user_folder
-from bootseer_slurm.env.key import Key, differences, fingerprint_of, key_of, package_folders, stored_name
+from bootseer_slurm.blob.names import Base, Name, file_fingerprint, read_published, user_folder
+from bootseer_slurm.env.key import Key, differences, fingerprint_of, key_of, stored_name
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound
+from bootseer_slurm.fetch.original import fingerprint_now, open_original, reason
 from bootseer_slurm.image.reference import registry_reference
-from bootseer_slurm.image.squashfs import check_squashfs, head_and_tables
-from bootseer_slurm.store import Entry, FileReader, ObjectReader, Store, open_store
+from bootseer_slurm.image.squashfs import head_and_tables
+from bootseer_slurm.store import Entry, ObjectReader, Store, open_store
 
 _PR_SET_DUMPABLE = 4
 _MESSAGE_BYTES = 64 * 1024
@@ -119,28 +120,25 @@ class Child:
         if "://" in name or name.startswith(_SNAPSHOTS):
             fingerprint = ""
         else:
-            name, fd, fingerprint, original = _open_original(kind, name)
+            name, fd, fingerprint, original = open_original(kind, name)
             fds.append(fd)
             reply["path"] = name
-        stored_as = name
         if original is not None:
             reply |= {"size_bytes": original.size_bytes, "origin": self._keep([original])}
         readable = original
         try:
             if kind == "environment":
-                image = self._image_digest(request.get("image", ""))
-                stored_as = stored_name(name, image)
-            record = self._record(stored_as, request.get("digest", ""))
-            if record is None and stored_as != name:  # the same files, saved for the node itself
-                image, record = "", self._record(name, "")
-            if kind == "environment":
-                fingerprint = self._note_key(name, image, record.key if record else None)
+                used = request.get("image", ""), request.get("job_class", "")
+                record, fingerprint = self._environment(name, *used)
+            else:
+                record = self._record(name, request.get("digest", ""))
             if record and kind == "image" and name.startswith(_SNAPSHOTS):
                 fingerprint = record.fingerprint  # what its tag means now is asked elsewhere, if at all
             if record and record.kind == kind and record.fingerprint == fingerprint:
-                reply["blob"], manifest, readable = self._open_blob(record.folder, record.blob)
-                reply["signature"] = record.signature
-                fds.append(_memory_file(manifest))
+                opened = [self._open_blob(blob) for blob in (record, record.base) if blob]
+                reply["blobs"] = [blob for blob, _, _ in opened]
+                fds += [_memory_file(manifest) for _, manifest, _ in opened]
+                readable = opened[0][2]
             elif record:
                 parts = differences(record.key, self._keys[name][1]) if name in self._keys else ()
                 reply["warning"] = f"{name} was changed since it was put into the store"
@@ -152,6 +150,23 @@ class Child:
             with contextlib.suppress(BootseerError):  # without them a mount reads them itself
                 reply["first"] = head_and_tables(readable, name)
         return reply, fds
+
+    def _environment(self, path: str, image: str, job_class: str) -> tuple[Name | None, str]:
+        """What the store has of an environment, and its fingerprint as it lies.
+
+        Saved for the image that it is used in, else for the node itself; and what a start of this class
+        installed over it, while it lies as it did then.
+        """
+        digest = self._image_digest(image)
+        record = self._record(stored_name(path, digest), "")
+        if record is None and digest:
+            digest, record = "", self._record(path, "")
+        fingerprint = self._note_key(path, digest, record.key if record else None)
+        if job_class:
+            installed = self._record(stored_name(path, digest, job_class), "")
+            if installed and installed.fingerprint == fingerprint:
+                return installed, fingerprint
+        return record, fingerprint
 
     def _image_digest(self, name: str) -> str:
         """What tells the image that an environment is used in; of one that the store has not, its name."""
@@ -168,7 +183,7 @@ class Child:
         try:
             key = key_of(path, home=os.path.expanduser("~"), image=image, known=known)
         except OSError as error:
-            raise InputError(f"environment {path}: {_reason(error)}") from error
+            raise InputError(f"environment {path}: {reason(error)}") from error
         self._keys[path] = image, key
         return fingerprint_of(key)
 
@@ -183,14 +198,15 @@ class Child:
 
     def _reopen(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Open a blob again, whatever its name stands for now."""
-        reply, _manifest, _reader = self._open_blob(request["folder"], request["blob"])
+        reply, _manifest, _reader = self._open_blob(Base(request["blob"], request["folder"]))
         return reply, []
 
-    def _open_blob(self, folder: str, blob_id: str) -> tuple[dict[str, Any], bytes, ObjectReader]:
-        store = self._open_store()
+    def _open_blob(self, blob: Name | Base) -> tuple[dict[str, Any], bytes, ObjectReader]:
+        """What the agent needs of a blob, its manifest, and itself. Raises IntegrityError."""
+        store, folder = self._open_store(), blob.folder
         content = store.read(f"{folder}/manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
         manifest = decode(content)
-        if manifest.id != blob_id:
+        if manifest.id != blob.blob:
             raise IntegrityError(f"{folder}: the manifest in the store is not the one that was saved")
         readers: list[ObjectReader] = []
         for index in range(manifest.layout.objects):
@@ -200,8 +216,8 @@ class Child:
                 for each in readers:
                     each.close()
                 raise IntegrityError(f"{folder}: stripe {index} in the store is not whole")
-        blob = _Stripes(manifest.layout, readers)
-        return {"folder": folder, "handle": self._keep(readers)}, content, blob
+        reply = {"folder": folder, "handle": self._keep(readers), "signature": blob.signature}
+        return reply, content, _Stripes(manifest.layout, readers)
 
     def _read(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         start = request["slot"] * self._slot_bytes
@@ -223,7 +239,7 @@ class Child:
             image, known = self._keys[name]
             fingerprint = self._note_key(name, image, known)
         else:
-            fingerprint = _file_fingerprint(kind, name)
+            fingerprint = fingerprint_now(kind, name)
         return {"same": fingerprint == request["fingerprint"]}, []
 
     def _write(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
@@ -340,54 +356,6 @@ def _needed(store: Store, folder: str) -> list[str]:
     names = _by_time(store, folder)
     left_out = set(trace.surplus(names))
     return [name for name in names if name not in left_out]
-
-
-def _file_fingerprint(kind: str, name: str) -> str:
-    """The fingerprint of a file that a user named."""
-    try:
-        return file_fingerprint(os.stat(os.path.realpath(name, strict=True)))
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{kind} {name}: {_reason(error)}") from error
-
-
-def _open_original(kind: str, name: str) -> tuple[str, int, str, FileReader | None]:
-    """The real path of what a user named, a descriptor of it, and of a file its fingerprint and itself.
-
-    All are of one inode: a name may be given to another file meanwhile, as `latest.pt` is, and the bytes of
-    one must not be kept as those of the other.
-    """
-    try:
-        path = os.path.realpath(name, strict=True)
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{kind} {name}: {_reason(error)}") from error
-    reader: FileReader | None = None
-    try:
-        if kind == "environment":
-            status, fingerprint = os.stat(path), ""
-            if not os.path.isdir(path):
-                raise InputError(f"{kind} {path}: not a directory")
-            if not os.access(path, os.R_OK | os.X_OK):
-                raise InputError(f"{kind} {path}: Permission denied")
-            package_folders(path)
-        else:
-            reader = FileReader(path, bulk=True)
-            status = reader.status
-            fingerprint = file_fingerprint(status)
-        if not os.path.samestat(status, os.fstat(fd)):
-            raise InputError(f"{kind} {path}: was replaced while it was looked up")
-        if reader is not None and kind == "image":
-            check_squashfs(reader, path)
-    except BaseException:
-        os.close(fd)
-        if reader is not None:
-            reader.close()
-        raise
-    return path, fd, fingerprint, reader
-
-
-def _reason(error: Exception) -> str | None:
-    return error.strerror if isinstance(error, OSError) else str(error)
 
 
 def _memory_file(content: bytes) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bootseer_slurm.blob.lease import Lease
+from bootseer_slurm.blob.lease import make_once
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, Manifest, decode
 from bootseer_slurm.blob.names import (
     Name,
@@ -28,7 +28,7 @@ from bootseer_slurm.blob.names import (
     write_name,
 )
 from bootseer_slurm.blob.writer import store_file
-from bootseer_slurm.errors import BootseerError, IntegrityError, NotFound, StoreError
+from bootseer_slurm.errors import BootseerError, IntegrityError, NotFound
 from bootseer_slurm.image import registry
 from bootseer_slurm.image.convert import Progress, Stage, convert, scratch_folder, unpack
 from bootseer_slurm.image.packing import Packing
@@ -170,23 +170,15 @@ def verify(store: Store, uid: int, name: str, *, progress: Progress = lambda cou
 
 def _make_once(store: Store, uid: int, wanted: _Wanted, packing: Packing | None, listener: Listener) -> Name:
     """Make the image, or wait until another process in the cluster has."""
-    lease = Lease(store, uid, wanted.made_from.name)
-
-    def done() -> bool:
-        return _look(store, uid, wanted) is not None
-
-    def on_wait(holder: str) -> None:
-        listener.stage(f"waiting for {holder}", None)
-
-    if lease.acquire(done=done, on_wait=on_wait):
-        with lease:
-            # It may have come between the last look and the lease. One who loses the lease now goes on:
-            # to put the same image into the store twice is harmless.
-            return _look(store, uid, wanted) or _make(store, uid, wanted, packing, listener)
-    found = _look(store, uid, wanted)
-    if found is None:
-        raise StoreError(f"image {wanted.source.name}: was in the store a moment ago and is not there now")
-    return found
+    made, _ = make_once(
+        store,
+        uid,
+        wanted.made_from.name,
+        look=lambda: _look(store, uid, wanted),
+        make=lambda: _make(store, uid, wanted, packing, listener),
+        on_wait=lambda holder: listener.stage(f"waiting for {holder}", None),
+    )
+    return made
 
 
 def _make(store: Store, uid: int, wanted: _Wanted, packing: Packing | None, listener: Listener) -> Name:

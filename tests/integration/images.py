@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from bootseer_slurm.blob import lease
 from bootseer_slurm.blob.lease import Lease
 from bootseer_slurm.blob.names import Name, user_folder
 from bootseer_slurm.image import library
@@ -57,7 +58,7 @@ class Scene:
         monkeypatch.setenv("PATH", str(tools))
         monkeypatch.setenv("ENROOT_TEMP_PATH", str(self.scratch))
         monkeypatch.setenv("BOOTSEER_STORE_URI", f"file://{self.store_folder}")
-        monkeypatch.setattr(library, "Lease", partial(Lease, refresh_s=0.1, stale_s=1.0))
+        monkeypatch.setattr(lease, "Lease", partial(Lease, refresh_s=0.1, stale_s=1.0))
         self.repository = f"{server.host}/t{os.urandom(6).hex()}"
 
     def push(self, tag: str = "1", files: dict[str, Any] | None = None, **options: Any) -> str:

@@ -17,7 +17,7 @@ from pytest_mock import MockerFixture
 
 from bootseer_slurm.agent.prefetch import Prefetch
 from bootseer_slurm.agent.request import Wish
-from bootseer_slurm.agent.target import FetchSource
+from bootseer_slurm.agent.source import FetchSource
 from bootseer_slurm.blob.cache import MISSING, UNCHECKED, Cache, CachedBlob
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, Manifest, decode
 from bootseer_slurm.blob.names import file_fingerprint, read_name, user_folder
@@ -63,7 +63,7 @@ class Scene:
         blob = self.cache.acquire(manifest.id, manifest.layout, manifest.digests, os.getuid(), os.getgid())
         reader = Reader(blob, mtime_ns=0)
         flat = type(manifest.layout)(manifest.layout.size_bytes)
-        sources = [FetchSource("store", self.process, reply.fields["blob"]["handle"], manifest.layout)]
+        sources = [FetchSource("store", self.process, reply.fields["blobs"][0]["handle"], manifest.layout)]
         if origin:
             sources.append(FetchSource("origin", self.process, reply.fields["origin"], flat))
         reader.add_user(list(sources), lambda name, message: self.faults.append(name))
@@ -258,7 +258,7 @@ def test_blocks_of_a_failed_read_are_prefetched_again(scene: Scene, mocker: Mock
     config = PrefetchConfig(streams=4)
     bringing = Prefetch(scene.process.turns, config, log=log, on_fault=lambda name, _: faults.append(name))
     target: Any = SimpleNamespace(
-        wish=Wish("checkpoint", "/model"), reader=reader, before=Usage(), cached_bytes=0
+        label="/model", wish=Wish("checkpoint", "/model"), reader=reader, before=Usage(), cached_bytes=0
     )
     bringing.add(target)
     deadline = time.monotonic() + 10

@@ -109,6 +109,7 @@ def test_saved_once_shown_and_never_when_it_changed(node: Node) -> None:
     faults = [str(event.get("message")) for event in end(node, 2) if event["kind"] == "fault"]
     assert any("was changed since it was put into the store: packages" in fault for fault in faults)
     (old,) = blobs(node)
+    (package(root) / "large").write_bytes(os.urandom(2**16))  # more than there was
     node.bootseer("env", "save", str(root))
     assert len(blobs(node)) == 2 and (old / "unused").exists(), "it goes a day after it was replaced"
 
@@ -383,10 +384,25 @@ for folder, folders, files in os.walk(sys.argv[1]):
         print(os.path.relpath(path, sys.argv[1]), oct(status.st_mode), status.st_uid, int(status.st_mtime), content)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, f"{view}/."], capture_output=True, text=True, check=True, user=ALICE, group=ALICE,
-        pass_fds=(int(view.name),),
+        [sys.executable, "-c", code, f"{view}/."], capture_output=True, text=True, errors="surrogateescape",
+        check=True, user=ALICE, group=ALICE, pass_fds=(int(view.name),),
     )  # fmt: skip
     return {line.split(" ", 1)[0]: tuple(line.split(" ", 1)[1:]) for line in done.stdout.splitlines()}
+
+
+def start_where_programs_may_lack(node: Node) -> Path:
+    """Start an agent that does not find the programs that are named in this file."""
+    without = node.folder / "without"
+    without.write_text("")
+    node.start(f"""
+import shutil, pathlib
+from bootseer_slurm.env import attach
+real = shutil.which
+def which(name, path=None):
+    return None if name in pathlib.Path({str(without)!r}).read_text().split() else real(name, path=path)
+attach.shutil.which = which
+""")
+    return without
 
 
 def test_each_way_to_mount_it_shows_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,16 +415,7 @@ def test_each_way_to_mount_it_shows_the_same(monkeypatch: pytest.MonkeyPatch) ->
         (package(root) / "tool").write_text("#!/bin/sh\n")
         (package(root) / "tool").chmod(0o755)
         give_alice(root)
-        without = node.folder / "without"  # what a node lacks; the agent does not find it
-        node.start(f"""
-import shutil, pathlib
-from bootseer_slurm.env import attach
-real = shutil.which
-def which(name, path=None):
-    lacking = pathlib.Path({str(without)!r})
-    return None if lacking.exists() and name in lacking.read_text().split() else real(name, path=path)
-attach.shutil.which = which
-""")
+        without = start_where_programs_may_lack(node)
         seen = {}
         node.bootseer("env", "save", str(root))
         for job, lacking in ((1, ""), (2, "squashfuse_ll"), (6, "squashfuse_ll squashfuse")):

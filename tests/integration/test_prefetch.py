@@ -94,7 +94,8 @@ class Scene:
         blob = self._cache.acquire(name, Layout(len(CONTENT)), None, os.getuid(), os.getgid())
         reader = Reader(blob, mtime_ns=0)
         reader.add_user([link or self.link], lambda name, _: self.faults.append(name))
-        return SimpleNamespace(wish=Wish(kind, f"/{name}"), reader=reader, before=Usage(), cached_bytes=0)
+        wish = Wish(kind, f"/{name}")
+        return SimpleNamespace(wish=wish, label=wish.name, reader=reader, before=Usage(), cached_bytes=0)
 
     def events(self, name: str) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in self.log.to_jsonl().splitlines()]

@@ -2,7 +2,7 @@
 
 Every arm ends with the same imports by alice, who sees the environment at its own path; the clock runs until
 the last is done. Before each start no page is cached, and where an arm says so the agent's cache is empty.
-One run takes about half an hour on two cores, and longer the first time.
+One run takes about an hour on two cores, and longer the first time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from cluster.layout import REPO, ClusterError, Layout, poll
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 REPEATS = 5
-SLOW_REPEATS = 1  # of what takes minutes
 LINK = "1gbit"
 DD_BYTES = 256 * 2**20
 DELAY_S = 0.0005  # each way
@@ -40,8 +39,12 @@ PYTHON = str(REPO / ".venv" / "bin" / "python")
 BOOTSEER = str(REPO / ".venv" / "bin" / "bootseer")
 ENTER = str(HERE / "env_enter.py")
 STAMP = "/run/bench-attached"
+BLOBS = f"/shared/bootseer/users/{ALICE}/blobs"
 PATIENCE_S = 900.0
 LOCAL, COLD, WARM = "local ext4 tree", "with Bootseer", "with Bootseer, snapshot on the node"
+LAYER, LAYER_WARM = "with Bootseer, snapshot and layer", "with Bootseer, snapshot and layer on the node"
+SHARED, TAR, VENV_PACK = "slow shared mount", "tar --zstd", "venv-pack, tar --gzip"
+UV, PIP = "uv pip install", "pip install"
 FAR, FAR_COLD = "slow shared mount, 1 ms", "with Bootseer, 1 ms"
 UV_WARM = "uv pip install, warm cache, hard links"
 
@@ -52,15 +55,24 @@ _job_ids = itertools.count(700_000 + int(time.time()) % 100_000 * 10)
 class Arm:
     """steps: of image_node.py. source: what is shown at the environment's path, "" for what lies there.
 
-    slow: takes minutes. empty: forget the agent's cache first. job: of Bootseer's arms.
+    read: what the server reads into its memory first, for its disk is not what is measured. empty: forget the
+    agent's cache first. job: of Bootseer's arms.
     """
 
     name: str
     steps: list[Step]
     source: str = ""
-    slow: bool = False
+    read: str = ""
     empty: bool = False
     job: int = 0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the first start made: the seconds that it took, and the bytes of the blob."""
+
+    dur_s: float
+    size_bytes: int
 
 
 def run(cluster: Cluster) -> list[Row]:
@@ -75,7 +87,13 @@ def run(cluster: Cluster) -> list[Row]:
         environment = env_inputs.make(cluster, inputs, step)
         cluster.script("link", NODE, "10gbit")
         step("the first start, which saves the environment")
-        save(cluster, environment)
+        prepare(cluster)
+        saved = [save(cluster, environment)]
+        step("the same of another one, and then of what is installed to that")
+        second = env_inputs.make_second(cluster, environment)
+        saved.append(save(cluster, second))
+        env_inputs.install_more(cluster, second)
+        saved.append(save(cluster, second))
         cluster.script("link", NODE, LINK)
         results: dict[str, list[Result]] = {}
         with _index(cluster, environment) as index:
@@ -84,14 +102,16 @@ def run(cluster: Cluster) -> list[Row]:
                 rate = measure_dd(cluster, inputs, DD_BYTES)
                 results.setdefault("dd", []).append({"bytes_per_s": rate})
                 for arm in arms(environment, index):
-                    if not arm.slow or number < SLOW_REPEATS:
-                        step(f"{arm.name}, {number + 1} of {REPEATS}")
-                        results.setdefault(arm.name, []).append(start(cluster, environment, arm))
+                    step(f"{arm.name}, {number + 1} of {REPEATS}")
+                    results.setdefault(arm.name, []).append(start(cluster, environment, arm))
+                for arm in with_layer(second):
+                    step(f"{arm.name}, {number + 1} of {REPEATS}")
+                    results.setdefault(arm.name, []).append(start(cluster, second, arm))
                 with far_store(cluster, DELAY_S):
                     for arm in far(environment):
                         step(f"{arm.name}, {number + 1} of {REPEATS}")
                         results.setdefault(arm.name, []).append(start(cluster, environment, arm))
-    return rows_of(environment, results)
+    return rows_of(environment, results, saved)
 
 
 def arms(environment: Environment, index: str) -> list[Arm]:
@@ -113,22 +133,37 @@ def arms(environment: Environment, index: str) -> list[Arm]:
         alice("install", *hard),
     ]
     unpack = alice("unpack", "tar", "--zstd", "-C", PLACE, "-xf", environment.archive)
+    unpack_venv = alice("unpack", "tar", "-C", PLACE, "-xzf", environment.venv_archive)
+    site, wheels = f"{PLACE}/{env_inputs.VENV_SITE}", str(environment.wheels)
     return [
         Arm(LOCAL, [], source=str(environment.local)),
-        Arm("slow shared mount", []),
-        Arm(COLD, [_prolog(cold, environment)], empty=True, job=cold),
+        Arm(SHARED, [], read=environment.target),
+        Arm(COLD, [_prolog(cold, environment)], read=BLOBS, empty=True, job=cold),
         Arm(WARM, [_prolog(warm, environment)], job=warm),
-        Arm("tar --zstd", [unpack], source=PLACE),
-        Arm(UV_WARM, from_cache, source=PLACE, slow=True),
-        Arm("uv pip install", [alice("install", *uv, "--no-cache", *wanted)], source=PLACE, slow=True),
-        Arm("pip install", [alice("install", *pip, "--no-cache-dir", *wanted)], source=PLACE, slow=True),
+        Arm(TAR, [unpack], source=PLACE, read=environment.archive),
+        Arm(VENV_PACK, [unpack_venv], source=site, read=environment.venv_archive),
+        Arm(UV_WARM, from_cache, source=PLACE, read=wheels),
+        Arm(UV, [alice("install", *uv, "--no-cache", *wanted)], source=PLACE, read=wheels),
+        Arm(PIP, [alice("install", *pip, "--no-cache-dir", *wanted)], source=PLACE, read=wheels),
+    ]
+
+
+def with_layer(environment: Environment) -> list[Arm]:
+    """Of the environment that was installed to; the second finds what the first brought."""
+    cold, warm = next(_job_ids), next(_job_ids)
+    return [
+        Arm(LAYER, [_prolog(cold, environment)], read=BLOBS, empty=True, job=cold),
+        Arm(LAYER_WARM, [_prolog(warm, environment)], job=warm),
     ]
 
 
 def far(environment: Environment) -> list[Arm]:
     """Inside of `far_store`: with 1 ms more round trip."""
     job = next(_job_ids)
-    return [Arm(FAR, []), Arm(FAR_COLD, [_prolog(job, environment)], empty=True, job=job)]
+    return [
+        Arm(FAR, [], read=environment.target),
+        Arm(FAR_COLD, [_prolog(job, environment)], read=BLOBS, empty=True, job=job),
+    ]
 
 
 def _slurm(job: int, environment: Environment) -> dict[str, str]:
@@ -163,7 +198,10 @@ def start(cluster: Cluster, environment: Environment, arm: Arm) -> Result:
     )
     ready += f"{PEERS}/bin/uv --version; {PEERS}/bin/pip --version; }} >/dev/null 2>&1"
     cluster.exec(NODE, "bash", "-c", ready, timeout_s=120)
-    _warm_server(cluster, environment, arm)
+    if arm.read:
+        # Not tar: it does not read what it writes to /dev/null.
+        path = cluster.shared / arm.read.removeprefix("/shared/")
+        subprocess.run(["grep", "-rqsa", "no such text in here", str(path)], check=False)
     how = ["agent", str(arm.job)] if arm.job else ["bind", arm.source or environment.target]
     job = [
         "env",
@@ -199,20 +237,6 @@ def start(cluster: Cluster, environment: Environment, arm: Arm) -> Result:
     return result | (_told(cluster, arm.job) if arm.job else {})
 
 
-def _warm_server(cluster: Cluster, environment: Environment, arm: Arm) -> None:
-    """The server reads what the arm needs into its memory: its disk is not what is measured."""
-    shared = cluster.shared
-    for path in {
-        "slow shared mount": [shared / environment.target.removeprefix("/shared/")],
-        FAR: [shared / environment.target.removeprefix("/shared/")],
-        COLD: list((shared / f"bootseer/users/{ALICE}/blobs").glob("*")),
-        FAR_COLD: list((shared / f"bootseer/users/{ALICE}/blobs").glob("*")),
-        "tar --zstd": [shared / environment.archive.removeprefix("/shared/")],
-    }.get(arm.name, [environment.wheels] if arm.slow else []):
-        # Not tar: it does not read what it writes to /dev/null.
-        subprocess.run(["grep", "-rqsa", "no such text in here", str(path)], check=False)
-
-
 def _told(cluster: Cluster, job: int) -> Result:
     """What the node told of a job, and when its step had the environment."""
     events = events_of(cluster, job)
@@ -221,35 +245,41 @@ def _told(cluster: Cluster, job: int) -> Result:
     return figures(events) | {"attached_s": (attached_ns - begin_ns) / 1e9}
 
 
-def save(cluster: Cluster, environment: Environment) -> None:
-    """The first start: it finds no snapshot, and makes one in the background. Then one that records."""
-    python = ["bash", "-c", f"umask 077; [ -s /etc/bootseer/site.key ] || {BOOTSEER} image make-key"]
-    for user, node, *command in (
-        (None, "login", BOOTSEER, "store", "init"),
-        ("alice", "login", BOOTSEER, "env", "rm", environment.target),
-        (None, NODE, *python),
-    ):
-        cluster.exec(node, *command, user=user, timeout_s=300)
-    shutil.rmtree(cluster.shared / f"bootseer/users/{ALICE}/traces", ignore_errors=True)
+def prepare(cluster: Cluster) -> None:
+    """An empty store, and an agent that packs."""
+    key = f"umask 077; [ -s /etc/bootseer/site.key ] || {BOOTSEER} image make-key"
+    shutil.rmtree(cluster.shared / f"bootseer/users/{ALICE}", ignore_errors=True)
+    cluster.exec("login", BOOTSEER, "store", "init", timeout_s=300)
+    cluster.exec(NODE, "bash", "-c", key)
     cluster.agent(NODE, "stop")
     cluster.agent(NODE, "start")
+
+
+def save(cluster: Cluster, environment: Environment) -> Saved:
+    """A start that finds no snapshot, and makes one in the background. Then one that records."""
     job = next(_job_ids)
     env = _slurm(job, environment)
     cluster.exec(NODE, "env", *_words(env), "SLURM_SCRIPT_CONTEXT=prolog_slurmd", HOOK)
     mark = ["env", f"SLURM_JOB_ID={job}", BOOTSEER, "mark", "training_started"]
     cluster.exec(NODE, *mark, user="alice")
-    names = cluster.shared / f"bootseer/users/{ALICE}/names"
-    before = time.time()
+    kept = f"/run/bootseer/events/{job}.0"
 
-    def saved() -> bool:
-        found = [json.loads(path.read_text()) for path in names.glob("*.json")] if names.exists() else []
-        return any(each["name"] == environment.target and each["made_ns"] > before * 1e9 for each in found)
+    def told() -> bool:
+        return cluster.exec(NODE, "grep", "-q", '"kind":"snapshot"', kept).returncode == 0
 
-    if not poll(saved, timeout_s=PATIENCE_S):
+    if not poll(told, timeout_s=PATIENCE_S):
         raise ClusterError("the first start saved no environment")
     cluster.exec(NODE, "env", *_words(env), "SLURM_SCRIPT_CONTEXT=epilog_slurmd", HOOK)
+    (event,) = (event for event in events_of(cluster, job) if event["kind"] == "snapshot")
+    if event["name"] != "saved":
+        raise ClusterError(f"the first start saved no environment: {event}")
+    names = cluster.shared / f"bootseer/users/{ALICE}/names"
+    records = [json.loads(path.read_text()) for path in names.glob("*.json")]
+    record = next(each for each in records if each["name"] == environment.target)
+    size_bytes = (cluster.shared / "bootseer" / record["folder"] / "0").stat().st_size
     recorded = next(_job_ids)
     start(cluster, environment, Arm("recorded", [_prolog(recorded, environment)], empty=True, job=recorded))
+    return Saved(event["dur_s"], size_bytes)
 
 
 def _words(env: dict[str, str]) -> list[str]:
@@ -269,19 +299,20 @@ def _index(cluster: Cluster, environment: Environment) -> Iterator[str]:
             process.stdin.close()
 
 
-def rows_of(environment: Environment, results: dict[str, list[Result]]) -> list[Row]:
-    """What follows from all rounds."""
+def rows_of(environment: Environment, results: dict[str, list[Result]], saved: list[Saved]) -> list[Row]:
+    """What follows from all rounds. saved: two snapshots, and a layer over the second."""
     rate = median(each["bytes_per_s"] for each in results["dd"])
     local_s = _seconds(results[LOCAL])
     cold, warm = results[COLD], results[WARM]
     hot_bytes = median(each["hot_bytes"] for each in cold)
     bound_s = hot_bytes / rate + local_s
-    peers = ("slow shared mount", "tar --zstd", "uv pip install", "pip install")
-    best_s = min(_seconds(results[name]) for name in peers)
+    best_s = min(_seconds(results[name]) for name in (SHARED, TAR, VENV_PACK, UV, PIP))
+    _, whole, layer = saved
+    layer_ratio = _seconds(results[LAYER]) / _seconds(cold)
     far_ratio = _seconds(results[FAR]) / _seconds(results[FAR_COLD])
     uv_s = _seconds(results[UV_WARM])
     how = f"{LINK}, dd {rate / 1e6:.0f} MB/s; {environment.files} files, {environment.size_bytes / 1e9:.1f} "
-    how += f"GB; cold page cache; medians of {REPEATS} interleaved starts, of uv and pip {SLOW_REPEATS}"
+    how += f"GB; cold page cache; medians of {REPEATS} interleaved starts"
     attached_s = median(each["attached_s"] for each in warm)
     figures = [
         ("attached in the prolog, snapshot on the node", attached_s, "s", 0.2, None, False),
@@ -290,6 +321,10 @@ def rows_of(environment: Environment, results: dict[str, list[Result]]) -> list[
         ("slow shared mount with 1 ms, against ours", far_ratio, "×", None, 1.0, True),
         ("snapshot on the node, against uv with all it needs", _seconds(warm) / uv_s, "×", 1.0, 1.0, False),
         ("start, against hot bytes / link + local", _seconds(cold) / bound_s, "×", 1.15, 1.0, False),
+        ("layer, against the snapshot: start on a new node", layer_ratio, "×", None, 1.0, False),
+        ("layer, against the snapshot: bytes", layer.size_bytes / whole.size_bytes, "×", None, None, False),
+        ("layer, against the snapshot: time to save", layer.dur_s / whole.dur_s, "×", None, None, False),
+        ("snapshot: time to save, in the background", whole.dur_s, "s", None, None, False),
     ]
     rows = [
         Row(name, value, unit, target, limit, how, at_least)

@@ -44,11 +44,11 @@ def events_of(cluster: Cluster, job_id: int) -> list[Event]:
 
 
 def figures(events: list[Event]) -> Result:
-    """Of the prefetch hot_bytes and hot_s, and reads, reads_blocked."""
-    result: Result = {}
-    for event in events:
-        if (event["kind"], event["name"]) == ("prefetch", "hot"):
-            result |= {"hot_bytes": event["bytes"], "hot_s": event["dur_s"]}
-        if event["kind"] == "access":
-            result |= {"reads": event["reads"], "reads_blocked": event["reads_blocked"]}
+    """Of the prefetch hot_bytes and hot_s, and reads, reads_blocked; of all that the job started from."""
+    hot = [event for event in events if (event["kind"], event["name"]) == ("prefetch", "hot")]
+    access = [event for event in events if event["kind"] == "access"]
+    result: Result = {name: sum(event[name] for event in access) for name in ("reads", "reads_blocked")}
+    if hot:
+        result["hot_bytes"] = sum(event["bytes"] for event in hot)
+        result["hot_s"] = max(event["dur_s"] for event in hot)
     return result

@@ -1,0 +1,91 @@
+"""The tar that a squashfs is made of: files, links, byte code, and whiteouts for what is gone.
+
+Nothing is copied for it. Only what is the same on every node goes in. A whiteout, as overlayfs(5) has it in a
+layer, is a character device 0, 0 in the place of what is not to be seen any more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO
+
+from bootseer_slurm.env.tree import Entry, Tree, changed, entry_of
+
+
+def write_tar(
+    out: IO[bytes], root: Path, tree: Tree, *, made: Iterable[tuple[str, Path]], gone: Sequence[str] = ()
+) -> dict[str, Entry]:
+    """Write what is in `tree`, but for sockets, pipes and device nodes; gives what was written, with digests.
+
+    root: where it lies. made: more files, their paths within and where they are. gone: paths to white out.
+    Raises BootseerError when a file is not any more what it was.
+    """
+    written: dict[str, Entry] = {}
+    with tarfile.open(fileobj=out, mode="w|", format=tarfile.GNU_FORMAT) as tar:
+        for path, entry in tree.items():
+            if not entry.is_special:
+                written[path] = entry._replace(digest=_add(tar, root / path, path, written))
+        for path, file in made:
+            _add_folder_of(tar, root, path, written)
+            written[path] = entry_of(file)._replace(digest=_add(tar, file, path, written))
+        for path in gone:
+            _add_folder_of(tar, root, path, written)
+            whiteout = tarfile.TarInfo(path)
+            whiteout.type = tarfile.CHRTYPE
+            tar.addfile(whiteout)
+    return written
+
+
+def _add(tar: tarfile.TarFile, file: Path, path: str, written: Tree) -> bytes:
+    """Add a file, folder or link under this path; gives a file's digest."""
+    try:
+        info = tar.gettarinfo(file, arcname=path)
+        info.mtime, info.uname, info.gname = int(info.mtime), "", ""
+        if info.isreg():
+            with file.open("rb") as stream:
+                content = _Content(file, stream)
+                tar.addfile(info, content)
+                return content.digest
+    except BrokenPipeError:  # who reads the tar has failed, and says why
+        raise
+    except OSError as error:
+        raise changed(file) from error
+    tar.addfile(info)
+    return written[info.linkname].digest if info.islnk() else b""
+
+
+def _add_folder_of(tar: tarfile.TarFile, root: Path, path: str, written: dict[str, Entry]) -> None:
+    """Add the folder of byte code that this file is the first in, with its parent's time."""
+    folder = os.path.dirname(path)
+    if not folder or folder in written:
+        return
+    info = tarfile.TarInfo(folder)
+    info.type, info.mode = tarfile.DIRTYPE, 0o755
+    info.uid, info.gid = os.getuid(), os.getgid()
+    info.mtime = int(os.stat(root / os.path.dirname(folder)).st_mtime)
+    tar.addfile(info)
+    written[folder] = Entry(0o040755)
+
+
+class _Content:
+    """A file as the tar reads it, with its digest. Raises BootseerError when it has become shorter."""
+
+    def __init__(self, path: Path, stream: IO[bytes]) -> None:
+        self._path = path
+        self._stream = stream
+        self._hash = hashlib.sha256()
+
+    @property
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._stream.read(size)
+        if len(content) < size:
+            raise changed(self._path)
+        self._hash.update(content)
+        return content

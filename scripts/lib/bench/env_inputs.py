@@ -70,6 +70,7 @@ def make(cluster: Cluster, inputs: Inputs, step: Callable[[str], None]) -> Envir
         run("cp", "-al", f"{shared}/.", str(venv / VENV_SITE))
         new = packed.with_name("bench-env-venv-new.tar.gz")  # whose ending says how it is compressed
         run(str(PEERS / "bin" / "venv-pack"), "--quiet", "--force", "-p", str(venv), "-o", str(new))
+        new.chmod(0o644)
         new.rename(packed)
         run("rm", "-rf", str(venv))
     sizes = subprocess.run(

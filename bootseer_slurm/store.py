@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from urllib.parse import unquote, urlsplit
 
 from bootseer_slurm.errors import NotFound, StoreError
 
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")  # what an object is called while it is written
 _DIRECT_ALIGN_BYTES = 4096  # what no file system's O_DIRECT asks more than
 
 
@@ -104,6 +106,13 @@ class Store(Protocol):
     def remove(self, path: str) -> None:
         """Remove an object or a whole folder; nothing happens when it is missing. Raises StoreError."""
 
+    def rename(self, path: str, new: str) -> bool:
+        """Give a folder another name, which must be free; False where the store has no such thing.
+
+        Raises StoreError.
+        """
+        return False
+
 
 def open_store(uri: str) -> Store:
     """The store at a URI that pyarrow knows, such as file:///lustre/bootseer or hdfs://nn:8020/bootseer.
@@ -113,6 +122,10 @@ def open_store(uri: str) -> Store:
     parts = urlsplit(uri)
     if parts.scheme == "file":
         return FileStore(Path(unquote(parts.path)))
+    if parts.scheme == "hdfs":
+        from bootseer_slurm.hdfs import HdfsStore
+
+        return HdfsStore(uri)
     return ArrowStore(uri)
 
 
@@ -127,7 +140,7 @@ class FileReader:
         try:
             # O_NONBLOCK: a FIFO under an innocent name must not hold the reader for ever.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise NotFound(f"{path}: no such file") from None
         except OSError as error:
             raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
@@ -286,6 +299,15 @@ class FileStore(Store):
         except OSError as error:
             raise StoreError(f"{target}: cannot be removed: {error.strerror}") from error
 
+    def rename(self, path: str, new: str) -> bool:
+        source, target = self._path(path), self._path(new)
+        try:
+            self._make_folder(target.parent)
+            source.rename(target)
+        except OSError as error:
+            raise StoreError(f"{source}: cannot be renamed to {target}: {error.strerror}") from error
+        return True
+
 
 class ArrowReader:
     """An object of a pyarrow file system, read in ranges."""
@@ -336,16 +358,25 @@ class ArrowStore(Store):
     def writer(self, path: str) -> Iterator[Any]:
         full = self._path(path)
         folder, _, name = full.rpartition("/")
-        temporary = f"{folder}/.{name}.{secrets.token_hex(6)}"
+        # An object of S3 appears when it is complete, and cannot be renamed but by copying it.
+        renamed = self._filesystem.type_name != "s3"
+        target = f"{folder}/.{name}.{secrets.token_hex(6)}" if renamed else full
+        written = False
         try:
-            self._filesystem.create_dir(folder, recursive=True)
-            with self._filesystem.open_output_stream(temporary) as file:
+            if renamed:
+                self._filesystem.create_dir(folder, recursive=True)
+            with self._filesystem.open_output_stream(target) as file:
                 yield file
-            self._filesystem.move(temporary, full)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._filesystem.delete_file(temporary)
-            raise StoreError(f"{full}: cannot be written: {error}") from error
+                written = True
+            if renamed:
+                self._filesystem.move(target, full)
+        except BaseException as error:
+            if renamed or not written:  # what S3 has then is a part; it is what was there before else
+                with contextlib.suppress(OSError):
+                    self._filesystem.delete_file(target)
+            if isinstance(error, OSError):
+                raise StoreError(f"{full}: cannot be written: {error}") from error
+            raise
 
     def create(self, path: str, content: bytes) -> bool:
         full = self._path(path)

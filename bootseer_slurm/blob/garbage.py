@@ -9,16 +9,14 @@ possible; a day is longer than clocks are apart. Runs as the store's user, and m
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass, field
 
 from bootseer_slurm.blob.names import list_names, user_folder
-from bootseer_slurm.store import Entry, Store
+from bootseer_slurm.store import TEMPORARY, Entry, Store
 
 GRACE_S = 86400.0
 _UNUSED = "unused"
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")  # store.py's writer
 
 
 @dataclass(slots=True)
@@ -85,7 +83,7 @@ def _remove_temporary(store: Store, folder: str, now_s: float, result: Collected
         path = f"{folder}/{entry.name}"
         if entry.is_folder:
             _remove_temporary(store, path, now_s, result)
-        elif _TEMPORARY.fullmatch(entry.name) and now_s - entry.changed_s > GRACE_S:
+        elif TEMPORARY.fullmatch(entry.name) and now_s - entry.changed_s > GRACE_S:
             _remove(store, path, entry.size_bytes, result)
 
 

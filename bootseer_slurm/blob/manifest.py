@@ -3,7 +3,9 @@
 A manifest file is one line of JSON, then the sha256 digest (32 bytes) of every block:
 
     {"format": "bootseer-blob", "version": 1, "kind": "image", "size_bytes": 104857600,
-     "block_bytes": 262144, "chunk_bytes": 8388608, "objects": 4}\\n<digest of block 0><digest of block 1>…
+     "block_bytes": 262144, "chunk_bytes": 4194304, "objects": 4}\\n<digest of block 0><digest of block 1>…
+
+A striped file, which is written again under its name, has a "generation" too: checkpoint/striped.py.
 
 The blob's id is the sha256 of that file, so the same bytes with the same layout have the same id everywhere.
 Chunk i (chunk_bytes, a whole number of blocks) lies in object i % objects, at (i // objects) * chunk_bytes.
@@ -19,8 +21,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bootseer_slurm.errors import IntegrityError
@@ -34,6 +37,7 @@ MAX_BLOB_BYTES = 2 * 2**40
 MANIFEST_LIMIT_BYTES = MAX_BLOB_BYTES // BLOCK_BYTES * DIGEST_BYTES + 4096
 _HEADER_LIMIT_BYTES = 4096
 _MAX_OBJECTS = 4096
+_GENERATION = re.compile(r"[0-9a-f]{16,64}")
 KINDS = ("image", "environment", "checkpoint")
 
 
@@ -77,23 +81,26 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A blob: its kind, its layout and the digest of each block."""
+    """A blob: its kind, its layout and the digest of each block. generation: of a striped file."""
 
     kind: str
     layout: Layout
     digests: bytes
+    generation: str = ""
 
     def digest(self, block: int) -> bytes:
         return self.digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
 
     def encode(self) -> bytes:
         header = {"format": "bootseer-blob", "version": 1, "kind": self.kind, **asdict(self.layout)}
+        if self.generation:
+            header["generation"] = self.generation
         return json.dumps(header, sort_keys=True).encode() + b"\n" + self.digests
 
     @property
     def id(self) -> str:
-        """The sha256 of the manifest, in hexadecimal."""
-        return hashlib.sha256(self.encode()).hexdigest()
+        """The sha256 of the manifest, in hexadecimal; the same for each generation of the same bytes."""
+        return hashlib.sha256(replace(self, generation="").encode()).hexdigest()
 
 
 def decode(content: bytes) -> Manifest:
@@ -108,7 +115,10 @@ def decode(content: bytes) -> Manifest:
             raise ValueError("unknown kind")
         if len(digests) != layout.blocks * DIGEST_BYTES:
             raise ValueError("it does not hold one digest per block")
-    return Manifest(header["kind"], layout, digests)
+        generation = header.get("generation", "")
+        if not isinstance(generation, str) or (generation and not _GENERATION.fullmatch(generation)):
+            raise ValueError("its generation is not one")
+    return Manifest(header["kind"], layout, digests, generation)
 
 
 def manifest_of(blob_id: str, layout: Layout, digests: bytes) -> Manifest:

@@ -77,7 +77,7 @@ def _give(folder: Path, owner: str) -> None:
     os.chown(folder, account.pw_uid, account.pw_gid)
 
 
-def _start(
+def start_daemon(
     state: State,
     node: str,
     name: str,
@@ -85,13 +85,14 @@ def _start(
     user: str | None = None,
     env: dict[str, str] | None = None,
 ) -> None:
+    """Start a program that stays in the foreground in a machine, and record it."""
     account = pwd.getpwnam(user) if user else None
     rights = (account.pw_uid, account.pw_gid) if account else None
     log = state.layout.log(node, name)
     state.add(node, name, namespaces.spawn(state.init(node), argv, log, uid_gid=rights, env=env))
 
 
-def _await(state: State, node: str, name: str, ready: Callable[[], bool], timeout_s: float) -> None:
+def await_ready(state: State, node: str, name: str, ready: Callable[[], bool], timeout_s: float) -> None:
     """Wait until a daemon is ready; raises ClusterError when it ends or takes too long."""
     process = state.process(node, name)
     assert process
@@ -120,8 +121,8 @@ def start_munged(state: State) -> None:
     key, pid_file = layout.etc / "munge.key", "/run/munged.pid"
     argv = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={layout.munge_socket}"]
     argv += [f"--pid-file={pid_file}", "--log-file=/run/munged.log", "--seed-file=/run/munged.seed"]
-    _start(state, CONTROLLER, "munged", argv)
-    _await(state, CONTROLLER, "munged", lambda: _accepts(str(layout.munge_socket)), timeout_s=15)
+    start_daemon(state, CONTROLLER, "munged", argv)
+    await_ready(state, CONTROLLER, "munged", lambda: _accepts(str(layout.munge_socket)), timeout_s=15)
 
 
 def start_database(state: State, installation: subprocess.Popen[bytes]) -> None:
@@ -134,9 +135,9 @@ def start_database(state: State, installation: subprocess.Popen[bytes]) -> None:
     script.write_text(DATABASE_SQL)
     argv = ["mariadbd", "--no-defaults", "--user=mysql", f"--datadir={layout.dir / CONTROLLER / 'database'}"]
     argv += ["--socket=/run/mysqld/mysqld.sock", "--pid-file=/run/mysqld/mysqld.pid", f"--init-file={script}"]
-    _start(state, CONTROLLER, "mariadb", argv + MARIADB_OPTIONS)
+    start_daemon(state, CONTROLLER, "mariadb", argv + MARIADB_OPTIONS)
     socket_path = f"/proc/{state.init(CONTROLLER)}/root/run/mysqld/mysqld.sock"
-    _await(state, CONTROLLER, "mariadb", lambda: _accepts(socket_path), timeout_s=60)
+    await_ready(state, CONTROLLER, "mariadb", lambda: _accepts(socket_path), timeout_s=60)
 
 
 def start_slurmdbd(state: State) -> None:
@@ -145,9 +146,10 @@ def start_slurmdbd(state: State) -> None:
     spool = layout.dir / CONTROLLER / "spool"
     _give(spool, "slurm")
     # It takes the configuration's folder from SLURM_CONF alone.
-    _start(state, CONTROLLER, "slurmdbd", ["slurmdbd", "-D"], "slurm", {"SLURM_CONF": str(layout.slurm_conf)})
+    env = {"SLURM_CONF": str(layout.slurm_conf)}
+    start_daemon(state, CONTROLLER, "slurmdbd", ["slurmdbd", "-D"], "slurm", env)
     address = (layout.address(CONTROLLER), SLURMDBD_PORT)
-    _await(state, CONTROLLER, "slurmdbd", lambda: _accepts(address), timeout_s=60)
+    await_ready(state, CONTROLLER, "slurmdbd", lambda: _accepts(address), timeout_s=60)
     namespaces.run(pid, ["sacctmgr", "-i", "add", "cluster", "bootseer"])
     namespaces.run(pid, ["sacctmgr", "-i", "add", "account", GROUP])
     namespaces.run(pid, ["sacctmgr", "-i", "add", "user", *USERS, "root", f"account={GROUP}"])
@@ -156,13 +158,13 @@ def start_slurmdbd(state: State) -> None:
 def start_slurmctld(state: State) -> None:
     """Start slurmctld."""
     pid = state.init(CONTROLLER)
-    _start(state, CONTROLLER, "slurmctld", ["slurmctld", "-D"], "slurm")
-    _await(state, CONTROLLER, "slurmctld", lambda: _succeeds(pid, ["scontrol", "ping"]), timeout_s=30)
+    start_daemon(state, CONTROLLER, "slurmctld", ["slurmctld", "-D"], "slurm")
+    await_ready(state, CONTROLLER, "slurmctld", lambda: _succeeds(pid, ["scontrol", "ping"]), timeout_s=30)
 
 
 def start_slurmd(state: State, node: str) -> None:
     """Start a node's slurmd; `wait_idle` tells when it has registered."""
-    _start(state, node, "slurmd", ["slurmd", "-D", "-N", node])
+    start_daemon(state, node, "slurmd", ["slurmd", "-D", "-N", node])
 
 
 def wait_idle(state: State, timeout_s: float = 30) -> None:
@@ -199,9 +201,9 @@ def start_agent(state: State, node: str) -> None:
         process.signal(signal.SIGCONT, group=True)
         return
     argv = [str(AGENT), "--config", "/etc/bootseer/bootseer.toml", "agent"]
-    _start(state, node, "agent", argv)
+    start_daemon(state, node, "agent", argv)
     socket_path = f"/proc/{state.init(node)}/root/run/bootseer/agent.sock"
-    _await(state, node, "agent", lambda: _accepts(socket_path), timeout_s=20)
+    await_ready(state, node, "agent", lambda: _accepts(socket_path), timeout_s=20)
 
 
 def stop_agent(state: State, node: str) -> None:

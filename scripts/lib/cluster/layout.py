@@ -51,13 +51,13 @@ class Layout:
     dir: Path
 
     @classmethod
-    def from_environment(cls) -> Layout:
-        """The layout that BOOTSEER_CLUSTER_DIR asks for; raises ClusterError when it cannot serve."""
-        path = Path(os.path.realpath(os.environ.get("BOOTSEER_CLUSTER_DIR", DEFAULT_DIR)))
+    def from_environment(cls, name: str = "BOOTSEER_CLUSTER_DIR", default: str = DEFAULT_DIR) -> Layout:
+        """The layout that this variable asks for; raises ClusterError when it cannot serve."""
+        path = Path(os.path.realpath(os.environ.get(name, default)))
         if not DIR_NAME.fullmatch(str(path)):
-            raise ClusterError(f"BOOTSEER_CLUSTER_DIR must have at most 80 letters, digits and ._-/: {path}")
+            raise ClusterError(f"{name} must have at most 80 letters, digits and ._-/: {path}")
         if any(path.is_relative_to(hidden) for hidden in PRIVATE_DIRS):
-            raise ClusterError(f"BOOTSEER_CLUSTER_DIR cannot be below {', '.join(PRIVATE_DIRS)}: {path}")
+            raise ClusterError(f"{name} cannot be below {', '.join(PRIVATE_DIRS)}: {path}")
         return cls(path)
 
     @property

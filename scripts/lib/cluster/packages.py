@@ -48,16 +48,16 @@ PACKAGES = [
 POLICY = Path("/usr/sbin/policy-rc.d")
 
 
-def missing() -> list[str]:
-    """The packages that are not installed; raises ClusterError where there are no such packages."""
+def missing(wanted: list[str] = PACKAGES) -> list[str]:
+    """Which of these are not installed; raises ClusterError where there are no such packages."""
     if shutil.which("dpkg-query") is None or shutil.which("apt-get") is None:
-        raise ClusterError(f"this machine has no apt-get; a cluster needs {' '.join(PACKAGES)}")
-    query = ["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n", *PACKAGES]
+        raise ClusterError(f"this machine has no apt-get; needed are {' '.join(wanted)}")
+    query = ["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n", *wanted]
     output = subprocess.run(
         query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False
     ).stdout
     installed = {line.split()[0] for line in output.splitlines() if line.endswith(" installed")}
-    return [package for package in PACKAGES if package not in installed]
+    return [package for package in wanted if package not in installed]
 
 
 def install(packages: list[str]) -> None:

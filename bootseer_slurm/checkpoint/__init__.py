@@ -1,0 +1,1 @@
+"""Checkpoints: striped files on any store, read and written in parallel."""

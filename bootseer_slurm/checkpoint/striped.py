@@ -1,0 +1,120 @@
+"""Striped files: one file as a manifest and stripe objects in a folder of any store.
+
+    <file>/manifest                   blob/manifest.py, with the generation that counts now; written last
+    <file>/<generation>/0, 1, …       its stripe objects
+
+Writing the file again makes a new generation beside the old one, and then one new manifest: whoever reads has
+the old one or the new one, whole. The one before stays until the next is written, for those who still read
+it. A generation is 24 hexadecimal digits: 16 of the time in ns since 1970, 8 at random.
+
+Any other object can be opened too, and is read in parallel ranges as it lies; it has no digests.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, Manifest, decode
+from bootseer_slurm.errors import InputError, IntegrityError, NotFound
+from bootseer_slurm.store import ObjectReader, Store, open_store
+
+MANIFEST = "manifest"
+# A generation that was begun this long before the newest is of a writer that died.
+_DEAD_S = 86400.0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file that can be read: its layout, its objects, and its manifest where it is a striped one."""
+
+    layout: Layout
+    objects: list[ObjectReader]
+    manifest: Manifest | None
+
+    def close(self) -> None:
+        for each in self.objects:
+            each.close()
+
+
+def split(uri: str) -> tuple[str, str]:
+    """The folder of a URI or absolute path, as a URI of a store, and the name in it. Raises InputError."""
+    if uri.startswith("/"):
+        uri = f"file://{quote(uri)}"
+    parts = urlsplit(uri)
+    folder, _, name = parts.path.rstrip("/").rpartition("/")
+    if not parts.scheme or not name:
+        raise InputError(f"{uri}: neither an absolute path nor a URI of a file")
+    return urlunsplit(parts._replace(path=folder or "/")), name
+
+
+def open_file(uri: str) -> Opened:
+    """Open a striped file, or any other, of a URI or path. Raises NotFound, StoreError or IntegrityError."""
+    folder, name = split(uri)
+    return open_in(open_store(folder), name)
+
+
+def open_in(store: Store, path: str) -> Opened:
+    """As `open_file`, of a path in a store."""
+    manifest = read_manifest(store, path)
+    if manifest is None:
+        reader = store.open(path, bulk=True)
+        return Opened(Layout(reader.size_bytes), [reader], None)
+    opened: list[ObjectReader] = []
+    try:
+        for index in range(manifest.layout.objects):
+            reader = store.open(f"{path}/{manifest.generation}/{index}", bulk=True)
+            opened.append(reader)
+            if reader.size_bytes != manifest.layout.object_size(index):
+                raise IntegrityError(f"{path}: stripe {index} is of {reader.size_bytes} bytes: not whole")
+    except BaseException as error:
+        for each in opened:
+            each.close()
+        if isinstance(error, NotFound):
+            raise IntegrityError(f"{path}: stripe {len(opened)} is missing") from error
+        raise
+    return Opened(manifest.layout, opened, manifest)
+
+
+def read_manifest(store: Store, path: str) -> Manifest | None:
+    """The manifest of a striped file; None of what is none. Raises IntegrityError or StoreError."""
+    try:
+        content = store.read(f"{path}/{MANIFEST}", limit_bytes=MANIFEST_LIMIT_BYTES)
+    except NotFound:
+        return None
+    manifest = decode(content)
+    if not manifest.generation:
+        raise IntegrityError(f"{path}: its manifest has no generation: not one of a striped file")
+    return manifest
+
+
+def new_generation() -> str:
+    return f"{time.time_ns():016x}{secrets.token_hex(4)}"
+
+
+def finish(store: Store, path: str, manifest: Manifest) -> None:
+    """Have a generation count, all of whose objects are there; of others the last one stays.
+
+    One that was begun less than a day ago stays too, if it is newer than the last: somebody may write it.
+    """
+    try:
+        before = read_manifest(store, path)
+    except IntegrityError:
+        before = None
+    store.write(f"{path}/{MANIFEST}", manifest.encode())
+    last = before.generation if before else ""
+    for entry in store.scan(path):
+        if not entry.is_folder or entry.name in (last, manifest.generation):
+            continue
+        age_s = (int(manifest.generation[:16], 16) - _begun_ns(entry.name)) / 1e9
+        if entry.name < last or age_s > _DEAD_S:
+            store.remove(f"{path}/{entry.name}")
+
+
+def _begun_ns(generation: str) -> int:
+    try:
+        return int(generation[:16], 16)
+    except ValueError:
+        return 0

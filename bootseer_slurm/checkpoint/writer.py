@@ -1,0 +1,196 @@
+"""Writing a striped file: as a stream of unknown length, or of a file that is there.
+
+Threads: one for each object, at most `_THREADS`; each has at most two chunks waiting, so that a writer has
+2 × objects × 4 MiB in memory. Chunks are hashed by these threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import queue
+import threading
+from types import TracebackType
+from typing import Any
+
+from bootseer_slurm.blob.manifest import CHUNK_BYTES, Layout, Manifest
+from bootseer_slurm.checkpoint.striped import finish, new_generation, split
+from bootseer_slurm.errors import BootseerError, StoreError
+from bootseer_slurm.store import Store, open_store
+
+OBJECTS = 8
+_WAITING = 2
+_LIMIT_OBJECTS = 64  # of a stream: each has a thread
+
+
+class _Abandoned(Exception):
+    """The file is not wanted any more: what was written of an object is taken away."""
+
+
+class _Stripe:
+    """One object that is being written, by a thread of its own."""
+
+    def __init__(self, store: Store, path: str, block_bytes: int) -> None:
+        self.digests: list[bytes] = []  # of its chunks, one after the other
+        self._block_bytes = block_bytes
+        self._waiting: queue.Queue[memoryview | _Abandoned | None] = queue.Queue(_WAITING)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(store, path), name="stripe", daemon=True)
+        self._thread.start()
+
+    def put(self, chunk: memoryview) -> None:
+        """Have a chunk written. Raises what an earlier one failed with."""
+        while True:
+            self._raise()
+            with contextlib.suppress(queue.Full):
+                self._waiting.put(chunk, timeout=0.5)
+                return
+
+    def close(self) -> None:
+        """Wait until it is whole. Raises StoreError."""
+        self._end(None)
+        self._raise()
+
+    def abandon(self) -> None:
+        """Take it away."""
+        self._end(_Abandoned())
+
+    def _end(self, last: _Abandoned | None) -> None:
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._waiting.put(last, timeout=0.1)
+                break
+        self._thread.join()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, store: Store, path: str) -> None:
+        try:
+            with store.writer(path) as out:
+                while (chunk := self._waiting.get()) is not None:
+                    if isinstance(chunk, _Abandoned):
+                        raise chunk
+                    self.digests.append(digests_of(chunk, self._block_bytes))
+                    out.write(chunk)
+        except _Abandoned:
+            pass
+        except BaseException as error:  # told to who writes
+            self._error = error if isinstance(error, BootseerError) else StoreError(f"{path}: {error}")
+
+
+class StripedWriter(io.RawIOBase):
+    """A striped file that is being written, as a binary stream; it exists once it is closed.
+
+    As a context manager it is left as it was when the block ends with an error. Not thread-safe.
+    """
+
+    def __init__(self, uri: str, *, objects: int = OBJECTS) -> None:
+        """uri: a URI or an absolute path. objects: to spread it over. Raises BootseerError."""
+        folder, self._path = split(uri)
+        self._open(open_store(folder), objects)
+
+    @classmethod
+    def in_store(cls, store: Store, path: str, *, objects: int = OBJECTS) -> StripedWriter:
+        """As the constructor, of a path in a store."""
+        writer = cls.__new__(cls)
+        writer._path = path
+        writer._open(store, objects)
+        return writer
+
+    def _open(self, store: Store, objects: int) -> None:
+        self.name = self._path
+        self._store = store
+        self._objects = max(1, min(objects, _LIMIT_OBJECTS))
+        self._generation = new_generation()
+        self._layout = Layout(0, objects=self._objects)
+        self._stripes: list[_Stripe] = []
+        self._size_bytes = 0
+        self._chunk = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._size_bytes + len(self._chunk)
+
+    def write(self, content: Any) -> int:
+        """Write all of it; gives its bytes. Raises StoreError."""
+        self._checkClosed()
+        view = memoryview(content).cast("B")
+        done = 0
+        while done < len(view):
+            count = min(CHUNK_BYTES - len(self._chunk), len(view) - done)
+            self._chunk += view[done : done + count]
+            done += count
+            if len(self._chunk) == CHUNK_BYTES:
+                self._put()
+        return len(view)
+
+    def _checkClosed(self) -> None:
+        if self.closed:
+            raise ValueError("write to a closed file")
+
+    def _put(self) -> None:
+        chunk, self._chunk = memoryview(self._chunk), bytearray()
+        index = self._size_bytes // CHUNK_BYTES % self._objects
+        if index == len(self._stripes):
+            path = f"{self._path}/{self._generation}/{index}"
+            self._stripes.append(_Stripe(self._store, path, self._layout.block_bytes))
+        self._stripes[index].put(chunk)
+        self._size_bytes += len(chunk)
+
+    def close(self) -> None:
+        """Make the file what was written. Raises StoreError, and the file is then what it was."""
+        if self.closed:
+            return
+        try:
+            if self._chunk or not self._stripes:
+                self._put()
+            for stripe in self._stripes:
+                stripe.close()
+            # A short file has fewer objects than it may have.
+            layout = Layout(self._size_bytes, objects=len(self._stripes))
+            finish(self._store, self._path, Manifest("checkpoint", layout, self._digests(), self._generation))
+        except BaseException:
+            self.abandon()
+            raise
+        super().close()
+
+    def _digests(self) -> bytes:
+        chunks = -(-self._size_bytes // CHUNK_BYTES)
+        rows = [iter(stripe.digests) for stripe in self._stripes]
+        return b"".join(next(rows[number % len(rows)]) for number in range(chunks))
+
+    def abandon(self) -> None:
+        """Leave the file as it was."""
+        if self.closed:
+            return
+        for stripe in self._stripes:
+            stripe.abandon()
+        with contextlib.suppress(StoreError):
+            self._store.remove(f"{self._path}/{self._generation}")
+        super().close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def __del__(self) -> None:
+        # One that was forgotten is not known to be whole.
+        if hasattr(self, "_stripes"):
+            self.abandon()
+
+
+def digests_of(chunk: memoryview, block_bytes: int) -> bytes:
+    """The digests of a chunk's blocks, one after the other."""
+    return b"".join(
+        hashlib.sha256(chunk[start : start + block_bytes]).digest()
+        for start in range(0, len(chunk), block_bytes)
+    )

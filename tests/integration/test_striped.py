@@ -1,0 +1,259 @@
+"""Striped files: written, read in parallel, whole or not at all, and never with other bytes."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import bootseer_slurm
+from bootseer_slurm.blob.manifest import CHUNK_BYTES, decode
+from bootseer_slurm.checkpoint import striped
+from bootseer_slurm.checkpoint.file import ParallelFile
+from bootseer_slurm.checkpoint.writer import StripedWriter
+from bootseer_slurm.errors import BootseerError, IntegrityError, NotFound, StoreError
+from bootseer_slurm.store import FileStore
+
+CONTENT = os.urandom(5 * CHUNK_BYTES) * 3 + b"the end"
+
+
+def write(path: Path, content: bytes = CONTENT, objects: int = 4) -> None:
+    with StripedWriter(str(path), objects=objects) as file:
+        file.write(content)
+
+
+def generation(path: Path) -> Path:
+    return path / decode((path / "manifest").read_bytes()).generation
+
+
+def damage(file: Path, offset: int) -> None:
+    with file.open("r+b") as out:
+        out.seek(offset)
+        byte = out.read(1)
+        out.seek(offset)
+        out.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 9 * CHUNK_BYTES + 5])
+def test_what_is_written_is_read(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "model"
+    with bootseer_slurm.open(str(path), "wb") as file:
+        for start in range(0, size, 1_000_003):
+            assert file.write(CONTENT[start : min(size, start + 1_000_003)]) == min(size, start + 1_000_003) - start
+        assert file.tell() == size
+    with bootseer_slurm.open(f"file://{path}") as file:
+        assert file.read() == CONTENT[:size]
+        assert file.read(1) == b""
+    objects = sorted(each.name for each in generation(path).iterdir())
+    assert objects == [str(number) for number in range(max(1, min(8, -(-size // CHUNK_BYTES))))]
+
+
+def test_any_place_and_any_size(tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    with ParallelFile(str(tmp_path / "model")) as file:
+        for offset, count in ((0, 10), (CHUNK_BYTES - 5, 10), (3, 3 * CHUNK_BYTES), (len(CONTENT) - 3, 10), (10**12, 5)):
+            buffer = bytearray(count)
+            done = file.read_at(offset, buffer)
+            assert bytes(buffer[:done]) == CONTENT[offset : offset + count]
+        assert file.seek(-7, os.SEEK_END) == len(CONTENT) - 7 and file.read() == b"the end"
+        assert bytes(file.view(CHUNK_BYTES, 2 * CHUNK_BYTES)) == CONTENT[CHUNK_BYTES : 3 * CHUNK_BYTES]
+        with pytest.raises(ValueError, match="negative"):
+            file.seek(-1)
+        buffered = io.BufferedReader(file, 1000)
+        file.seek(0)
+        assert b"".join(iter(lambda: buffered.read(77_777), b"")) == CONTENT, "small reads that go forward"
+        file.close()
+        with pytest.raises(ValueError, match="closed"):
+            file.read(1)
+
+
+def test_many_readers_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    wrong: list[int] = []
+    with ParallelFile(str(tmp_path / "model")) as file:
+
+        def read(number: int) -> None:
+            for step in range(20):
+                offset = (number * 7_654_321 + step * 3_333_333) % (len(CONTENT) - 100_000)
+                if bytes(file.view(offset, 100_000)) != CONTENT[offset : offset + 100_000]:
+                    wrong.append(offset)
+
+        threads = [threading.Thread(target=read, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def test_an_existing_file_is_read_as_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "plain.pt").write_bytes(CONTENT)
+    with bootseer_slurm.open(str(tmp_path / "plain.pt")) as file:
+        assert file.read() == CONTENT
+    with pytest.raises(NotFound):
+        bootseer_slurm.open(str(tmp_path / "nothing"))
+    with pytest.raises(StoreError):
+        bootseer_slurm.open(str(tmp_path))
+    with pytest.raises(ValueError, match="mode"):
+        bootseer_slurm.open(str(tmp_path / "plain.pt"), "r+b")
+
+
+def test_a_block_that_changed_is_never_given_out(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write(path)
+    damage(generation(path) / "2", 100)
+    with ParallelFile(str(path)) as file:
+        assert file.read(2 * CHUNK_BYTES) == CONTENT[: 2 * CHUNK_BYTES], "what is not damaged is there"
+        for read in (lambda: file.view(0), lambda: file.view(2 * CHUNK_BYTES + 50, 100)):
+            with pytest.raises(IntegrityError, match="block 32 is not what was written"):
+                read()
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        (lambda folder: (folder / "1").unlink(), "stripe 1 is missing"),
+        (lambda folder: os.truncate(folder / "1", 1000), "stripe 1 is of 1000 bytes"),
+        (lambda folder: (folder / "0").rename(folder / "x") and (folder / "1").rename(folder / "0")
+         and (folder / "x").rename(folder / "1"), "block 0 is not what was written"),
+    ],
+    ids=["missing", "truncated", "swapped"],
+)  # fmt: skip
+def test_a_stripe_that_is_not_right(tmp_path: Path, what: Callable[[Path], object], said: str) -> None:
+    write(tmp_path / "model", CONTENT[: 8 * CHUNK_BYTES])
+    what(generation(tmp_path / "model"))
+    with pytest.raises(IntegrityError, match=said):
+        with ParallelFile(str(tmp_path / "model")) as file:
+            file.read()
+
+
+def test_a_manifest_that_is_not_right(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write(path, CONTENT)
+    first = (path / "manifest").read_bytes()
+    write(path, CONTENT[::-1])
+    second = (path / "manifest").read_bytes()
+    head, _, digests = first.partition(b"\n")
+    (path / "manifest").write_bytes(second.partition(b"\n")[0] + b"\n" + digests)
+    with pytest.raises(IntegrityError, match="is not what was written"):
+        ParallelFile(str(path)).read()
+    for damaged in (second[:-5], b"", b"{}\n", head.replace(b'"generation": "', b'"generation": "../')):
+        (path / "manifest").write_bytes(damaged)
+        with pytest.raises(IntegrityError):
+            ParallelFile(str(path))
+    write(path)
+    assert ParallelFile(str(path)).read() == CONTENT, "it can be written again"
+
+
+def test_the_one_before_stays_until_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write(path, b"one" * CHUNK_BYTES)
+    reader = ParallelFile(str(path))
+    write(path, b"two")
+    with ParallelFile(str(path)) as file:
+        assert file.read() == b"two"
+    with ParallelFile.of(striped.Opened(reader._layout, reader._opened.objects, reader._opened.manifest), "old") as old:
+        assert old.read(10) == b"oneoneoneo", "somebody still reads it"
+    write(path, b"three")
+    assert len([each for each in path.iterdir() if each.is_dir()]) == 2
+    begun = path / striped.new_generation()
+    begun.mkdir()
+    dead = path / f"{int(time.time() - 3 * 86400) * 10**9:016x}00000000"
+    dead.mkdir()
+    write(path, b"four")
+    assert begun.exists() and not dead.exists(), "what may still be written stays a day"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_writer_that_dies_leaves_the_file_as_it_was(tmp_path: Path, how: signal.Signals) -> None:
+    path = tmp_path / "model"
+    write(path)
+    code = f"""
+import bootseer_slurm
+file = bootseer_slurm.open({str(path)!r}, "wb")
+while True:
+    file.write(bytes(2**20))
+    print(flush=True)
+"""
+    for written in (1, 5, 30):
+        writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout
+        for _ in range(written):
+            writer.stdout.readline()
+        writer.send_signal(how)
+        writer.wait(20)
+        writer.stdout.close()
+        with ParallelFile(str(path)) as file:
+            assert file.read() == CONTENT
+
+
+def test_a_block_that_ends_with_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write(path)
+    before = {str(each) for each in path.rglob("*")}
+    with pytest.raises(RuntimeError, match="of the program"), StripedWriter(str(path)) as file:
+        file.write(bytes(20 * CHUNK_BYTES))
+        raise RuntimeError("of the program")
+    assert {str(each) for each in path.rglob("*")} == before
+    forgotten = StripedWriter(str(path))
+    forgotten.write(bytes(10))
+    del forgotten
+    assert ParallelFile(str(path)).read() == CONTENT
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(small)], check=True)
+    try:
+        write(small / "model", CONTENT[: CHUNK_BYTES])
+        with pytest.raises(BootseerError, match="No space left"), StripedWriter(str(small / "model")) as file:
+            for _ in range(20):
+                file.write(bytes(CHUNK_BYTES))
+        with ParallelFile(str(small / "model")) as file:
+            assert file.read() == CONTENT[:CHUNK_BYTES]
+        assert len(list((small / "model").iterdir())) == 2
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+class Stalling(FileStore):
+    """A store whose first reads of each object fail."""
+
+    def open(self, path: str, *, bulk: bool = False):  # type: ignore[no-untyped-def]
+        reader = super().open(path, bulk=bulk)
+        real, failures = reader.read_into, iter([StoreError("it does not answer"), StoreError("nor now")])
+
+        def read_into(offset: int, view: memoryview) -> int:
+            if (error := next(failures, None)) and "manifest" not in path:
+                raise error
+            return real(offset, view)
+
+        reader.read_into = read_into  # type: ignore[method-assign]
+        return reader
+
+
+def test_reads_that_fail_are_tried_again(tmp_path: Path) -> None:
+    write(tmp_path / "model", CONTENT[:CHUNK_BYTES])
+    opened = striped.open_in(Stalling(tmp_path), "model")
+    with ParallelFile.of(opened, "model") as file:
+        assert file.read() == CONTENT[:CHUNK_BYTES]
+
+
+def test_it_may_be_larger_than_what_is_kept(tmp_path: Path) -> None:
+    content = CONTENT * 3
+    write(tmp_path / "model", content, objects=16)
+    with ParallelFile(str(tmp_path / "model"), streams=3) as file:
+        seen = bytearray()
+        while piece := file.read(1_500_000):
+            seen += piece
+            assert len(file._chunks) <= 32
+        assert seen == content

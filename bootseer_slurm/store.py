@@ -222,9 +222,9 @@ class FileStore(Store):
             return
         if not folder.is_dir():
             if not self._root.is_dir():
-                raise StoreError(
-                    f"{self._root}: no such folder", hint="an admin makes it with `bootseer store init`"
-                )
+                is_store = folder.is_relative_to(self._root / "users")
+                hint = "an admin makes it with `bootseer store init`" if is_store else None
+                raise StoreError(f"{self._root}: no such folder", hint=hint)
             self._make_folder(folder.parent)
             for_all = os.geteuid() == 0 and folder.is_relative_to(self._root / "users" / "0")
             folder.mkdir(mode=0o755 if for_all else 0o700, exist_ok=True)

@@ -9,8 +9,9 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 from bootseer_slurm.blob.manifest import DIGEST_BYTES, Layout, Manifest
@@ -47,40 +48,57 @@ def store_file(
     wait_until_settled(before)
     layout = Layout(size_bytes=before.st_size, objects=max(1, objects))
     folder = f"{user_folder(os.getuid())}/blobs/{secrets.token_hex(12)}"
-    source = FileReader(path)
-    digests = bytearray(layout.blocks * DIGEST_BYTES)
     try:
-        with ThreadPoolExecutor(_THREADS, "bootseer-write") as pool:
-            jobs = [
-                pool.submit(
-                    _write_object, store, f"{folder}/{index}", index, layout, source, digests, progress
-                )
-                for index in range(layout.objects)
-            ]
-            for job in jobs:
-                job.result()
-        after = path.stat()
-        if (after.st_size, after.st_mtime_ns, after.st_ino) != (
-            before.st_size,
-            before.st_mtime_ns,
-            before.st_ino,
-        ):
-            raise BootseerError(
-                f"{path}: was changed while it was read", hint="try again when it is complete"
-            )
+        digests = write_objects(store, folder, path, layout, progress=progress)
         for other, content in (beside or {}).items():
             store.write(f"{folder}/{other}", content)
-        manifest = Manifest(kind, layout, bytes(digests))
+        manifest = Manifest(kind, layout, digests)
         store.write(f"{folder}/manifest", manifest.encode())
     except BaseException:
         store.remove(folder)
         raise
-    finally:
-        source.close()
     signature = sign(manifest.id)
     record = Name(kind, name, fingerprint, manifest.id, folder, time.time_ns(), signature, key or {}, base)
     write_name(store, os.getuid(), record)
     return record
+
+
+def write_objects(
+    store: Store,
+    folder: str,
+    path: Path,
+    layout: Layout,
+    *,
+    there: Container[int] = (),
+    progress: Callable[[int], None] = lambda count: None,
+) -> bytes:
+    """Write the stripe objects of the file `path` into a folder of the store; gives the blocks' digests.
+
+    there: objects that an earlier try has written of this file. Raises BootseerError when the file is changed
+    meanwhile, StoreError when the store fails; what was written stays.
+    """
+    source = FileReader(path)
+    digests = bytearray(layout.blocks * DIGEST_BYTES)
+    try:
+        before = source.status
+        with ThreadPoolExecutor(_THREADS, "bootseer-write") as pool:
+
+            def write(index: int) -> None:
+                place = f"{folder}/{index}"
+                _write_object(store, place, index, layout, source, digests, index in there, progress)
+
+            list(pool.map(write, range(layout.objects)))
+        if _identity(path.stat()) != _identity(before) or before.st_size != layout.size_bytes:
+            raise BootseerError(
+                f"{path}: was changed while it was read", hint="try again when it is complete"
+            )
+        return bytes(digests)
+    finally:
+        source.close()
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _write_object(
@@ -90,10 +108,11 @@ def _write_object(
     layout: Layout,
     source: FileReader,
     digests: bytearray,
+    there: bool,
     progress: Callable[[int], None],
 ) -> None:
     buffer = memoryview(bytearray(layout.chunk_bytes))
-    with store.writer(path) as target:
+    with nullcontext() if there else store.writer(path) as target:
         for offset in range(
             index * layout.chunk_bytes, layout.size_bytes, layout.objects * layout.chunk_bytes
         ):
@@ -104,5 +123,6 @@ def _write_object(
                 block = (offset + start) // layout.block_bytes
                 digest = hashlib.sha256(chunk[start : start + layout.block_bytes]).digest()
                 digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES] = digest
-            target.write(chunk)
+            if target is not None:
+                target.write(chunk)
             progress(len(chunk))

@@ -18,6 +18,7 @@ import bootseer_slurm
 from bootseer_slurm.blob.manifest import CHUNK_BYTES, decode
 from bootseer_slurm.checkpoint import striped
 from bootseer_slurm.checkpoint.file import ParallelFile
+from bootseer_slurm.checkpoint.stripe import stripe_file
 from bootseer_slurm.checkpoint.writer import StripedWriter
 from bootseer_slurm.errors import BootseerError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.store import FileStore
@@ -257,3 +258,50 @@ def test_it_may_be_larger_than_what_is_kept(tmp_path: Path) -> None:
             seen += piece
             assert len(file._chunks) <= 32
         assert seen == content
+
+
+def stripe(source: Path, target: Path) -> subprocess.Popen[str]:
+    command = [str(Path(sys.executable).with_name("bootseer")), "checkpoint", "stripe", str(source), str(target)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_an_interrupted_stripe_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "model.pt", tmp_path / "striped"
+    source.write_bytes(CONTENT)
+    os.utime(source, (1_700_000_000, 1_700_000_000))
+    real, written = FileStore.writer, []
+
+    def writer(store: FileStore, path: str):  # type: ignore[no-untyped-def]
+        if "/" in path:
+            written.append(path.rpartition("/")[2])
+        if written.count("manifest") == 0 and written[-1] == "5" and len(written) < 10:
+            raise StoreError("the store is away")
+        return real(store, path)
+
+    monkeypatch.setattr(FileStore, "writer", writer)
+    with pytest.raises(StoreError, match="away"):
+        stripe_file(source, str(target), objects=8)
+    assert not (target / "manifest").exists() and (target / "unfinished").exists()
+    first, written[:] = list(written), ["again"] * 10
+    stripe_file(source, f"file://{target}", objects=8)
+    assert "5" in written and "0" not in written and "0" in first, "what was there is not written again"
+    with ParallelFile(str(target)) as file:
+        assert file.read() == CONTENT
+    assert not (target / "unfinished").exists()
+    assert len([each for each in target.iterdir() if each.is_dir()]) == 1
+    monkeypatch.undo()
+    os.utime(source, (1_700_000_001, 1_700_000_001))
+    stripe_file(source, str(target), objects=8)
+    assert len([each for each in target.iterdir() if each.is_dir()]) == 2
+
+
+def test_the_command(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(CONTENT)
+    done = stripe(tmp_path / "model.pt", tmp_path / "striped")
+    said, errors = done.communicate(timeout=60)
+    assert done.returncode == 0 and "8 objects" in said, errors
+    with ParallelFile(str(tmp_path / "striped")) as file:
+        assert file.read() == CONTENT
+    done = stripe(tmp_path / "model.pt", Path("/proc/nothing/here"))
+    errors = done.communicate(timeout=60)[1]
+    assert "bootseer: /proc/nothing: no such folder" in errors and done.returncode == 5

@@ -27,6 +27,12 @@ RPC_PORT, HTTP_PORT = 8020, 9870
 HEAP_MIB = 256
 # Java 17 closes what Hadoop looks into.
 OPENED = ("java.base/java.lang=ALL-UNNAMED", "java.base/java.nio=ALL-UNNAMED")
+LOG4J = """log4j.rootLogger=WARN,console
+log4j.appender.console=org.apache.log4j.ConsoleAppender
+log4j.appender.console.target=System.err
+log4j.appender.console.layout=org.apache.log4j.PatternLayout
+log4j.appender.console.layout.ConversionPattern=%d{ISO8601} %p %c{2}: %m%n
+"""
 NAMENODE = "org.apache.hadoop.hdfs.server.namenode.NameNode"
 DATANODE = "org.apache.hadoop.hdfs.server.datanode.DataNode"
 
@@ -61,17 +67,25 @@ def make_machine(state: State, node: str) -> None:
     def prepare() -> None:
         namespaces.mount("none", "/", flags=namespaces.MS_REC | namespaces.MS_SLAVE)
         namespaces.mount("proc", "/proc", "proc")
+        namespaces.mount(state.layout.etc / "hosts", "/etc/hosts", flags=namespaces.MS_BIND)
 
     log = state.layout.log(node, "init")
     namespaces.create(node, prepare, lambda process: state.add(node, "init", process), log)
 
 
 def write_settings(layout: Layout, nodes: list[str], replication: int) -> None:
-    """Each machine's core-site.xml and hdfs-site.xml."""
+    """Each machine's core-site.xml and hdfs-site.xml, and the hosts file of all."""
+    layout.etc.mkdir()
+    names = "".join(f"{layout.address(node)} {node}\n" for node in (CONTROLLER, *nodes))
+    (layout.etc / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
     for node in (CONTROLLER, *nodes):
         folder, data = layout.etc / node, layout.dir / node
-        folder.mkdir(parents=True)
+        folder.mkdir()
         data.mkdir(mode=0o700)
+        (folder / "log4j.properties").write_text(LOG4J)
+        # Where Hadoop's release has its pages, which are in no jar: it wants the folders.
+        for name in ("hdfs", "datanode"):
+            (folder / "webapps" / name).mkdir(parents=True)
         _write_xml(folder / "core-site.xml", {"fs.defaultFS": uri(layout)})
         _write_xml(
             folder / "hdfs-site.xml",

@@ -35,6 +35,7 @@ _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
+_MOVE_MOUNT_T_EMPTY_PATH = 0x00000040
 _MOUNT_ATTR_RDONLY = 1
 _MOUNT_ATTR_NOSUID = 2
 _MOUNT_ATTR_NODEV = 4
@@ -157,16 +158,21 @@ def bind_clone(path: Path | str, *, read_only: bool = True) -> int:
     return fd
 
 
-def move_mount(fd: int, target: Path | str) -> None:
-    """Attach the detached mount fd at target, in the caller's mount namespace (move_mount(2), Linux 5.2)."""
+def move_mount(fd: int, target: Path | str | int) -> None:
+    """Attach the detached mount fd at target, in the caller's mount namespace (move_mount(2), Linux 5.2).
+
+    target: a path, or the descriptor of what is to be mounted on.
+    """
+    to_fd, to_path = (target, "") if isinstance(target, int) else (_AT_FDCWD, target)
+    flags = _MOVE_MOUNT_F_EMPTY_PATH | (_MOVE_MOUNT_T_EMPTY_PATH if isinstance(target, int) else 0)
     _syscall(
-        target,
+        f"/proc/self/fd/{target}" if isinstance(target, int) else target,
         _SYS_MOVE_MOUNT,
         ctypes.c_int(fd),
         b"",
-        ctypes.c_int(_AT_FDCWD),
-        os.fsencode(target),
-        ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH),
+        ctypes.c_int(to_fd),
+        os.fsencode(to_path),
+        ctypes.c_uint(flags),
     )
 
 

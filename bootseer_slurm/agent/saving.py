@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from bootseer_slurm.agent.request import Job
 from bootseer_slurm.config import Config
@@ -26,26 +26,37 @@ from bootseer_slurm.errors import BootseerError, InputError
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.fetch.process import User
 from bootseer_slurm.slurm.hostlist import expand
+from bootseer_slurm.tail import last_lines
 
 _log = logging.getLogger(__name__)
 
 _LIMIT_S = 3600.0
 _END_S = 10.0  # for it to clean up
+# How often it is looked whether a start has installed something, where the job does not say that it trains.
+_LOOKS, _LOOK_EVERY_S = 10, 60.0
 _GENTLY = ("nice", "-n", "19", "ionice", "-c", "3")
+
+
+class View(NamedTuple):
+    """What a job sees in the place of a folder: the descriptor of a mount; the folder's device and inode."""
+
+    fd: int
+    device: int
+    inode: int
 
 
 @dataclass(frozen=True)
 class ToSave:
-    """An environment, and the image that the job named for it.
+    """An environment, and how the command is told what it is used in.
 
     installed: of one that was installed to, the class, fingerprint and folder of env.snapshot.Installed.
-    view: gives a descriptor of a mount of what the job sees there.
+    view: gives what the job sees there; its descriptor is the caller's to close.
     """
 
     path: str
-    image: str
+    options: Sequence[str] = ()
     installed: Sequence[str] = ()
-    view: Callable[[], int] | None = None
+    view: Callable[[], View] | None = None
 
 
 class Saving:
@@ -56,13 +67,21 @@ class Saving:
         self._log = log
         self._config = config
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
+        self._changed = threading.Condition(self._lock)
+        self._process: subprocess.Popen[bytes] | None = None
         self._over = False
         self._begun = False
+        self._trains = False
 
-    def begin(self, environments: Sequence[ToSave]) -> None:
-        """Save these, one after the other. A second call does nothing."""
-        with self._lock:
+    def begin(self, environments: Sequence[ToSave], *, trains: bool) -> None:
+        """Save these, one after the other, those that are installed to last.
+
+        trains: the job says so. Else its installer may still run: what is installed is looked at again, some
+        times and once more when it does say so. A second call tells no more than that.
+        """
+        with self._changed:
+            self._trains = self._trains or trains
+            self._changed.notify_all()
             if self._begun or self._over or not environments or not self._is_first_node():
                 return
             self._begun = True
@@ -77,24 +96,38 @@ class Saving:
 
     def _save_all(self, environments: Sequence[ToSave]) -> None:
         for environment in environments:
-            begin_s = time.monotonic()
-            try:
-                said, failed = self._save(environment)
-            except (BootseerError, OSError, subprocess.SubprocessError) as error:
-                said, failed = str(error), True
-            if self._over:
-                return
-            if environment.view and not failed and not said.endswith(" saved"):
-                continue  # nothing was installed, or another start had installed it
-            self._log.emit(
-                "snapshot",
-                "failed" if failed else "saved",
-                target=environment.path,
-                what="environment",
-                dur_s=time.monotonic() - begin_s,
-                level="warning" if failed else "info",
-                message=f"not saved: {said}" if failed else "saved for the next start",
-            )
+            if environment.view is None:
+                self._try(environment, last=True)
+        installed_to = [environment for environment in environments if environment.view]
+        for number in range(_LOOKS if installed_to else 0):
+            with self._lock:
+                last = self._trains or number == _LOOKS - 1
+            for environment in installed_to:
+                self._try(environment, last=last)
+            with self._changed:
+                if not last:
+                    self._changed.wait_for(lambda: self._trains or self._over, _LOOK_EVERY_S)
+                if last or self._over:
+                    return
+
+    def _try(self, environment: ToSave, *, last: bool) -> None:
+        """Save it, and tell so. Of what is installed nothing may be there; only the last failure is told."""
+        begin_s = time.monotonic()
+        try:
+            said, failed = self._save(environment)
+        except (BootseerError, OSError, ValueError, subprocess.SubprocessError) as error:
+            said, failed = str(error), True
+        if self._over or (environment.view and not (last if failed else said.endswith(" saved"))):
+            return
+        self._log.emit(
+            "snapshot",
+            "failed" if failed else "saved",
+            target=environment.path,
+            what="environment",
+            dur_s=time.monotonic() - begin_s,
+            level="warning" if failed else "info",
+            message=f"not saved: {said}" if failed else "saved for the next start",
+        )
 
     def _save(self, environment: ToSave) -> tuple[str, bool]:
         """Run the command; gives what it said last, and whether it failed."""
@@ -103,55 +136,51 @@ class Saving:
                 return "", True
             process = self._process = self._start(environment)
         try:
-            said, errors = process.communicate(timeout=_LIMIT_S)
+            lines = last_lines(process, _LIMIT_S)
         except subprocess.TimeoutExpired:
             self._end(process)
             return "it took too long", True
-        lines = said.strip().splitlines()
         if process.returncode:
-            lines = [line for line in errors.splitlines() if line.startswith("bootseer")]
+            lines = [line for line in lines if line.startswith("bootseer")]
         return (lines or [f"exit status {process.returncode}"])[-1][:300], process.returncode != 0
 
-    def _start(self, environment: ToSave) -> subprocess.Popen[str]:
+    def _start(self, environment: ToSave) -> subprocess.Popen[bytes]:
         user = User.of(self._job.uid, self._job.gid)
         what = "save-installed" if environment.view else "save"
         command = [sys.executable, "-I", "-m", "bootseer_slurm", "env", what, environment.path]
-        command += environment.installed
-        command += ["--image", environment.image] if environment.image else []
+        command += [*environment.installed, *environment.options]
         rights: dict[str, Any] = {"user": user.uid, "group": user.gid, "extra_groups": list(user.groups)}
-        view_fd = -1
-        if environment.view:
-            view_fd = environment.view()
+        view = environment.view() if environment.view else None
+        if view:
             groups = ",".join(map(str, user.groups))
-            as_user = [str(view_fd), environment.path, str(user.uid), str(user.gid), groups]
-            command = [sys.executable, "-I", "-m", "bootseer_slurm.agent.within", *as_user, *command]
-            rights = {"pass_fds": (view_fd,)}
+            seen = [*map(str, view), environment.path, str(user.uid), str(user.gid), groups]
+            command = [sys.executable, "-I", "-m", "bootseer_slurm.agent.within", *seen, *command]
+            rights = {"pass_fds": (view.fd,)}
         try:
             return subprocess.Popen(
                 [*_GENTLY, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
+                stderr=subprocess.STDOUT,
                 cwd="/",
                 env=_environ(user, self._config) | {"SLURM_JOB_ID": str(self._job.job_id)},
                 start_new_session=True,
                 **rights,
             )
         finally:
-            if view_fd >= 0:
-                os.close(view_fd)
+            if view:
+                os.close(view.fd)
 
     def stop(self) -> None:
         """The job is over: end what runs."""
-        with self._lock:
+        with self._changed:
             self._over = True
+            self._changed.notify_all()
             process = self._process
         if process is not None:
             self._end(process)
 
-    def _end(self, process: subprocess.Popen[str]) -> None:
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
         process.terminate()
         try:
             process.wait(_END_S)

@@ -183,7 +183,7 @@ class Session:
     def _bind(self, target: Target) -> Bind | None:
         try:
             bind = target.bind()
-        except (BootseerError, OSError) as error:
+        except Exception as error:  # the binds of others are to be shown, or closed
             self._shadow("skipped", target.wish, str(error))
             return None
         self._shadow("shown", target.wish, None)
@@ -295,7 +295,7 @@ class Session:
             self._prefetch.start_over()
         self._recording.finish(why)
         self._publisher.write_events(self.log)
-        self._saving.begin(self._wanted.to_save(self._class))
+        self._saving.begin(self._wanted.to_save(self.job.uid, self._class), trains=why == "mark")
 
     def _remember(self) -> None:
         """Tell the next start of this class what this one asked for."""

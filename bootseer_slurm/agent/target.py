@@ -6,6 +6,7 @@ process.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,13 @@ from typing import Any
 from bootseer_slurm import mounts
 from bootseer_slurm.agent.part import Content, Part, original_source, stored_content
 from bootseer_slurm.agent.request import Job, Wish
+from bootseer_slurm.agent.saving import View
 from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.source import adopted_id
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES, DIGEST_BYTES, MAX_BLOB_BYTES, Layout
 from bootseer_slurm.blob.reader import OnFault
 from bootseer_slurm.env.attach import Overlay, Unpacked
-from bootseer_slurm.errors import InputError, IntegrityError, NotFound, StoreError
+from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.fetch.process import FetchProcess, Reply
 from bootseer_slurm.image.trust import Key
 
@@ -75,6 +77,7 @@ class Target:
         self._job = job
         self._process = process
         self._allow = allow
+        self._on_fault = on_fault
         self._original: int | None = None
         self._unpacked: Unpacked | None = None
         self._overlay: Overlay | None = None
@@ -86,6 +89,7 @@ class Target:
         self.fingerprint = str(fields.get("fingerprint", ""))
         self.warning: str | None = fields.get("warning")
         self.first: object = fields.get("first")
+        self.image_digest = str(fields.get("image", ""))  # that an environment's snapshot is for
         try:
             if "path" in fields:
                 self._original = fds.pop(0)
@@ -140,6 +144,8 @@ class Target:
             raise NotFound(f"environment {name}: no snapshot of it in the store (`bootseer env save`)")
         else:
             raise NotFound(f"{kind} {name}: not in the store")
+        if not found:
+            raise IntegrityError(f"{kind} {name}: the fetch process names no blob")
         if not all(0 < content.layout.size_bytes <= MAX_BLOB_BYTES for content in found):
             raise InputError(f"{kind} {name}: empty, or larger than a blob can be")
         if "origin" in fields and kind != "environment":
@@ -161,26 +167,43 @@ class Target:
         writable: with a layer over it that goes with the job. Raises BootseerError.
         """
         job, name = self._job, self.parts[0].reader.blob.id[:16]
+        images = [part.served_path for part in self.parts]
         with ThreadPoolExecutor(len(self.parts)) as pool:
             mounted = list(pool.map(lambda part: part.mount_snapshot(folder, key), self.parts))
         lower = [path for path in mounted if path is not None]
+        if len(lower) == len(self.parts) > 1 and not writable:
+            try:
+                self._overlay = self._layered(folder, lower, writable=False)
+            except BootseerError as error:
+                self._on_fault("overlay_failed", error.message)
+                lower = []
         if len(lower) < len(self.parts):
-            images = [part.served_path for part in self.parts]
             self._unpacked = Unpacked(images, disk / name, uid=job.uid, gid=job.gid)
             lower = [self._unpacked.path]
         self._mounted = lower[0]
-        if writable or len(lower) > 1:
-            place = folder / f"{name}.layers"
-            self._overlay = Overlay(lower, place, uid=job.uid, gid=job.gid, writable=writable)
+        if writable:
+            self._overlay = self._layered(folder, lower, writable=True)
 
-    def installed_view(self) -> int:
-        """A detached mount, read-only, of a snapshot with what was installed over it. The caller closes it.
+    def _layered(self, folder: Path, lower: list[Path], *, writable: bool) -> Overlay:
+        """Its place tells the environment, not the blobs: what a job sees stays, whatever is saved."""
+        place = folder / f"{hashlib.sha256(os.fsencode(self.path or '')).hexdigest()[:16]}.layers"
+        return Overlay(lower, place, uid=self._job.uid, gid=self._job.gid, writable=writable)
 
-        Raises NotFound when it is closed, OSError when it cannot be made.
+    def installed_view(self) -> View:
+        """The snapshot with what was installed over it, read-only, and the original that it is shown at.
+
+        Raises NotFound when it is closed, OSError when it cannot be made. The caller closes its descriptor.
         """
-        if self._overlay is None:
+        overlay, original = self._overlay, self._original
+        if overlay is None or original is None:
             raise NotFound(f"{self.wish.name}: the job is over")
-        return mounts.bind_clone(self._overlay.path)
+        status = os.fstat(original)
+        return View(mounts.bind_clone(overlay.path), status.st_dev, status.st_ino)
+
+    @property
+    def store_folder(self) -> str:
+        """Where in the store what is shown lies; "" when it is closed."""
+        return self.parts[0].folder if self.parts else ""
 
     @property
     def is_writable(self) -> bool:
@@ -195,7 +218,7 @@ class Target:
 
         Raises InputError when the original changed, BootseerError or OSError when it cannot be made.
         """
-        if self.path is None or self._original is None:
+        if self.path is None or self._original is None or not self.parts:
             raise NotFound(f"{self.wish.name}: has no path to be shown at")
         fields: dict[str, Any] = {"kind": self.wish.kind, "name": self.path, "fingerprint": self.fingerprint}
         if not self._process.call("same", timeout_s=_SAME_TIMEOUT_S, **fields).fields.get("same"):

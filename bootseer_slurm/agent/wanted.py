@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from bootseer_slurm.agent.request import Request, Wish
 from bootseer_slurm.agent.saving import ToSave
 from bootseer_slurm.agent.target import Target
+from bootseer_slurm.blob.names import user_folder
 from bootseer_slurm.errors import InputError
 
 _LOOK_UPS = 64  # of one job on one node: each costs the agent memory and a thread
@@ -89,16 +90,17 @@ class Wanted:
         """The image that the job asked for first, "" when it did not name one."""
         return next((wish.name for wish in self.asked() if wish.kind == "image"), "")
 
-    def to_save(self, job_class: str) -> list[ToSave]:
-        """The environments that have no snapshot, and those that this start may have installed to."""
-        image, found = self.image_name(), []
+    def to_save(self, uid: int, job_class: str) -> list[ToSave]:
+        """The environments without a snapshot, and this user's own that a start may have installed to."""
+        image, own, found = self.image_name(), f"{user_folder(uid)}/", []
         for wish, sought in self.asked().items():
             target = sought.target
             if wish.kind != "environment":
                 continue
             if target is None:
-                found.append(ToSave(wish.name, image))
-            elif target.is_writable and target.path:
-                over = [job_class, target.fingerprint, target.parts[0].folder]
-                found.append(ToSave(target.path, image, over, target.installed_view))
+                found.append(ToSave(wish.name, ["--image", image] if image else []))
+            elif target.is_writable and target.path and target.store_folder.startswith(own):
+                installed = [job_class, target.fingerprint, target.store_folder]
+                options = ["--image-digest", target.image_digest] if target.image_digest else []
+                found.append(ToSave(target.path, options, installed, target.installed_view))
         return found

@@ -4,7 +4,7 @@ One small JSON object in the store for each path or URI, under the sha256 of tha
 
     {"version": 1, "kind": "image", "name": "/lustre/img/train.sqsh", "fingerprint": "…",
      "blob": "<id>", "folder": "users/<uid>/blobs/<token>", "made_ns": 1764000000000000000, "signature": "",
-     "key": {}, "base": null}
+     "key": {}}
 
 A fingerprint says what the original was when the blob was made. It must mean the same on every node, so it
 holds no device, no inode and no part of a second: SFTP, for one, has none of them. To make whole seconds
@@ -82,8 +82,10 @@ def wait_until_settled(status: os.stat_result) -> None:
 
 def write_name(store: Store, uid: int, name: Name) -> None:
     """Put a name into the store, in place of an older one for the same path."""
-    content = json.dumps({"version": 1, **asdict(name)}, sort_keys=True).encode()
-    store.write(_path(uid, name.name), content)
+    record = {"version": 1, **asdict(name)}
+    if name.base is None:
+        del record["base"]
+    store.write(_path(uid, name.name), json.dumps(record, sort_keys=True).encode())
 
 
 def read_name(store: Store, uid: int, name: str) -> Name | None:

@@ -1,6 +1,6 @@
 """Making a striped file of a file that is there: in parallel, and going on where an earlier try ended.
 
-    <file>/unfinished    of a try that has not ended: what of, in how many objects, and as which generation
+<file>/unfinished    of a try that has not ended: what of, in how many objects, and as which generation
 """
 
 from __future__ import annotations

@@ -39,49 +39,48 @@ def env_save(folder: _Folder, image: _Image = "") -> None:
 
     What changed since it was saved last becomes a layer over that snapshot.
     """
-    from bootseer_slurm.env.snapshot import forget_installed
-
-    record, saved = _save(folder, image)
-    if saved:
-        forget_installed(settings.store(), record)
-    _tell_saved(record, saved)
+    _tell_saved(*_save(folder, _digest(image)))
 
 
 @app.command("save-installed", hidden=True)
-def env_save_installed(folder: _Folder, job_class: str, over: str, shown: str, image: str = "") -> None:
+def env_save_installed(
+    folder: _Folder, job_class: str, over: str, shown: str, image_digest: str = ""
+) -> None:
     """Save what a job's start installed over a snapshot; for the agent, where the job sees both at FOLDER."""
     from bootseer_slurm.env.key import fingerprint_of, key_of
     from bootseer_slurm.env.snapshot import Installed
 
-    key = key_of(str(_resolve(folder)), home=os.path.expanduser("~"), image=_digest(image))
+    key = key_of(str(_resolve(folder)), home=os.path.expanduser("~"), image=image_digest)
     if fingerprint_of(key) == over:
         print(f"{folder}: nothing was installed")
     else:
-        _tell_saved(*_save(folder, image, Installed(job_class, over, shown)))
+        _tell_saved(*_save(folder, image_digest, Installed(job_class, over, shown)))
 
 
 def _tell_saved(record: Name, saved: bool) -> None:
     """What was saved; a snapshot that this replaces goes a day later, without anybody asking."""
     from bootseer_slurm.blob.garbage import collect_garbage
+    from bootseer_slurm.env.snapshot import forget_installed
 
     if saved:
+        forget_installed(settings.store(), record)
         collect_garbage(settings.store(), os.getuid())
     over = f"  over {record.base.blob[:16]}" if record.base else ""
     print(f"{record.name}  {record.blob[:16]}{over}  {'saved' if saved else 'in the store already'}")
 
 
-def _save(folder: Path, image: str, installed: Installed | None = None) -> tuple[Name, bool]:
+def _save(folder: Path, image_digest: str, installed: Installed | None = None) -> tuple[Name, bool]:
     from bootseer_slurm.env.snapshot import save
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)  # so that what was begun is cleaned up
-    real, digest = _resolve(folder), _digest(image)
+    real = _resolve(folder)
     with progress_bars() as progress:
         task = progress.add_task("looking", total=None)
         return save(
             settings.store(),
             real,
-            image=digest,
+            image=image_digest,
             installed=installed,
             packing=_packing(),
             stage=lambda text, size_bytes: progress.reset(task, description=text, total=size_bytes),

@@ -33,6 +33,8 @@ def write_tar(
             _add_folder_of(tar, root, path, written)
             written[path] = entry_of(file)._replace(digest=_add(tar, file, path, written))
         for path in gone:
+            if path in written:  # byte code that was made anew
+                continue
             _add_folder_of(tar, root, path, written)
             whiteout = tarfile.TarInfo(path)
             whiteout.type = tarfile.CHRTYPE

@@ -17,11 +17,13 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from bootseer_slurm import mounts
 from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.tail import last_lines
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ _PATH = "/usr/local/bin:/usr/bin:/bin"
 _STOP_TIMEOUT_S = 2.0
 _MEMORY_SHARE = 8
 _UNPACK_LIMIT_S = 900.0
+_LISTING_LIMIT_BYTES = 256 * 2**20  # of a layer of millions of files
 
 
 class Snapshot:
@@ -140,39 +143,55 @@ class Unpacked:
             listed.seek(0)
             os.fchmod(listed.fileno(), 0o444)  # its user opens it
             excluded = ["-no-wildcards", "-excludes", "-exclude-file", "/dev/stdin"] if without else []
-            command = ["-no-progress", "-quiet", "-force", "-dest", ".", *excluded, str(image)]
-            self._unsquashfs(command, uid, gid, listed.fileno())
+            command = ["nice", "unsquashfs", "-no-progress", "-quiet", "-force", "-dest", "."]
+            process = subprocess.Popen(
+                [*command, *excluded, str(image)],
+                stdin=listed,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                **self._as_user(uid, gid),
+            )
+            try:
+                said = last_lines(process, _UNPACK_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+            if process.returncode:
+                raise BootseerError(f"snapshot cannot be unpacked: {(said or ['it was killed'])[-1][:300]}")
 
     def _contents(self, layer: Path, uid: int, gid: int) -> list[tuple[bool, bytes]]:
         """What a layer replaces: its path, as plain as layer_over has them, and whether by nothing."""
         found = []
-        for line in self._unsquashfs(["-lln", "-dest", "", str(layer)], uid, gid).splitlines():
-            # crw-r--r-- 0/0    0,  0 2026-11-25 16:30 /lib/gone
-            match = re.match(rb"([cl-])\S+ +\d+/\d+ +(?:\d+, *\d+|\d+) \S+ \S+ (/.+)", line)
-            if match:
-                kind, path = match.groups()
-                found.append((kind == b"c", path.partition(b" -> ")[0] if kind == b"l" else path))
+        with tempfile.TemporaryFile() as listed:
+            done = subprocess.run(
+                ["prlimit", f"--fsize={_LISTING_LIMIT_BYTES}", "unsquashfs", "-lln", "-dest", "", str(layer)],
+                stdout=listed,
+                stderr=subprocess.DEVNULL,
+                timeout=_UNPACK_LIMIT_S,
+                check=False,
+                **self._as_user(uid, gid),
+            )
+            if done.returncode:
+                raise BootseerError("snapshot cannot be unpacked: what its layer holds cannot be listed")
+            listed.seek(0)
+            for line in listed:
+                # crw-r--r-- 0/0    0,  0 2026-11-25 16:30 /lib/gone
+                match = re.match(rb"([cl-])\S+ +\d+/\d+ +(?:\d+, *\d+|\d+) \S+ \S+ (/.+)", line)
+                if match:
+                    kind, path = match.groups()
+                    found.append((kind == b"c", path.partition(b" -> ")[0] if kind == b"l" else path))
         return found
 
-    def _unsquashfs(self, arguments: Sequence[str], uid: int, gid: int, stdin: int | None = None) -> bytes:
-        """Run it as its user in the tree, which that user could not enter by path; gives what it printed."""
-        done = subprocess.run(
-            ["nice", "unsquashfs", *arguments],
-            stdin=subprocess.DEVNULL if stdin is None else stdin,
-            capture_output=True,
-            cwd=self.path,
-            env={"PATH": _PATH, "LANG": "C.UTF-8", "TZ": "UTC"},
-            user=uid,
-            group=gid,
-            extra_groups=[],
-            start_new_session=True,
-            timeout=_UNPACK_LIMIT_S,
-            check=False,
-        )
-        if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().splitlines() or ["unsquashfs failed"]
-            raise BootseerError(f"snapshot cannot be unpacked: {said[-1]}")
-        return done.stdout
+    def _as_user(self, uid: int, gid: int) -> dict[str, Any]:
+        """How a program is run as its user in the tree, which that user could not enter by path."""
+        return {
+            "cwd": self.path,
+            "env": {"PATH": _PATH, "LANG": "C.UTF-8", "TZ": "UTC"},
+            "user": uid,
+            "group": gid,
+            "extra_groups": [],
+            "start_new_session": True,
+        }
 
     def close(self) -> None:
         """Remove the files."""
@@ -196,8 +215,13 @@ class Overlay:
         self.path = target
         self.writable = writable
         self._memory = target.with_name(f"{target.name}.new")
-        if mounts.is_mountpoint(target):
-            return
+        while mounts.is_mountpoint(target):
+            try:
+                os.listdir(target)
+                return
+            except OSError as error:  # what it lay over has died
+                _log.warning("%s: mounted anew: %s", target, error.strerror)
+                mounts.unmount(target)
         flags = mounts.MS_NOSUID | mounts.MS_NODEV
         options = f"lowerdir={':'.join(map(str, lower))}"
         try:
@@ -212,14 +236,15 @@ class Overlay:
             raise BootseerError(f"layers of a snapshot cannot be mounted: {error}") from error
 
     def _upper(self, flags: int, uid: int, gid: int) -> str:
-        """Make the layer to write to; gives overlayfs's options for it."""
+        """Make the layer to write to, or take up the one there; gives overlayfs's options for it."""
         size_bytes = psutil.virtual_memory().total // _MEMORY_SHARE
-        self._memory.mkdir(mode=0o700, exist_ok=True)
-        mounts.mount("tmpfs", self._memory, "tmpfs", flags, f"size={size_bytes},mode=0755")
         upper, work = self._memory / "upper", self._memory / "work"
-        upper.mkdir(mode=0o755)
-        work.mkdir()
-        os.chown(upper, uid, gid)
+        if not mounts.is_mountpoint(self._memory):  # else what was written there is still wanted
+            self._memory.mkdir(mode=0o700, exist_ok=True)
+            mounts.mount("tmpfs", self._memory, "tmpfs", flags, f"size={size_bytes},mode=0755")
+            upper.mkdir(mode=0o755)
+            work.mkdir()
+            os.chown(upper, uid, gid)
         return f",upperdir={upper},workdir={work}"
 
     def close(self) -> None:

@@ -38,7 +38,8 @@ _CONFIGURATION = ("pip.conf", "uv.toml")  # of the environment and of the folder
 _USER_CONFIGURATION = (".config/pip/pip.conf", ".pip/pip.conf", ".config/uv/uv.toml")
 _FILE_LIMIT_BYTES = 4 * 2**20
 _REF = re.compile(r"[0-9a-f]{40,64}")
-_NAME = re.compile(r"(.*?)(?: in (\S+))?(?: for ([0-9a-f]{32}))?", re.DOTALL)
+_IMAGE = r"sha256:[0-9a-f]+|[0-9]+@-?[0-9]+|[a-z]+:/\S+|/\S+"  # as a digest, a fingerprint or a name
+_NAME = re.compile(rf"(.*?)(?: in ({_IMAGE}))?(?: for ([0-9a-f]{{32}}))?", re.DOTALL)
 
 
 def key_of(root: str, *, home: str, image: str = "", known: Key | None = None) -> Key:

@@ -83,6 +83,11 @@ def as_shown(base: Tree, layer: Tree) -> dict[str, Entry]:
     }
 
 
+def with_own_ctime(files: Tree) -> dict[str, Entry]:
+    """Those whose time of change is one: some file systems (sshfs) tell the mtime in its place."""
+    return {path: entry for path, entry in files.items() if entry.ctime_ns != entry.mtime_ns // 10**9 * 10**9}
+
+
 def layer_over(base: Tree, root: Path, tree: Tree, *, known: Tree) -> Layer | None:
     """What must lie over a snapshot that holds `base`, so that what is seen is the environment in `root`.
 

@@ -29,6 +29,7 @@ from bootseer_slurm.env.layer import (
     decode_files,
     encode_files,
     layer_over,
+    with_own_ctime,
 )
 from bootseer_slurm.env.tree import Entry, Tree, changed, is_unchanged, survey
 from bootseer_slurm.errors import BootseerError, IntegrityError, NotFound
@@ -51,6 +52,7 @@ _MKSQUASHFS = (
     "755",
 )
 _PLACE = "TMPDIR must name a folder with room for the environment"
+_KEPT_INSTALLED = 16  # of an environment: for so many classes of jobs
 _KEY_LIMIT_BYTES = 32 * 2**10  # of what is kept to tell what changed
 
 
@@ -111,7 +113,8 @@ def save(
         record = _record(store, name)
         if record is None or record.fingerprint != fingerprint or record.key != _shortened(key):
             return None
-        return record if all("manifest" in store.list(each) for each in record.folders) else None
+        held = [store.list(each) for each in record.folders]  # FILES: one of an earlier version is made anew
+        return record if all("manifest" in each and FILES in each for each in held) else None
 
     def make() -> Name:
         with scratch.folder("env", Path(tempfile.gettempdir()), hint=_PLACE) as place:
@@ -121,6 +124,8 @@ def save(
             file, written = _packed(real, place, layer or Layer(tree, []), packing, stage)
             if _key(real, image) != key or not is_unchanged(tree, survey(real)):
                 raise changed(folder)
+            if before and layer and "manifest" not in store.list(before.base.folder):
+                raise BootseerError(f"{folder}: the snapshot that it was to lie over was removed meanwhile")
             stage("storing", file.stat().st_size)
             os.utime(file, (0, 0))  # its own time says nothing, and a young file would be waited for
             return store_file(
@@ -143,10 +148,18 @@ def save(
 
 
 def forget_installed(store: Store, saved: Name) -> None:
-    """Forget what starts installed over an environment that is not any more what was just saved."""
-    for record in list_names(store, os.getuid())[0]:
-        is_of_it = parts_of(record.name)[:2] == parts_of(saved.name)[:2]
-        if is_of_it and record.name != saved.name and record.fingerprint != saved.fingerprint:
+    """Forget what starts installed over an environment that is not any more what was just saved.
+
+    And all but the newest: jobs that are never called the same leave one each.
+    """
+    records = [
+        record
+        for record in list_names(store, os.getuid())[0]
+        if parts_of(record.name)[:2] == parts_of(saved.name)[:2] and parts_of(record.name)[2]
+    ]
+    records.sort(key=lambda record: record.made_ns, reverse=True)
+    for number, record in enumerate(records):
+        if number >= _KEPT_INSTALLED or record.fingerprint != saved.fingerprint:
             remove_name(store, os.getuid(), record.name)
 
 
@@ -179,7 +192,7 @@ def _before(store: Store, plain: str, name: str, installed: Installed | None) ->
             continue
         base = record.base or Base(record.blob, record.folder, record.signature)
         files = below[0] if below else top
-        return _Before(base, files, as_shown(files, top) if installed else files)
+        return _Before(base, files, as_shown(files, top) if installed else with_own_ctime(files))
     if installed:
         raise BootseerError(f"{plain}: the snapshot that it was installed over was replaced meanwhile")
     return None

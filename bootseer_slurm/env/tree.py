@@ -102,7 +102,7 @@ def is_unchanged(before: Tree, after: Tree) -> bool:
 def source_of(path: str) -> str | None:
     """The source that a file of byte code was compiled from; None for any other file (PEP 3147)."""
     folder, _, name = path.rpartition("/")
-    if not is_cache(folder):
+    if not is_cache(folder) or not name.endswith(".pyc"):  # others keep theirs there too, such as numba
         return None
     return os.path.join(os.path.dirname(folder), f"{name.partition('.')[0]}.py")
 

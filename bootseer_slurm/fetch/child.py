@@ -127,15 +127,18 @@ class Child:
             reply |= {"size_bytes": original.size_bytes, "origin": self._keep([original])}
         readable = original
         try:
+            installed = None
             if kind == "environment":
                 used = request.get("image", ""), request.get("job_class", "")
-                record, fingerprint = self._environment(name, *used)
+                installed, record, fingerprint, reply["image"] = self._environment(name, *used)
             else:
                 record = self._record(name, request.get("digest", ""))
             if record and kind == "image" and name.startswith(_SNAPSHOTS):
                 fingerprint = record.fingerprint  # what its tag means now is asked elsewhere, if at all
-            if record and record.kind == kind and record.fingerprint == fingerprint:
-                opened = [self._open_blob(blob) for blob in (record, record.base) if blob]
+            opened = self._open_blobs(installed) if installed else []
+            if not opened and record and record.kind == kind and record.fingerprint == fingerprint:
+                opened = self._open_blobs(record, or_fail=True)
+            if opened:
                 reply["blobs"] = [blob for blob, _, _ in opened]
                 fds += [_memory_file(manifest) for _, manifest, _ in opened]
                 readable = opened[0][2]
@@ -151,22 +154,21 @@ class Child:
                 reply["first"] = head_and_tables(readable, name)
         return reply, fds
 
-    def _environment(self, path: str, image: str, job_class: str) -> tuple[Name | None, str]:
-        """What the store has of an environment, and its fingerprint as it lies.
-
-        Saved for the image that it is used in, else for the node itself; and what a start of this class
-        installed over it, while it lies as it did then.
+    def _environment(
+        self, path: str, image: str, job_class: str
+    ) -> tuple[Name | None, Name | None, str, str]:
+        """What a start of this class installed over an environment as it lies now; what was saved of it, for
+        the image that it is used in, else for the node itself; its fingerprint; and that image's digest.
         """
         digest = self._image_digest(image)
         record = self._record(stored_name(path, digest), "")
         if record is None and digest:
             digest, record = "", self._record(path, "")
         fingerprint = self._note_key(path, digest, record.key if record else None)
-        if job_class:
-            installed = self._record(stored_name(path, digest, job_class), "")
-            if installed and installed.fingerprint == fingerprint:
-                return installed, fingerprint
-        return record, fingerprint
+        installed = self._record(stored_name(path, digest, job_class), "") if job_class else None
+        if installed and installed.fingerprint != fingerprint:
+            installed = None
+        return installed, record, fingerprint, digest
 
     def _image_digest(self, name: str) -> str:
         """What tells the image that an environment is used in; of one that the store has not, its name."""
@@ -200,6 +202,17 @@ class Child:
         """Open a blob again, whatever its name stands for now."""
         reply, _manifest, _reader = self._open_blob(Base(request["blob"], request["folder"]))
         return reply, []
+
+    def _open_blobs(
+        self, record: Name, *, or_fail: bool = False
+    ) -> list[tuple[dict[str, Any], bytes, ObjectReader]]:
+        """What a name stands for, and what that lies over; nothing where a part is not there any more."""
+        try:
+            return [self._open_blob(blob) for blob in (record, record.base) if blob]
+        except BootseerError:
+            if or_fail:
+                raise
+            return []
 
     def _open_blob(self, blob: Name | Base) -> tuple[dict[str, Any], bytes, ObjectReader]:
         """What the agent needs of a blob, its manifest, and itself. Raises IntegrityError."""

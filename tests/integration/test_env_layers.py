@@ -15,6 +15,7 @@ import pytest
 
 from bootseer_slurm import mounts
 from bootseer_slurm.blob.garbage import GRACE_S, collect_garbage
+from bootseer_slurm.blob.names import Name, list_names, write_name
 from bootseer_slurm.env import snapshot
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.image.trust import make_key
@@ -209,25 +210,25 @@ def test_it_is_saved_whole_where_much_changed_or_the_list_is_damaged(node: Node)
     (package(root) / "large").write_bytes(os.urandom(5 * 2**20))
     (package(root).parent / "a-1.0.dist-info").mkdir()
     node.bootseer("env", "save", str(root))
-    assert names(node)[0]["base"] is None
+    assert names(node)[0].get("base") is None
     (second,) = (blob for blob in blobs(node) if blob != first)
     content = (second / "files").read_bytes()
     for number, damaged in enumerate((content[:-20], b"", content[:200] + b"\0" * 50 + content[250:])):
         (second / "files").write_bytes(damaged)
         (package(root).parent / f"b{number}-1.0.dist-info").mkdir()
         node.bootseer("env", "save", str(root))
-        assert names(node)[0]["base"] is None
+        assert names(node)[0].get("base") is None
         second = node.folder / "store" / names(node)[0]["folder"]
     (package(root).parent / "c-1.0.dist-info").mkdir()
     node.bootseer("env", "save", str(root))
-    assert names(node)[0]["base"]
+    assert names(node)[0].get("base")
     (package(root) / "folder" / "deep" / "file.py").unlink()
     (package(root) / "mode").unlink()
     (package(root) / "mode").mkdir()
     (package(root) / "mode" / "x").write_text("a file became a folder")
     (package(root).parent / "d-1.0.dist-info").mkdir()
     node.bootseer("env", "save", str(root))
-    assert names(node)[0]["base"] is None
+    assert names(node)[0].get("base") is None
 
 
 def test_what_it_lies_over_stays_as_long_as_it(node: Node) -> None:
@@ -254,7 +255,7 @@ def test_what_it_lies_over_is_gone(node: Node) -> None:
     faults = [str(event.get("message")) for event in end(node, 1) if event["kind"] == "fault"]
     assert any(whole["folder"] in fault for fault in faults), faults
     node.bootseer("env", "save", str(root))
-    assert names(node)[0]["base"] is None
+    assert names(node)[0].get("base") is None
     view = shown(node, 2, root)
     assert view is not None and without_byte_code(contents(view)) == without_byte_code(contents_of(root))
     end(node, 2, view)
@@ -282,8 +283,8 @@ def test_what_a_start_installs_is_there_at_the_next(packed: str) -> None:
         saved(node, 2)
         (event,) = (event for event in end(node, 2, view) if event["kind"] == "snapshot")
         assert (event["name"], event["target"]) == ("saved", str(root)), event
-        (whole,) = (name for name in names(node) if not name["base"])
-        (layer,) = (name for name in names(node) if name["base"])
+        (whole,) = (name for name in names(node) if not name.get("base"))
+        (layer,) = (name for name in names(node) if name.get("base"))
         assert blob_bytes(layer["folder"], node) < blob_bytes(whole["folder"], node) / 100
         assert bool(layer["signature"]) == (packed == "agent")
         assert contents_of(root) == before, "the environment itself is as it was"
@@ -301,7 +302,7 @@ def test_what_a_start_installs_is_there_at_the_next(packed: str) -> None:
         as_alice(view, f"cd {PACKAGES}/extra && echo VALUE = 4 > __init__.py")
         saved(node, 4)
         end(node, 4, view)
-        (layer,) = (name for name in names(node) if name["base"])
+        (layer,) = (name for name in names(node) if name.get("base"))
         assert layer["base"]["blob"] == whole["blob"], "over the snapshot, not over another layer"  # type: ignore[index]
         view = writable(node, 5, root, JOB_NAME="train")
         assert (view / PACKAGES / "extra" / "__init__.py").read_text() == "VALUE = 4\n"
@@ -386,22 +387,52 @@ def test_a_layer_of_another_snapshot_in_the_record(node: Node) -> None:
         assert any("damaged" in fault or "not the one that was saved" in fault for fault in faults), (base, faults)
 
 
+def run_within(place: Path, original: os.stat_result, script: str, seen: Path) -> subprocess.CompletedProcess[str]:
+    fd = mounts.bind_clone(seen)
+    identity = [str(fd), str(original.st_dev), str(original.st_ino)]
+    done = subprocess.run(
+        [sys.executable, "-I", "-m", "bootseer_slurm.agent.within", *identity, str(place), "54321", "54322",
+         "54322,54323", "/bin/sh", "-c", script],
+        capture_output=True, text=True, check=False, pass_fds=(fd,),
+    )  # fmt: skip
+    os.close(fd)
+    return done
+
+
 def test_a_command_within_a_mount_gains_no_rights(node: Node) -> None:
     seen, place = node.folder / "data" / "seen", node.folder / "data" / "place"
     for folder in (seen, place):
         folder.mkdir()
     (seen / "here").touch()
-    fd = mounts.bind_clone(seen)
     script = f"id -u; id -G; grep NoNewPrivs /proc/self/status; ls {place}; touch {place}/new"
-    done = subprocess.run(
-        [sys.executable, "-I", "-m", "bootseer_slurm.agent.within", str(fd), str(place), "54321", "54322", "54322,54323",
-         "/bin/sh", "-c", script],
-        capture_output=True, text=True, check=False, pass_fds=(fd,),
-    )  # fmt: skip
-    os.close(fd)
+    done = run_within(place, place.stat(), script, seen)
     assert done.stdout.split() == ["54321", "54322", "54323", "NoNewPrivs:", "1", "here"], done
     assert "Read-only" in done.stderr and list(place.iterdir()) == []
     assert ctypes.CDLL(None).prctl(39, 0, 0, 0, 0) == 0, "and this process is as it was"
+
+
+def test_a_mount_is_seen_only_where_the_folder_was(node: Node) -> None:
+    """The path is the user's to change: root neither follows its links nor mounts on another folder."""
+    seen, data = node.folder / "data" / "seen", node.folder / "data"
+    (data / "outer" / "place").mkdir(parents=True)
+    (data / "other" / "place").mkdir(parents=True)
+    seen.mkdir()
+    original = (data / "outer" / "place").stat()
+    (data / "outer").rename(data / "moved")
+    (data / "other").rename(data / "outer")
+    done = run_within(data / "outer" / "place", original, "echo ran", seen)
+    assert done.returncode and "is not any more what it was" in done.stderr and not done.stdout
+    (data / "outer" / "place").rmdir()
+    (data / "outer").rmdir()
+    (data / "outer").symlink_to("moved")
+    done = run_within(data / "outer" / "place", original, "echo ran", seen)
+    assert done.returncode and "Not a directory" in done.stderr and not done.stdout
+    home = data / "home"  # as on a file system with root_squash: the user may enter it, and opens it
+    (data / "moved").rename(home)
+    os.chown(home, 54321, 54322)
+    home.chmod(0o700)
+    done = run_within(home / "place", original, "echo ran", seen)
+    assert done.stdout == "ran\n", done
 
 
 @pytest.mark.parametrize("how", ["shorter", "gone"])
@@ -431,3 +462,143 @@ def test_a_file_that_changes_while_it_is_packed(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(BootseerError, match=r"data: was changed while it was saved"):
         snapshot.save(FileStore(tmp_path / "store"), root)
     assert not list((tmp_path / "store").glob("users/*/names/*"))
+
+
+def test_what_is_installed_in_a_container(node: Node) -> None:
+    """The job names its image; the snapshot was saved without one."""
+    root = make_large_venv(node)
+    image = node.folder / "data" / "image.sqsh"
+    subprocess.run(["mksquashfs", str(root), str(image), "-quiet", "-no-progress"], check=True, capture_output=True)
+    os.utime(image, OLD)
+    node.bootseer("env", "save", str(root))
+    node.start()
+    view = writable(node, 1, root, IMAGE=image)
+    install(view, "extra")
+    saved(node, 1)
+    (event,) = (event for event in end(node, 1, view) if event["kind"] == "snapshot")
+    assert event["name"] == "saved", event
+    view = writable(node, 2, root, IMAGE=image)
+    assert (view / PACKAGES / "extra" / "__init__.py").exists()
+    end(node, 2, view)
+
+
+def test_an_installer_that_runs_on_after_the_start_was_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    with node_of(settings='[prefetch]\nstart_quiet = "1s"\n') as node:
+        root = make_large_venv(node)
+        node.bootseer("env", "save", str(root))
+        node.start()
+        view = writable(node, 1, root)
+        (view / PACKAGES / "thing" / "large").read_bytes()
+        time.sleep(5)  # quiet, and nothing was installed
+        assert '"kind":"snapshot"' not in (node.run / "events" / "1.0").read_text()
+        install(view, "extra")
+        saved(node, 1)
+        (event,) = (event for event in end(node, 1, view) if event["kind"] == "snapshot")
+        assert event["name"] == "saved"
+
+
+def test_an_agent_that_is_killed_after_the_layer_was_saved(node: Node) -> None:
+    """What the job sees stays what it was, and what it wrote since."""
+    root = make_large_venv(node)
+    node.bootseer("env", "save", str(root))
+    node.start()
+    view = writable(node, 1, root)
+    install(view, "extra")
+    saved(node, 1)
+    as_alice(view, f"echo later > {PACKAGES}/later")
+    node.crash()
+    again = Path(f"/proc/self/fd/{attach(node, 1)[str(root)]}")
+    assert (again / PACKAGES / "later").read_text() == "later\n" and (again / PACKAGES / "extra").exists()
+    os.close(int(again.name))
+    end(node, 1, view)
+    wait_until(lambda: mounts.mounts_below(node.run / "env") == [])
+
+
+def test_a_squashfuse_that_died_below_a_layer(node: Node) -> None:
+    root = make_large_venv(node)
+    node.bootseer("env", "save", str(root))
+    node.start()
+    view = writable(node, 1, root)
+    install(view, "extra")
+    subprocess.run(["pkill", "-9", "-f", f"squashfuse.*{node.folder}"], check=True)
+    node.crash()
+    again = Path(f"/proc/self/fd/{attach(node, 1)[str(root)]}")
+    assert (again / PACKAGES / "thing" / "same.py").exists() and (again / PACKAGES / "extra").exists()
+    os.close(int(again.name))
+    end(node, 1, view)
+
+
+def test_where_the_kernel_has_no_overlay_for_it() -> None:
+    with node_of() as node:
+        root = make_large_venv(node)
+        node.bootseer("env", "save", str(root))
+        change(root)
+        node.bootseer("env", "save", str(root))
+        node.start("""
+from bootseer_slurm import mounts
+real = mounts.mount
+def mount(source, target, fstype, flags, data=None):
+    if fstype == "overlay":
+        raise OSError(22, "Invalid argument")
+    return real(source, target, fstype, flags, data)
+mounts.mount = mount
+""")
+        view = shown(node, 1, root)
+        assert view is not None, node.log
+        assert without_byte_code(contents(view)) == without_byte_code(contents_of(root))
+        faults = [event["name"] for event in end(node, 1, view) if event["kind"] == "fault"]
+        assert faults == ["overlay_failed"]
+
+
+def test_what_was_installed_is_damaged_but_the_snapshot_is_not(node: Node) -> None:
+    root = make_large_venv(node)
+    node.bootseer("env", "save", str(root))
+    node.start()
+    view = writable(node, 1, root)
+    install(view, "extra")
+    saved(node, 1)
+    end(node, 1, view)
+    (layer,) = (name for name in names(node) if name.get("base"))
+    shutil.rmtree(node.folder / "store" / layer["folder"])
+    view = writable(node, 2, root)
+    assert (view / PACKAGES / "thing" / "same.py").exists() and not (view / PACKAGES / "extra").exists()
+    end(node, 2, view)
+
+
+def test_jobs_that_are_never_called_the_same_leave_no_heap(tmp_path: Path) -> None:
+    store, uid = FileStore(tmp_path), os.getuid()
+    folder = f"users/{uid}/blobs/x"
+    plain = Name("environment", "/a", "f", "0" * 64, folder, made_ns=100)
+    made = [Name("environment", f"/a for {number:032x}", "f", "0" * 64, folder, number) for number in range(20)]
+    others = [Name("environment", f"/a{rest}", "f", "0" * 64, folder, 1) for rest in ("b", f"b for {0:032x}")]
+    for name in (plain, *made, *others):
+        write_name(store, uid, name)
+    snapshot.forget_installed(store, made[-1])
+    kept, _ = list_names(store, uid)
+    wanted = {name.name for name in (plain, *made[4:], *others)}
+    assert {name.name for name in kept} == wanted, "the newest"
+    snapshot.forget_installed(store, Name("environment", "/a", "g", "0" * 64, folder, made_ns=200))
+    assert {name.name for name in list_names(store, uid)[0]} == {plain.name, *(each.name for each in others)}
+
+
+def test_what_others_keep_beside_byte_code(node: Node) -> None:
+    """numba has files of its own in __pycache__, which do not follow from the source alone."""
+    root = make_large_venv(node)
+    cache = package(root) / "__pycache__"
+    cache.mkdir()
+    for name in ("same.f-1.py311.nbi", "edited.f-1.py311.nbi"):
+        (cache / name).write_text("old")
+    give_alice(root)
+    node.bootseer("env", "save", str(root))
+    (cache / "same.f-1.py311.nbi").write_text("new!")
+    (cache / "edited.f-1.py311.nbi").unlink()
+    (package(root).parent / "thing-1.0.dist-info").rename(package(root).parent / "thing-2.0.dist-info")
+    node.bootseer("env", "save", str(root))
+    assert names(node)[0].get("base")
+    node.start()
+    view = shown(node, 1, root)
+    assert view is not None
+    shown_cache = view / PACKAGES / "thing" / "__pycache__"
+    assert (shown_cache / "same.f-1.py311.nbi").read_text() == "new!"
+    assert not (shown_cache / "edited.f-1.py311.nbi").exists() and list(shown_cache.glob("same.*.pyc"))
+    end(node, 1, view)

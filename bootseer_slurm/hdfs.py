@@ -74,7 +74,7 @@ class HdfsStore(Store):
         self._client = _call(uri, "used as a store", lambda: Client(f"hdfs://{parts.netloc}"))
 
     def _path(self, path: str) -> str:
-        return f"{self._root}/{path}"
+        return f"{self._root}/{path}".rstrip("/") or "/"
 
     def open(self, path: str, *, bulk: bool = False) -> HdfsReader:
         return HdfsReader(self._client, self._path(path))

@@ -319,6 +319,8 @@ class ArrowReader:
 
     def read_into(self, offset: int, view: memoryview) -> int:
         wanted = min(len(view), max(0, self.size_bytes - offset))
+        if not wanted:
+            return 0
         try:
             content = self._file.read_at(wanted, offset)
         except OSError as error:
@@ -343,7 +345,7 @@ class ArrowStore(Store):
             raise StoreError(f"{uri}: cannot be used as a store: {error}") from error
 
     def _path(self, path: str) -> str:
-        return f"{self._root.rstrip('/')}/{path}"
+        return f"{self._root.rstrip('/')}/{path}".rstrip("/")
 
     def open(self, path: str, *, bulk: bool = False) -> ArrowReader:
         full = self._path(path)
@@ -405,11 +407,23 @@ class ArrowStore(Store):
         try:
             kind = self._filesystem.get_file_info(full).type
             if kind == self._fs.FileType.Directory:
-                self._filesystem.delete_dir(full)
+                self._remove_folder(full)
             elif kind != self._fs.FileType.NotFound:
                 self._filesystem.delete_file(full)
         except OSError as error:
             raise StoreError(f"{full}: cannot be removed: {error}") from error
+
+    def _remove_folder(self, full: str) -> None:
+        """From the bottom up: servers of S3 that keep objects in folders remove empty ones only."""
+        folder = self._fs.FileType.Directory
+        below = self._filesystem.get_file_info(self._fs.FileSelector(full, recursive=True))
+        for info in below:
+            if info.type != folder:
+                self._filesystem.delete_file(info.path)
+        folders = [info.path for info in below if info.type == folder]
+        for path in sorted([full, *folders], key=len, reverse=True):
+            with contextlib.suppress(OSError):  # elsewhere folders go with what was in them
+                self._filesystem.delete_dir(path)
 
 
 def _read_whole(reader: ObjectReader, path: str, limit_bytes: int) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 
 LEVELS = ("unit", "hooks", "spank", "integration", "slurm", "hdfs", "pyxis")
 # What CI's machine has: a test that needs one of these and is skipped there is a failure.
-EXPECTED_IN_CI = ("fuse", "registry", "slurm")
+EXPECTED_IN_CI = ("fuse", "hdfs", "registry", "s3", "slurm")
 
 
 def pytest_report_header() -> str:

@@ -144,7 +144,7 @@ def arrow_filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def _within(path: str) -> str:
-    return path.strip("/") or "."
+    return path.strip("/")
 
 
 @contextlib.contextmanager

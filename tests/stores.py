@@ -1,0 +1,102 @@
+"""What every store must do, whatever it is on; run by the tests of each."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import fsspec
+import pytest
+
+import bootseer_slurm
+from bootseer_slurm.blob.manifest import CHUNK_BYTES
+from bootseer_slurm.checkpoint.file import ParallelFile
+from bootseer_slurm.checkpoint.striped import split
+from bootseer_slurm.checkpoint.writer import StripedWriter
+from bootseer_slurm.errors import NotFound, StoreError
+from bootseer_slurm.store import open_store
+
+CONTENT = os.urandom(3 * CHUNK_BYTES) * 3 + b"the end"
+
+
+def check_objects(uri: str) -> None:
+    """Small and large objects, and folders. uri: an empty folder of a store."""
+    store = open_store(uri)
+    assert store.scan("none") == [] and store.list("none") == []
+    store.write("a/b/one", b"1")
+    store.write("a/b/two", b"22")
+    assert store.read("a/b/two", limit_bytes=10) == b"22"
+    store.write("a/b/two", b"another")
+    assert store.read("a/b/two", limit_bytes=10) == b"another"
+    with pytest.raises(StoreError, match="more than the 3"):
+        store.read("a/b/two", limit_bytes=3)
+    for missing in ("a/b/none", "none/at/all"):
+        with pytest.raises(NotFound):
+            store.open(missing)
+    assert store.list("a/b") == ["one", "two"]
+    assert [(entry.name, entry.is_folder) for entry in store.scan("a")] == [("b", True)]
+    assert [(entry.name, entry.size_bytes) for entry in sorted(store.scan("a/b"))] == [("one", 1), ("two", 7)]
+    assert store.create("lease", b"first") and not store.create("lease", b"second")
+    assert store.read("lease", limit_bytes=10) == b"first"
+    with pytest.raises(RuntimeError), store.writer("a/b/two") as file:
+        file.write(b"half of it")
+        raise RuntimeError
+    assert "half" not in str(store.list("a/b")) and len(store.scan("a/b")) <= 2
+    reader = store.open("a/b/one")
+    assert reader.read_into(0, memoryview(bytearray(5))) == 1 and reader.read_into(7, memoryview(bytearray(5))) == 0
+    reader.close()
+    store.remove("a")
+    store.remove("a")
+    assert store.scan("a") == []
+
+
+def check_striped(uri: str) -> None:
+    """A striped file. uri: of a file that is not there, in a folder that is."""
+    with pytest.raises(NotFound):
+        bootseer_slurm.open(uri)
+    with StripedWriter(uri, objects=5) as file:
+        for start in range(0, len(CONTENT), 999_999):
+            file.write(CONTENT[start : start + 999_999])
+    with bootseer_slurm.open(uri) as file:
+        assert file.read() == CONTENT
+    with ParallelFile(uri) as file:
+        assert bytes(file.view(5 * CHUNK_BYTES - 7, 20)) == CONTENT[5 * CHUNK_BYTES - 7 : 5 * CHUNK_BYTES + 13]
+    old = ParallelFile(uri)
+    with bootseer_slurm.open(uri, "wb") as file:
+        file.write(b"second")
+    assert old.read() == CONTENT, "who reads the one before reads on"
+    old.close()
+    with pytest.raises(RuntimeError), StripedWriter(uri) as file:
+        file.write(CONTENT)
+        raise RuntimeError
+    for written in (b"third", b"fourth"):
+        with bootseer_slurm.open(uri, "wb") as file:
+            file.write(written)
+    with bootseer_slurm.open(uri) as file:
+        assert file.read() == b"fourth"
+    folder, name = split(uri)
+    assert len([entry for entry in open_store(folder).scan(name) if entry.is_folder]) == 2
+    many: list[bool] = []
+
+    def read() -> None:
+        with ParallelFile(uri) as file:
+            many.append(file.read() == b"fourth")
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert many == [True] * 8
+
+
+def check_fsspec(url: str) -> None:
+    """The same through fsspec. url: bootseer+… of a folder."""
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.pipe_file(f"{path}/step_1/a", b"one")
+    fs.pipe_file(f"{path}/step_1/b", b"two")
+    assert sorted(fs.find(path)) == [f"{path}/step_1/a", f"{path}/step_1/b"]
+    fs.mv(f"{path}/step_1/b", f"{path}/step_1/a")
+    assert fs.cat_file(f"{path}/step_1/a") == b"two" and not fs.exists(f"{path}/step_1/b")
+    fs.rm(f"{path}/step_1", recursive=True)
+    assert not fs.exists(f"{path}/step_1/a")

@@ -138,6 +138,11 @@ class Target:
                 raise IntegrityError(f"{name}: the blob in the store has another size")
         elif "origin" in fields and self._original is not None:
             found = [self._original_content(int(fields["size_bytes"]))]
+        elif "identity" in fields:  # a checkpoint of a URI, which has no path
+            layout = _original_layout(int(fields["size_bytes"]))
+            self._allow(max(0, layout.blocks) * DIGEST_BYTES)
+            identity = hashlib.sha256(str(fields["identity"]).encode()).hexdigest()
+            found = [Content(f"file-{identity}", layout, None)]
         elif self.warning:
             raise StoreError(self.warning)
         elif kind == "environment":
@@ -154,9 +159,7 @@ class Target:
 
     def _original_content(self, size_bytes: int) -> Content:
         assert self._original is not None
-        # A digest a block is kept in memory: a huge file has large blocks.
-        huge = size_bytes > _HUGE_BYTES
-        layout = Layout(size_bytes, CHUNK_BYTES if huge else BLOCK_BYTES)
+        layout = _original_layout(size_bytes)
         self._allow(max(0, layout.blocks) * DIGEST_BYTES)
         return Content(adopted_id(self.path or "", os.fstat(self._original)), layout, None)
 
@@ -243,3 +246,8 @@ class Target:
         if self._original is not None:
             os.close(self._original)
             self._original = None
+
+
+def _original_layout(size_bytes: int) -> Layout:
+    """A digest a block is kept in memory: a huge file has large blocks."""
+    return Layout(size_bytes, CHUNK_BYTES if size_bytes > _HUGE_BYTES else BLOCK_BYTES)

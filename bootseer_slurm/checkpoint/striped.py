@@ -90,6 +90,15 @@ def read_manifest(store: Store, path: str) -> Manifest | None:
     return manifest
 
 
+def identity_of(uri: str) -> str:
+    """What tells a file that is not striped from another of its name. Raises StoreError, NotFound."""
+    folder, name = split(uri)
+    entry = next((each for each in open_store(folder).scan("") if each.name == name), None)
+    if entry is None:
+        raise NotFound(f"{uri}: no such file")
+    return f"{uri} {entry.size_bytes} {entry.changed_s}"
+
+
 def new_generation() -> str:
     return f"{time.time_ns():016x}{secrets.token_hex(4)}"
 

@@ -29,8 +29,10 @@ from typing import Any
 
 from bootseer_slurm.blob import trace
 from bootseer_slurm.blob.jobclass import RECORD_LIMIT_BYTES, class_path, decode_wishes
-from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
+from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, decode
 from bootseer_slurm.blob.names import Base, Name, file_fingerprint, read_published, user_folder
+from bootseer_slurm.blob.stripes import Stripes
+from bootseer_slurm.checkpoint.striped import identity_of, open_file
 from bootseer_slurm.env.key import Key, differences, fingerprint_of, key_of, stored_name
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound
 from bootseer_slurm.fetch.original import fingerprint_now, open_original, reason
@@ -138,6 +140,8 @@ class Child:
             opened = self._open_blobs(installed) if installed else []
             if not opened and record and record.kind == kind and record.fingerprint == fingerprint:
                 opened = self._open_blobs(record, or_fail=True)
+            if record is None and kind == "checkpoint" and "://" in name:
+                return self._remote(name)
             if opened:
                 reply["blobs"] = [blob for blob, _, _ in opened]
                 fds += [_memory_file(manifest) for _, manifest, _ in opened]
@@ -153,6 +157,16 @@ class Child:
             with contextlib.suppress(BootseerError):  # without them a mount reads them itself
                 reply["first"] = head_and_tables(readable, name)
         return reply, fds
+
+    def _remote(self, uri: str) -> tuple[dict[str, Any], list[int]]:
+        """A checkpoint that is named by its URI: a striped file, or one that is read as it lies."""
+        opened = open_file(uri)
+        handle = self._keep(opened.objects)
+        if opened.manifest is None:
+            size_bytes = opened.layout.size_bytes
+            return {"origin": handle, "size_bytes": size_bytes, "identity": identity_of(uri)}, []
+        blob = {"folder": uri, "handle": handle, "signature": ""}
+        return {"blobs": [blob]}, [_memory_file(opened.manifest.encode())]
 
     def _environment(
         self, path: str, image: str, job_class: str
@@ -200,7 +214,13 @@ class Child:
 
     def _reopen(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Open a blob again, whatever its name stands for now."""
-        reply, _manifest, _reader = self._open_blob(Base(request["blob"], request["folder"]))
+        blob = Base(request["blob"], request["folder"])
+        if "://" in blob.folder:
+            opened = open_file(blob.folder)
+            if opened.manifest is None or opened.manifest.id != blob.blob:
+                raise IntegrityError(f"{blob.folder}: was written again since it was looked up")
+            return {"handle": self._keep(opened.objects)}, []
+        reply, _manifest, _reader = self._open_blob(blob)
         return reply, []
 
     def _open_blobs(
@@ -230,7 +250,7 @@ class Child:
                     each.close()
                 raise IntegrityError(f"{folder}: stripe {index} in the store is not whole")
         reply = {"folder": folder, "handle": self._keep(readers), "signature": blob.signature}
-        return reply, content, _Stripes(manifest.layout, readers)
+        return reply, content, Stripes(manifest.layout, readers)
 
     def _read(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         start = request["slot"] * self._slot_bytes
@@ -324,30 +344,6 @@ class Child:
         """Keep what this start of a class asked for."""
         self._open_store().write(class_path(os.getuid(), request["class"]), _content(received))
         return {}, []
-
-
-class _Stripes:
-    """A blob's objects as one ObjectReader, which does not own them."""
-
-    def __init__(self, layout: Layout, readers: list[ObjectReader]) -> None:
-        self.size_bytes = layout.size_bytes
-        self._layout = layout
-        self._readers = readers
-
-    def read_into(self, offset: int, view: memoryview) -> int:
-        view = view[: max(0, self.size_bytes - offset)]
-        done = 0
-        while done < len(view):
-            left_bytes = self._layout.chunk_bytes - (offset + done) % self._layout.chunk_bytes
-            extent = self._layout.extent(offset + done, min(left_bytes, len(view) - done))
-            part = view[done : done + extent.size_bytes]
-            count = self._readers[extent.object].read_into(extent.offset, part)
-            done += count
-            if count < len(part):
-                break
-        return done
-
-    def close(self) -> None: ...
 
 
 def _content(received: list[int]) -> bytes:

@@ -244,12 +244,15 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     arguments = [str(link.fileno()), str(ring_fd), str(CHUNK_BYTES), str(slots), store_uri]
     privileged = os.geteuid() == 0
+    environ = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+    with contextlib.suppress(KeyError):  # where clients of stores look for the user's credentials
+        environ["HOME"] = pwd.getpwuid(user.uid).pw_dir
     return subprocess.Popen(
         [sys.executable, "-I", "-m", "bootseer_slurm.fetch.child", *arguments],
         pass_fds=(link.fileno(), ring_fd),
         stdin=subprocess.DEVNULL,
         cwd="/",
-        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"},
+        env=environ,
         start_new_session=True,
         user=user.uid if privileged else None,
         group=user.gid if privileged else None,

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from bootseer_slurm.arrow import ArrowStore
 from bootseer_slurm.errors import NotFound, StoreError
-from bootseer_slurm.store import ArrowStore, FileStore, Store, open_store
+from bootseer_slurm.store import FileStore, Store, open_store
 
 
 @pytest.fixture(params=["file", "arrow"])

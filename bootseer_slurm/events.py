@@ -15,6 +15,7 @@ prefetch  begin, end                target, what; begin: bytes = size of the blo
                                     end: bytes = fetched from the store, bytes_cached = there already, dur_s
           hot                       target, what, bytes, blocks, dur_s: all that the plan names is there
 plan      learned                   target, what: asked for by the last start of this job class
+          located                   target, what; message: the newest checkpoint in that folder, and why
 snapshot  saved, failed             target, what, dur_s; message
 shadow    shown, skipped, failed    target, what; message = why
 access    summary                   target, what, reads, reads_blocked, read_bytes, hit_bytes,

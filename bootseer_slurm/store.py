@@ -115,14 +115,15 @@ class Store(Protocol):
         return False
 
 
-def open_store(uri: str) -> Store:
+def open_store(uri: str, *, plain: bool = False) -> Store:
     """The store at a URI that pyarrow knows, such as file:///lustre/bootseer or hdfs://nn:8020/bootseer.
 
+    plain: any folder of the user's, and not one with the layout above.
     Raises StoreError when the URI is of no known kind or its file system cannot be reached.
     """
     parts = urlsplit(uri)
     if parts.scheme == "file":
-        return FileStore(Path(unquote(parts.path)))
+        return FileStore(Path(unquote(parts.path)), plain=plain)
     if parts.scheme == "hdfs":
         from bootseer_slurm.hdfs import HdfsStore
 
@@ -196,8 +197,9 @@ def _open_direct(path: Path | str, status: os.stat_result) -> int:
 class FileStore(Store):
     """A store in a folder that every node mounts."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, plain: bool = False) -> None:
         self._root = root
+        self._plain = plain
 
     def open(self, path: str, *, bulk: bool = False) -> FileReader:
         return FileReader(self._path(path), bulk=bulk)
@@ -225,12 +227,11 @@ class FileStore(Store):
             return
         if not folder.is_dir():
             if not self._root.is_dir():
-                is_store = folder.is_relative_to(self._root / "users")
-                hint = "an admin makes it with `bootseer store init`" if is_store else None
+                hint = None if self._plain else "an admin makes it with `bootseer store init`"
                 raise StoreError(f"{self._root}: no such folder", hint=hint)
             self._make_folder(folder.parent)
             for_all = os.geteuid() == 0 and folder.is_relative_to(self._root / "users" / "0")
-            folder.mkdir(mode=0o755 if for_all else 0o700, exist_ok=True)
+            folder.mkdir(mode=0o777 if self._plain else 0o755 if for_all else 0o700, exist_ok=True)
         self._check_owner(folder)  # only now, for another user may have been faster
 
     def _path(self, path: str) -> Path:
@@ -241,7 +242,7 @@ class FileStore(Store):
     def _check_owner(self, target: Path) -> None:
         """See that what is used as this user's, or root's, is no other's; what is missing is nobody's yet."""
         parts = target.relative_to(self._root).parts
-        if len(parts) < 2 or parts[0] != "users" or parts[1] not in (str(os.geteuid()), "0"):
+        if self._plain or len(parts) < 2 or parts[0] != "users" or parts[1] not in (str(os.geteuid()), "0"):
             return
         folder = self._root / "users" / parts[1]
         try:

@@ -42,6 +42,8 @@ _JOIN_S = 5.0  # for threads whose fetch process was killed
 _LOOK_UP_LIMIT_S = 25.0  # for an importer, which waits for one name
 _SETTLED_STARTS = 3  # with whole traces; then a plan is good enough to push its blocks
 _WHOLE_TRACE_EVERY = 8
+_FILES = 48  # of one checkpoint: each is looked up and mounted for itself
+_NAME_LIMIT = 4096
 
 
 class Session:
@@ -123,8 +125,8 @@ class Session:
         for wish in sorted(request.wishes, key=lambda wish: wish.kind != "image"):  # environments ask for it
             self._seek(wish, asked=True)
 
-    def _seek(self, wish: Wish, *, asked: bool) -> Sought:
-        sought, is_new = self._wanted.seek(wish, asked=asked)
+    def _seek(self, wish: Wish, *, asked: bool, located: bool = False) -> Sought:
+        sought, is_new = self._wanted.seek(wish, asked=asked, located=located)
         if is_new and not self._start_thread(self._bring, wish, sought):
             sought.looked_up.set()
             sought.begun.set()
@@ -156,8 +158,9 @@ class Session:
 
     def wait_looked_up(self, deadline_s: float) -> None:
         """Wait until the names are looked up, or time.monotonic() is `deadline_s`."""
-        for sought in self._wanted.all().values():
-            sought.looked_up.wait(max(0.0, deadline_s - time.monotonic()))
+        while waiting := [each for each in self._wanted.all().values() if not each.looked_up.is_set()]:
+            if not waiting[0].looked_up.wait(max(0.0, deadline_s - time.monotonic())):
+                return
 
     def attach(self, step: str) -> tuple[list[Bind], dict[str, str]]:
         """What a step shall see: mounts over its originals (the caller closes them), and its environment."""
@@ -300,8 +303,8 @@ class Session:
     def _remember(self) -> None:
         """Tell the next start of this class what this one asked for."""
         if not self._observe and self._fetcher.started:
-            asked = [(wish.kind, wish.name) for wish in self._wanted.asked()]
-            self._publisher.write("remember", encode_wishes(asked), **{"class": self._class})
+            content = encode_wishes(self._wanted.remembered())
+            self._publisher.write("remember", content, **{"class": self._class})
 
     def _prefetcher(self) -> Prefetch:
         """The job's prefetch, made when first needed."""
@@ -317,6 +320,8 @@ class Session:
         """Look one wish up, then have it prefetched; gives None when it cannot be used."""
         try:
             self._wanted.count_look_up(wish)
+            if wish.kind == "checkpoint" and not sought.located and self._locate(wish, sought):
+                return None
             target = self._look_up(wish, digest)
             with self._lock:
                 over = self._over.is_set()
@@ -341,6 +346,20 @@ class Session:
             sought.looked_up.set()
             sought.begun.set()
         return None
+
+    def _locate(self, wish: Wish, sought: Sought) -> bool:
+        """See whether a checkpoint is a folder; then each file of the newest in it is a wish of its own."""
+        fields = self._fetcher().call("locate", name=wish.name, limit=_FILES).fields
+        names = [name for name in fields["names"] if isinstance(name, str)]
+        if names == [wish.name]:
+            return False
+        message = str(fields.get("message", ""))[:1000]
+        if fields.get("count", 0) > len(names):
+            message += f"; {len(names)} of its files are brought"
+        self.log.emit("plan", "located", target=wish.name, what=wish.kind, message=message or None)
+        for name in names[:_FILES]:
+            self._seek(Wish("checkpoint", name[:_NAME_LIMIT]), asked=sought.asked, located=True)
+        return True
 
     def _begin_prefetch(self, target: Target) -> None:
         for part in target.parts:

@@ -17,9 +17,10 @@ _DIGESTS_LIMIT_BYTES = 256 * 2**20  # of one job: of blobs of 2 TB
 
 @dataclass(slots=True)
 class Sought:
-    """One wish. asked: by the job itself, not only learned from its class."""
+    """One wish. asked: by the job itself, not only learned from its class. located: as a part of another."""
 
     asked: bool
+    located: bool = False
     looked_up: threading.Event = field(default_factory=threading.Event)
     begun: threading.Event = field(default_factory=threading.Event)  # its prefetch, or it is not used
     target: Target | None = None
@@ -41,20 +42,24 @@ class Wanted:
                 return False
             return any(wish not in self._sought or not self._sought[wish].asked for wish in request.wishes)
 
-    def seek(self, wish: Wish, *, asked: bool) -> tuple[Sought, bool]:
+    def seek(self, wish: Wish, *, asked: bool, located: bool = False) -> tuple[Sought, bool]:
         """What is known of a wish, and whether it is to be looked up: it is new, and there is room for it."""
         with self._lock:
             sought = self._sought.get(wish)
             if sought is not None:
                 sought.asked = sought.asked or asked
                 return sought, False
-            sought = Sought(asked)
+            sought = Sought(asked, located)
             if len(self._sought) < _LOOK_UPS:
                 self._sought[wish] = sought
                 return sought, True
         sought.looked_up.set()
         sought.begun.set()
         return sought, False
+
+    def remembered(self) -> list[tuple[str, str]]:
+        """Of what the job itself asked for, kind and name."""
+        return [(wish.kind, wish.name) for wish, sought in self.asked().items() if not sought.located]
 
     def can_come(self, wish: Wish, sought: Sought) -> bool:
         """Whether a wish is there, or may still be looked up."""

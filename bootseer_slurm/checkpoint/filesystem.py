@@ -38,7 +38,7 @@ class StripedFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
         super().__init__(base=base, query=query, objects=objects, **options)
         self._base = base
         self._objects = objects
-        self._store: Store = open_store(f"{base}/{'?' if query else ''}{query}")
+        self._store: Store = open_store(f"{base}/{'?' if query else ''}{query}", plain=True)
 
     @classmethod
     def _strip_protocol(cls, path: str | list[str]) -> str | list[str]:

@@ -29,7 +29,7 @@ def stripe_file(
     its size, time and inode tell, is not written again, but read, for its digests. Raises BootseerError.
     """
     folder, name = split(uri)
-    store = open_store(folder)
+    store = open_store(folder, plain=True)
     status = source.stat()
     wait_until_settled(status)
     layout = Layout(status.st_size, objects=objects)

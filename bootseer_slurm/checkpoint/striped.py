@@ -15,7 +15,7 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, Manifest, decode
 from bootseer_slurm.errors import InputError, IntegrityError, NotFound
@@ -41,19 +41,18 @@ class Opened:
 
 def split(uri: str) -> tuple[str, str]:
     """The folder of a URI or absolute path, as a URI of a store, and the name in it. Raises InputError."""
-    if uri.startswith("/"):
-        uri = f"file://{quote(uri)}"
-    parts = urlsplit(uri)
+    parts = urlsplit(f"file://{quote(uri)}" if uri.startswith("/") else uri)
     folder, _, name = parts.path.rstrip("/").rpartition("/")
     if not parts.scheme or not name:
         raise InputError(f"{uri}: neither an absolute path nor a URI of a file")
+    name = unquote(name) if parts.scheme == "file" else name  # the others take it as it is written
     return urlunsplit(parts._replace(path=folder or "/")), name
 
 
 def open_file(uri: str) -> Opened:
     """Open a striped file, or any other, of a URI or path. Raises NotFound, StoreError or IntegrityError."""
     folder, name = split(uri)
-    return open_in(open_store(folder), name)
+    return open_in(open_store(folder, plain=True), name)
 
 
 def open_in(store: Store, path: str) -> Opened:
@@ -93,7 +92,7 @@ def read_manifest(store: Store, path: str) -> Manifest | None:
 def identity_of(uri: str) -> str:
     """What tells a file that is not striped from another of its name. Raises StoreError, NotFound."""
     folder, name = split(uri)
-    entry = next((each for each in open_store(folder).scan("") if each.name == name), None)
+    entry = next((each for each in open_store(folder, plain=True).scan("") if each.name == name), None)
     if entry is None:
         raise NotFound(f"{uri}: no such file")
     return f"{uri} {entry.size_bytes} {entry.changed_s}"

@@ -90,7 +90,7 @@ class StripedWriter(io.RawIOBase):
     def __init__(self, uri: str, *, objects: int = OBJECTS) -> None:
         """uri: a URI or an absolute path. objects: to spread it over. Raises BootseerError."""
         folder, self._path = split(uri)
-        self._open(open_store(folder), objects)
+        self._open(open_store(folder, plain=True), objects)
 
     @classmethod
     def in_store(cls, store: Store, path: str, *, objects: int = OBJECTS) -> StripedWriter:

@@ -32,6 +32,7 @@ from bootseer_slurm.blob.jobclass import RECORD_LIMIT_BYTES, class_path, decode_
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, decode
 from bootseer_slurm.blob.names import Base, Name, file_fingerprint, read_published, user_folder
 from bootseer_slurm.blob.stripes import Stripes
+from bootseer_slurm.checkpoint.locate import named_files
 from bootseer_slurm.checkpoint.striped import identity_of, open_file
 from bootseer_slurm.env.key import Key, differences, fingerprint_of, key_of, stored_name
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound
@@ -66,6 +67,7 @@ class Child:
             "resolve": self._resolve,
             "reopen": self._reopen,
             "read": self._read,
+            "locate": self._locate,
             "same": self._same,
             "write": self._write,
             "plan": self._plan,
@@ -112,6 +114,11 @@ class Child:
         with self._lock:
             self._handles.append(readers)
             return len(self._handles) - 1
+
+    def _locate(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """What files a checkpoint is that a user named: one, or those of the newest in a folder."""
+        names, message = named_files(request["name"])
+        return {"names": names[: request["limit"]], "count": len(names), "message": message}, []
 
     def _resolve(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Look a target up: what the user named, what the store has of it, and handles to read both."""

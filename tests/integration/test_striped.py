@@ -20,7 +20,7 @@ from bootseer_slurm.checkpoint import striped
 from bootseer_slurm.checkpoint.file import ParallelFile
 from bootseer_slurm.checkpoint.stripe import stripe_file
 from bootseer_slurm.checkpoint.writer import StripedWriter
-from bootseer_slurm.errors import BootseerError, IntegrityError, NotFound, StoreError
+from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.store import FileStore
 
 CONTENT = os.urandom(5 * CHUNK_BYTES) * 3 + b"the end"
@@ -305,3 +305,19 @@ def test_the_command(tmp_path: Path) -> None:
     done = stripe(tmp_path / "model.pt", Path("/proc/nothing/here"))
     errors = done.communicate(timeout=60)[1]
     assert "bootseer: /proc/nothing: no such folder" in errors and done.returncode == 5
+
+
+@pytest.mark.parametrize("name", ["with space", "100%", "a%20b", "a?b#c", "[x]*", "ü"])
+def test_any_name(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, b"content")
+    assert (tmp_path / name / "manifest").exists()
+    with ParallelFile(str(tmp_path / name)) as file:
+        assert file.read() == b"content"
+    with bootseer_slurm.open((tmp_path / name).as_uri()) as file:
+        assert file.read() == b"content"
+
+
+def test_what_is_no_name() -> None:
+    for uri in ("", "relative/path", "/", "file:///", "s3://bucket"):
+        with pytest.raises(InputError, match="neither an absolute path nor a URI"):
+            bootseer_slurm.open(uri)

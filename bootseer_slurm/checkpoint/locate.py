@@ -1,0 +1,155 @@
+"""Finding the newest complete checkpoint in a folder of any store.
+
+That one is complete is told by what its writer leaves last:
+
+    Megatron-LM     latest_checkpointed_iteration.txt beside the checkpoints says N of iter_<N>, or "release"
+    DeepSpeed       latest beside them names the folder, such as global_step<N>
+    torch DCP       .metadata in the folder, written when all ranks are done
+    Transformers    trainer_state.json in checkpoint-<N>
+    striped files   their manifest
+    anything else   nothing in it was changed for a minute, and nothing has the name of a part
+
+One that is being written, or was left half, is passed over, whatever names it. To take another one than the
+job loads costs time at most: it never sees other bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from bootseer_slurm.checkpoint.striped import MANIFEST, split
+from bootseer_slurm.errors import NotFound, StoreError
+from bootseer_slurm.store import Entry, Store, open_store
+
+_TRACKERS = ("latest_checkpointed_iteration.txt", "latest")
+_TRACKER_LIMIT_BYTES = 256
+_STEP = re.compile(r"(?:.*?[^0-9])?([0-9]+)(?:\.[A-Za-z][A-Za-z0-9_.]*)?")  # the number in step_9000.pt
+_PART = re.compile(r".*\.(tmp|part|partial|incomplete|lock)|\..*\.[0-9a-f]{12}")
+_SHARD = re.compile(r"-of-|rank")  # a part of one checkpoint, by number
+_LAST = (".metadata", "trainer_state.json")
+_SETTLED_S = 60.0
+_DEPTH = 3
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """path and files: below the folder that `split` gives of what was asked for. why: it is complete."""
+
+    path: str
+    files: tuple[str, ...]
+    why: str
+
+
+def newest(uri: str, *, now_s: float | None = None) -> Checkpoint:
+    """The newest complete checkpoint in a folder, or the one that is named.
+
+    uri: a URI or absolute path of a file, of a checkpoint, of a folder of checkpoints, or of a pattern with
+    "*" in its last part. Raises NotFound when there is none that is complete, StoreError.
+    """
+    now_s = time.time() if now_s is None else now_s
+    folder, name = split(uri)
+    store = open_store(folder, plain=True)
+    beside = store.scan("")
+    if "*" in name:
+        pattern = re.compile(".*".join(map(re.escape, name.split("*"))))
+        found = _newest_of(store, "", [each for each in beside if pattern.fullmatch(each.name)], now_s)
+    else:
+        entry = next((each for each in beside if each.name == name), None)
+        if entry is None:
+            raise NotFound(f"{uri}: no such checkpoint")
+        inside = store.scan(name) if entry.is_folder else []
+        if _holds_checkpoints(inside):
+            found = _newest_of(store, f"{name}/", inside, now_s)
+        else:
+            found = _looked_at(store, name, entry, now_s if entry.is_folder else None)
+    if found is None:
+        raise NotFound(f"{uri}: no complete checkpoint")
+    return found
+
+
+def named_files(name: str) -> tuple[list[str], str]:
+    """What files a name stands for, and why if they had to be found; the name itself of a file.
+
+    name: as of `newest`; a path may be a link. Raises NotFound or StoreError.
+    """
+    path = os.path.realpath(name) if "://" not in name else ""
+    if path and not (os.path.isdir(path) or "*" in os.path.basename(path)):
+        return [name], ""
+    if path and os.path.exists(f"{path}/{MANIFEST}"):
+        return [f"file://{quote(path)}"], "a striped file"
+    found = newest(path or name)
+    folder = os.path.dirname(path) if path else split(name)[0]
+    return [f"{folder.rstrip('/')}/{file}" for file in found.files], f"{found.path}: {found.why}"
+
+
+def _holds_checkpoints(inside: list[Entry]) -> bool:
+    """Whether what lies in a folder are checkpoints, and not the files of one."""
+    names = {entry.name for entry in inside}
+    if names & {MANIFEST, *_LAST} or any(name.endswith(".distcp") for name in names):
+        return False
+    return bool(names & set(_TRACKERS)) or any(_step_of(name) is not None for name in names)
+
+
+def _step_of(name: str) -> int | None:
+    """The step that a checkpoint is of; None of what is none."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match and not _SHARD.search(name) and not name.startswith(".") else None
+
+
+def _newest_of(store: Store, prefix: str, entries: Iterable[Entry], now_s: float) -> Checkpoint | None:
+    by_name = {entry.name: entry for entry in entries}
+    for tracker in _TRACKERS:
+        name = _named(store, f"{prefix}{tracker}") if tracker in by_name else ""
+        if name in by_name and (found := _looked_at(store, prefix + name, by_name[name], None)):
+            return found
+    steps = [(step, name) for name in by_name if (step := _step_of(name)) is not None]
+    for _, name in sorted(steps, reverse=True):
+        if found := _looked_at(store, prefix + name, by_name[name], now_s):
+            return found
+    return None
+
+
+def _named(store: Store, tracker: str) -> str:
+    """The folder that a tracker file names."""
+    try:
+        text = store.read(tracker, limit_bytes=_TRACKER_LIMIT_BYTES).decode(errors="replace").strip()
+    except (NotFound, StoreError):
+        return ""
+    return f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else text
+
+
+def _looked_at(store: Store, path: str, entry: Entry, now_s: float | None) -> Checkpoint | None:
+    """A file or folder as a checkpoint; None when it is not complete. now_s: None: it need not settle."""
+    files = list(_files_of(store, path, entry))
+    if not files or any(_PART.fullmatch(file.name) for _, file in files):
+        return None
+    names = {name.removeprefix(f"{path}/") for name, _ in files}
+    for last in _LAST:
+        if last in names:
+            return Checkpoint(path, tuple(name for name, _ in files), f"its {last} is there")
+    if any(name.endswith(".distcp") for name in names) or entry.name.startswith("checkpoint-"):
+        return None
+    if all(file.is_folder for _, file in files):
+        return Checkpoint(path, tuple(name for name, _ in files), "striped")
+    newest_s = max(file.changed_s for _, file in files)
+    if now_s is not None and now_s - newest_s < _SETTLED_S:
+        return None
+    return Checkpoint(path, tuple(name for name, _ in files), "nothing in it changes")
+
+
+def _files_of(store: Store, path: str, entry: Entry, depth: int = 0) -> Iterator[tuple[str, Entry]]:
+    """The files of a checkpoint, by path; a striped one is a folder."""
+    if not entry.is_folder:
+        yield path, entry
+        return
+    inside = store.scan(path)
+    if any(each.name == MANIFEST for each in inside):
+        yield path, entry
+    elif depth < _DEPTH:
+        for each in sorted(inside):
+            yield from _files_of(store, f"{path}/{each.name}", each, depth + 1)

@@ -1,0 +1,88 @@
+"""A job whose checkpoint is on HDFS finds it as a file on its node."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+
+import pytest
+
+import bootseer_slurm
+from bootseer_slurm.store import open_store
+from tests.hdfs.conftest import Hdfs
+from tests.integration.node import ALICE, Node, node
+
+__all__ = ["node"]
+pytestmark = [pytest.mark.fuse]
+CONTENT = os.urandom(2**24) * 4
+
+
+def given(node: Node, job: int, uri: str) -> str:
+    """The path that a step of a new job is given for its checkpoint; "" without one."""
+    node.ask("prolog", JOB_ID=job, UID=ALICE, BOOTSEER=1, CHECKPOINT=uri)
+    reply, fds = node.request("attach", JOB_ID=job, UID=ALICE, STEP_ID=0)
+    for fd in fds:
+        os.close(fd)
+    values = dict(value.split("=", 1) for key, value in reply if key == "SETENV")
+    return values.get("BOOTSEER_CHECKPOINT", "")
+
+
+def read_as_alice(path: str) -> bytes:
+    return subprocess.run(["cat", path], user=ALICE, group=ALICE, extra_groups=[], capture_output=True, check=True).stdout
+
+
+def test_striped_or_as_it_lies(hdfs: Hdfs, node: Node) -> None:
+    with bootseer_slurm.open(f"{hdfs.uri}/jobs/striped.pt", "wb") as file:
+        file.write(CONTENT)
+    open_store(f"{hdfs.uri}/jobs").write("plain.pt", CONTENT)
+    node.start()
+    for job, name in enumerate(("striped.pt", "plain.pt"), start=1):
+        path = given(node, job, f"{hdfs.uri}/jobs/{name}")
+        assert path and read_as_alice(path) == CONTENT
+        node.crash()
+        assert read_as_alice(path) == CONTENT, "held by the next agent"
+        node.ask("epilog", JOB_ID=job)
+        events = node.events(job)
+        fetched = [event["bytes"] for event in events if (event["kind"], event["name"]) == ("prefetch", "end")]
+        assert fetched and not [event for event in events if event["kind"] == "fault" and event["name"] != "agent_restarted"]
+
+
+def test_it_is_written_again_while_a_job_reads_it(hdfs: Hdfs, node: Node) -> None:
+    uri = f"{hdfs.uri}/jobs/again.pt"
+    with bootseer_slurm.open(uri, "wb") as file:
+        file.write(CONTENT)
+    node.start()
+    path = given(node, 1, uri)
+    with bootseer_slurm.open(uri, "wb") as file:
+        file.write(CONTENT[::-1])
+    assert read_as_alice(path) == CONTENT
+    later = given(node, 2, uri)
+    assert read_as_alice(later) == CONTENT[::-1]
+    for job in (1, 2):
+        node.ask("epilog", JOB_ID=job)
+
+
+def test_one_that_is_not_there(hdfs: Hdfs, node: Node) -> None:
+    node.start()
+    assert given(node, 1, f"{hdfs.uri}/jobs/none.pt") == ""
+    node.ask("epilog", JOB_ID=1)
+    assert any("no such file" in str(event.get("message")) for event in node.events(1))
+
+
+def test_a_datanode_that_hangs_delays_no_other_read(hdfs: Hdfs, node: Node) -> None:
+    """Its blocks have another replica; hdfs-native gives up a DataNode that does not answer."""
+    uri = f"{hdfs.uri}/jobs/hangs.pt"
+    with bootseer_slurm.open(uri, "wb") as file:
+        file.write(CONTENT)
+    node.start()
+    hdfs.script("control", "n1", "hang")
+    found: list[bytes] = []
+    path = given(node, 1, uri)
+    thread = threading.Thread(target=lambda: found.append(read_as_alice(path)), daemon=True)
+    thread.start()
+    thread.join(100)
+    hdfs.script("control", "n1", "start")
+    thread.join(60)
+    assert found == [CONTENT]
+    node.ask("epilog", JOB_ID=1)

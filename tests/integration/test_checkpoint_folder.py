@@ -1,0 +1,91 @@
+"""A folder named as checkpoint: the newest complete one in it is brought, each of its files at its own path."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from bootseer_slurm.checkpoint.writer import StripedWriter
+from tests.integration.node import ALICE, Node, node
+from tests.integration.test_recovery import attach
+
+__all__ = ["node"]
+pytestmark = [
+    pytest.mark.fuse,
+    pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root, /dev/fuse"),
+]
+OLD = time.time() - 3600
+
+
+def make(folder: Path, *names: str, size_bytes: int = 300_000) -> dict[str, bytes]:
+    made = {}
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made[str(path)] = os.urandom(size_bytes)
+        path.write_bytes(made[str(path)])
+        os.utime(path, (OLD, OLD))
+    return made
+
+
+def shown(node: Node, job: int, name: str, **wishes: object) -> dict[str, bytes]:
+    """What a step of a new job sees, by path."""
+    node.ask("prolog", JOB_ID=job, UID=ALICE, BOOTSEER=1, **{"CHECKPOINT": name, **wishes})
+    found = {}
+    for path, fd in attach(node, job).items():
+        found[path] = Path(f"/proc/self/fd/{fd}").read_bytes()
+        os.close(fd)
+    node.ask("epilog", JOB_ID=job)
+    return found
+
+
+def test_the_newest_of_a_folder(node: Node) -> None:
+    root = node.folder / "data" / "ckpt"
+    make(root, "step_10/a.safetensors", "step_10/b.safetensors")
+    newest = make(root, "step_20/a.safetensors", "step_20/b.safetensors")
+    node.start()
+    assert shown(node, 1, str(root)) == newest
+    (event,) = (event for event in node.events(1) if event["name"] == "located")
+    assert event["target"] == str(root) and "step_20" in str(event["message"])
+    later = make(root, "step_30/a.safetensors")
+    (root / "step_30" / "b.safetensors.tmp").touch()
+    assert shown(node, 2, str(root)) == newest, "30 is being written"
+    (root / "step_30" / "b.safetensors.tmp").unlink()
+    assert shown(node, 3, str(root)) == later
+    assert shown(node, 4, f"{root}/step_1*") == {path: Path(path).read_bytes() for path in map(str, (root / "step_10").iterdir())}
+    records = [json.loads(path.read_text()) for path in (node.folder / "store").rglob("classes/*.json")]
+    assert [wish[1] for record in records for wish in record["wishes"]] == [f"{root}/step_1*"], "not the files"
+
+
+def test_none_in_it(node: Node) -> None:
+    (node.folder / "data" / "empty").mkdir()
+    node.start()
+    assert shown(node, 1, str(node.folder / "data" / "empty")) == {}
+    assert any("no complete checkpoint" in str(event.get("message")) for event in node.events(1))
+
+
+def test_a_striped_file(node: Node) -> None:
+    path = node.folder / "data" / "model.pt"
+    content = os.urandom(20_000_000)
+    with StripedWriter(str(path)) as file:
+        file.write(content)
+    node.start()
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=path)
+    reply, fds = node.request("attach", JOB_ID=1, UID=ALICE, STEP_ID=0)
+    assert fds == []
+    given = dict(value.split("=", 1) for key, value in reply if key == "SETENV")
+    assert Path(given["BOOTSEER_CHECKPOINT"]).read_bytes() == content
+    node.ask("epilog", JOB_ID=1)
+
+
+def test_more_files_than_one_job_may_ask_for(node: Node) -> None:
+    root = node.folder / "data" / "step_1"
+    made = make(root, *(f"__{number}_0.distcp" for number in range(70)), ".metadata", size_bytes=5000)
+    node.start()
+    found = shown(node, 1, str(root))
+    assert 40 < len(found) < 50 and found.items() <= made.items()
+    assert any("48 of its files" in str(event.get("message")) for event in node.events(1))

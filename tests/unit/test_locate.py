@@ -1,0 +1,100 @@
+"""Which checkpoint is the newest that is complete, as each framework leaves them."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from bootseer_slurm.checkpoint.locate import newest
+from bootseer_slurm.checkpoint.writer import StripedWriter
+from bootseer_slurm.errors import NotFound
+
+NOW_S = 1_800_000_000.0
+
+
+def make(root: Path, *names: str, age_s: float = 3600) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+        os.utime(path, (NOW_S - age_s, NOW_S - age_s))
+
+
+def found(path: Path) -> str:
+    return newest(str(path), now_s=NOW_S).path
+
+
+def test_a_file_and_a_folder_of_steps(tmp_path: Path) -> None:
+    root = tmp_path / "ckpt"
+    make(root, "step_900.pt", "step_1000.pt", "step_9.pt", "readme")
+    assert found(root) == "ckpt/step_1000.pt"
+    assert found(root / "step_9.pt") == "step_9.pt"
+    assert found(root / "step_9*.pt") == "step_900.pt"
+    make(root, "step_2000.pt", age_s=5)
+    assert found(root) == "ckpt/step_1000.pt", "it may still be written"
+    make(root, "step_3000.pt.tmp")
+    assert found(root) == "ckpt/step_1000.pt"
+    assert found(root / "step_2000.pt") == "step_2000.pt", "it was named"
+
+
+def test_megatron(tmp_path: Path) -> None:
+    root = tmp_path / "ckpt"
+    make(root, "iter_0000100/mp_rank_00/model_optim_rng.pt", "iter_0000200/mp_rank_00/model_optim_rng.pt")
+    make(root, "latest_checkpointed_iteration.txt")
+    (root / "latest_checkpointed_iteration.txt").write_text("100\n")
+    one = newest(str(root), now_s=NOW_S)
+    assert one.path == "ckpt/iter_0000100", "200 is being written"
+    assert one.files == ("ckpt/iter_0000100/mp_rank_00/model_optim_rng.pt",)
+    assert found(root / "iter_0000200") == "iter_0000200"
+    (root / "latest_checkpointed_iteration.txt").write_text("300\n")
+    assert found(root) == "ckpt/iter_0000200", "it names what is not there"
+
+
+def test_deepspeed(tmp_path: Path) -> None:
+    root = tmp_path / "ckpt"
+    for step in (10, 20):
+        make(root, f"global_step{step}/mp_rank_00_model_states.pt", f"global_step{step}/zero_pp_rank_0_optim_states.pt")
+    make(root, "latest")
+    (root / "latest").write_text("global_step10")
+    assert found(root) == "ckpt/global_step10"
+
+
+def test_torch_dcp(tmp_path: Path) -> None:
+    root = tmp_path / "ckpt"
+    make(root, "step_1/__0_0.distcp", "step_1/__1_0.distcp", "step_1/.metadata", age_s=1)
+    make(root, "step_2/__0_0.distcp")
+    one = newest(str(root), now_s=NOW_S)
+    assert (one.path, len(one.files)) == ("ckpt/step_1", 3)
+    with pytest.raises(NotFound, match="no complete checkpoint"):
+        newest(str(root / "step_2"), now_s=NOW_S)
+
+
+def test_transformers(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    make(root, *(f"checkpoint-500/{name}" for name in (*shards, "trainer_state.json")), "runs/events")
+    make(root, *(f"checkpoint-1000/{name}" for name in shards))
+    assert found(root) == "out/checkpoint-500"
+    make(tmp_path, *(f"final/{name}" for name in shards))
+    assert len(newest(str(tmp_path / "final"), now_s=NOW_S).files) == 2, "shards are one checkpoint"
+
+
+def test_striped(tmp_path: Path) -> None:
+    root = tmp_path / "ckpt"
+    root.mkdir()
+    for step in (1, 2):
+        with StripedWriter(str(root / f"step_{step}.pt")) as file:
+            file.write(b"x" * 100)
+    assert newest(str(root), now_s=time.time()).files == ("ckpt/step_2.pt",)
+    (root / "step_2.pt" / "manifest").unlink()
+    assert newest(str(root), now_s=time.time()).files == ("ckpt/step_1.pt",), "its writer died"
+
+
+def test_none(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in ("none", "empty", "*.pt"):
+        with pytest.raises(NotFound):
+            newest(str(tmp_path / path), now_s=NOW_S)

@@ -61,6 +61,17 @@ class ArrowStore(Store):
         except OSError as error:
             raise StoreError(f"{full}: cannot be opened: {error}") from error
 
+    def write(self, path: str, content: bytes) -> None:
+        if self._filesystem.type_name != "s3":
+            super().write(path, content)
+            return
+        full = self._path(path)
+        try:  # what is small is sent as one when it is closed, and else what was there stays
+            with self._filesystem.open_output_stream(full) as file:
+                file.write(content)
+        except OSError as error:
+            raise StoreError(f"{full}: cannot be written: {error}") from error
+
     @contextlib.contextmanager
     def writer(self, path: str) -> Iterator[Any]:
         full = self._path(path)
@@ -68,17 +79,18 @@ class ArrowStore(Store):
         # An object of S3 appears when it is complete, and cannot be renamed but by copying it.
         renamed = self._filesystem.type_name != "s3"
         target = f"{folder}/.{name}.{secrets.token_hex(6)}" if renamed else full
-        written = False
+        opened = written = False
         try:
             if renamed:
                 self._filesystem.create_dir(folder, recursive=True)
             with self._filesystem.open_output_stream(target) as file:
+                opened = True
                 yield file
                 written = True
             if renamed:
                 self._filesystem.move(target, full)
         except BaseException as error:
-            if renamed or not written:  # what S3 has then is a part; it is what was there before else
+            if renamed or (opened and not written):  # what S3 has then is a part
                 with contextlib.suppress(OSError):
                     self._filesystem.delete_file(target)
             if isinstance(error, OSError):

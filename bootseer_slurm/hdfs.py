@@ -32,6 +32,7 @@ class HdfsReader:
         self._client = client
         self._path = path
         self._lock = threading.Lock()
+        self._changed = _call(path, "opened", lambda: client.get_file_info(path).modification_time)
         self._file: Any = _call(path, "opened", lambda: client.read(path))
         self.size_bytes = len(self._file)
 
@@ -51,7 +52,8 @@ class HdfsReader:
         with self._lock:
             if self._file is failed:
                 again = _call(self._path, "opened", lambda: self._client.read(self._path))
-                if len(again) != self.size_bytes:
+                changed = _call(self._path, "opened", lambda: self._client.get_file_info(self._path))
+                if (len(again), changed.modification_time) != (self.size_bytes, self._changed):
                     raise StoreError(f"{self._path}: was replaced while it was read")
                 self._file = again
 
@@ -129,9 +131,16 @@ class HdfsStore(Store):
         with contextlib.suppress(NotFound):
             _call(full, "removed", lambda: self._client.delete(full, recursive=True))
 
-    def rename(self, path: str, new: str) -> bool:
-        _call(self._path(path), "renamed", lambda: self._client.rename(self._path(path), self._path(new)))
-        return True
+    renames = True
+
+    def rename(self, path: str, new: str) -> None:
+        source, target = self._path(path), self._path(new)
+
+        def rename() -> None:
+            self._client.mkdirs(target.rpartition("/")[0] or "/", create_parent=True)
+            self._client.rename(source, target)
+
+        _call(source, "renamed", rename)
 
 
 class _Writer:

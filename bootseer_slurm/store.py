@@ -107,12 +107,11 @@ class Store(Protocol):
     def remove(self, path: str) -> None:
         """Remove an object or a whole folder; nothing happens when it is missing. Raises StoreError."""
 
-    def rename(self, path: str, new: str) -> bool:
-        """Give a folder another name, which must be free; False where the store has no such thing.
+    renames: bool = False  # where `rename` works
 
-        Raises StoreError.
-        """
-        return False
+    def rename(self, path: str, new: str) -> None:
+        """Give a folder or object another name, which must be free. Raises StoreError."""
+        raise StoreError(f"{path}: this store has no renaming")
 
 
 def open_store(uri: str, *, plain: bool = False) -> Store:
@@ -303,14 +302,15 @@ class FileStore(Store):
         except OSError as error:
             raise StoreError(f"{target}: cannot be removed: {error.strerror}") from error
 
-    def rename(self, path: str, new: str) -> bool:
+    renames = True
+
+    def rename(self, path: str, new: str) -> None:
         source, target = self._path(path), self._path(new)
         try:
             self._make_folder(target.parent)
             source.rename(target)
         except OSError as error:
             raise StoreError(f"{source}: cannot be renamed to {target}: {error.strerror}") from error
-        return True
 
 
 def _read_whole(reader: ObjectReader, path: str, limit_bytes: int) -> bytes:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from bootseer_slurm.agent.protocol import Message, first
 from bootseer_slurm.agent.request import Job
 from bootseer_slurm.agent.shelf import Shelf
-from bootseer_slurm.agent.source import FetchSource, adopted_id, flat
+from bootseer_slurm.agent.source import FetchSource, adopted_id, flat, remote_id
 from bootseer_slurm.blob.reader import OnFault
 from bootseer_slurm.errors import InputError, NotFound
 from bootseer_slurm.fetch.process import FetchProcess
@@ -77,7 +77,9 @@ class Held:
         except InputError as error:
             raise NotFound(f"{self._path}: is not there any more") from error
         try:
-            if adopted_id(self._path, os.fstat(reply.fds[0])) != self.id:
+            identity = reply.fields.get("identity")
+            found = remote_id(identity) if identity else adopted_id(self._path, os.fstat(reply.fds[0]))
+            if found != self.id:
                 raise NotFound(f"{self._path}: was replaced since it was looked up")
         finally:
             for fd in reply.fds:

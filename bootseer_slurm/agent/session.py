@@ -43,7 +43,6 @@ _LOOK_UP_LIMIT_S = 25.0  # for an importer, which waits for one name
 _SETTLED_STARTS = 3  # with whole traces; then a plan is good enough to push its blocks
 _WHOLE_TRACE_EVERY = 8
 _FILES = 48  # of one checkpoint: each is looked up and mounted for itself
-_NAME_LIMIT = 4096
 
 
 class Session:
@@ -357,8 +356,11 @@ class Session:
         if fields.get("count", 0) > len(names):
             message += f"; {len(names)} of its files are brought"
         self.log.emit("plan", "located", target=wish.name, what=wish.kind, message=message or None)
-        for name in names[:_FILES]:
-            self._seek(Wish("checkpoint", name[:_NAME_LIMIT]), asked=sought.asked, located=True)
+        if len(names) > 1 and any("://" in name for name in names):
+            raise InputError(f"checkpoint {wish.name}: its files have no path of their own: name one of them")
+        for each in names[:_FILES]:
+            for found in learned_wishes([("checkpoint", each)]):  # as the user's process says
+                self._seek(found, asked=sought.asked, located=True)
         return True
 
     def _begin_prefetch(self, target: Target) -> None:

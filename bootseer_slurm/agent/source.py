@@ -39,3 +39,8 @@ def adopted_id(path: str, status: os.stat_result) -> str:
     """The id of a file that is used where it lies: another one when it was changed or replaced."""
     identity = (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return "file-" + hashlib.sha256(repr(identity).encode()).hexdigest()
+
+
+def remote_id(identity: object) -> str:
+    """The id of a file that is used where it lies in another store. identity: of checkpoint.striped."""
+    return "file-" + hashlib.sha256(str(identity).encode()).hexdigest()

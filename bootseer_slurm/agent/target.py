@@ -19,7 +19,7 @@ from bootseer_slurm.agent.part import Content, Part, original_source, stored_con
 from bootseer_slurm.agent.request import Job, Wish
 from bootseer_slurm.agent.saving import View
 from bootseer_slurm.agent.shelf import Shelf
-from bootseer_slurm.agent.source import adopted_id
+from bootseer_slurm.agent.source import adopted_id, remote_id
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES, DIGEST_BYTES, MAX_BLOB_BYTES, Layout
 from bootseer_slurm.blob.reader import OnFault
 from bootseer_slurm.env.attach import Overlay, Unpacked
@@ -141,8 +141,7 @@ class Target:
         elif "identity" in fields:  # a checkpoint of a URI, which has no path
             layout = _original_layout(int(fields["size_bytes"]))
             self._allow(max(0, layout.blocks) * DIGEST_BYTES)
-            identity = hashlib.sha256(str(fields["identity"]).encode()).hexdigest()
-            found = [Content(f"file-{identity}", layout, None)]
+            found = [Content(remote_id(fields["identity"]), layout, None)]
         elif self.warning:
             raise StoreError(self.warning)
         elif kind == "environment":

@@ -14,7 +14,7 @@ import io
 import os
 import threading
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
@@ -128,9 +128,9 @@ class ParallelFile(io.RawIOBase):
                 done += count
         finally:
             self._next_chunk = (offset + done) // chunk_bytes
-            errors = [future.exception() for future in direct]  # all, for they write to the caller's memory
-        for error in filter(None, errors):
-            raise error
+            wait(direct)  # all, for they write to the caller's memory
+        for future in direct:
+            future.result()
         return done
 
     def _chunk_size(self, chunk: int) -> int:
@@ -152,8 +152,7 @@ class ParallelFile(io.RawIOBase):
                     self._chunks.move_to_end(each)
             future = self._chunks[chunk]
             while len(self._chunks) > _KEPT_CHUNKS:
-                _, oldest = self._chunks.popitem(last=False)
-                oldest.cancel()
+                self._chunks.popitem(last=False)  # who waits for it has it still
         try:
             return future.result()
         except BaseException:

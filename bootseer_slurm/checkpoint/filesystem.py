@@ -8,6 +8,9 @@ that takes an fsspec URL takes these: torch.distributed.checkpoint, safetensors,
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import secrets
 import shutil
 from typing import Any
 from urllib.parse import urlsplit
@@ -46,20 +49,23 @@ class StripedFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
             return [cls._strip_protocol(each) for each in path]  # type: ignore[misc]
         scheme, separator, _ = path.partition("://")
         if separator and scheme in PROTOCOLS:
-            path = urlsplit(path).path
+            parts = urlsplit(path, allow_fragments=False)
+            path = parts.path + "".join(parts.query.partition("/")[1:])  # a name that was put behind a query
         return path.rstrip("/") or cls.root_marker
 
     @staticmethod
     def _get_kwargs_from_urls(path: str) -> dict[str, str]:
-        parts = urlsplit(path)
-        scheme = parts.scheme.partition("+")[2]
-        return {"base": f"{scheme}://{parts.netloc}", "query": parts.query} if scheme else {}
+        parts = urlsplit(path, allow_fragments=False)
+        scheme, query = parts.scheme.partition("+")[2], parts.query.partition("/")[0]
+        return {"base": f"{scheme}://{parts.netloc}", "query": query} if scheme else {}
 
     def unstrip_protocol(self, name: str) -> str:
         return f"bootseer+{self._base}{self._strip_protocol(name)}"
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         name = _within(path)
+        if not options.get("autocommit", True):
+            raise NotImplementedError("a striped file is written when it is closed, not by a transaction")
         if mode in ("rb", "r"):
             with _as_os_error(path):
                 return ParallelFile.of(open_in(self._store, name), path)
@@ -113,6 +119,8 @@ class StripedFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
         self.rm_file(path)
 
     def rmdir(self, path: str) -> None:
+        if self.ls(path):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
         self.rm_file(path)
 
     def rm(self, path: str | list[str], recursive: bool = False, maxdepth: int | None = None) -> None:
@@ -122,14 +130,27 @@ class StripedFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
             self.rm_file(each)
 
     def mv(self, path1: str, path2: str, **options: Any) -> None:
-        """Rename a file; it takes the place of one that is there."""
+        """Rename a file or folder; a file takes the place of one that is there."""
         old, new = (_within(str(self._strip_protocol(each))) for each in (path1, path2))
-        with _as_os_error(path1):
-            open_in(self._store, old).close()
-        self._store.remove(new)
-        if not self._store.rename(old, new):
-            self.cp_file(path1, path2)
-            self.rm_file(path1)
+        is_file = self.info(path1)["type"] == "file"
+        if old == new:
+            return
+        if not self._store.renames:
+            super().mv(path1, path2, recursive=not is_file)
+            return
+        aside = f"{new}.{secrets.token_hex(6)}"
+        replaced = self.exists(path2)
+        if replaced and not is_file:
+            raise FileExistsError(path2)
+        if replaced:
+            self._store.rename(new, aside)
+        try:
+            self._store.rename(old, new)
+        except BaseException:
+            if replaced:
+                self._store.rename(aside, new)
+            raise
+        self._store.remove(aside)
 
     def cp_file(self, path1: str, path2: str, **options: Any) -> None:
         with self._open(path1) as source, self._open(path2, "wb") as target:

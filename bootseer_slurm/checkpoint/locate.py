@@ -30,7 +30,9 @@ _TRACKERS = ("latest_checkpointed_iteration.txt", "latest")
 _TRACKER_LIMIT_BYTES = 256
 _STEP = re.compile(r"(?:.*?[^0-9])?([0-9]+)(?:\.[A-Za-z][A-Za-z0-9_.]*)?")  # the number in step_9000.pt
 _PART = re.compile(r".*\.(tmp|part|partial|incomplete|lock)|\..*\.[0-9a-f]{12}")
-_SHARD = re.compile(r"-of-|rank")  # a part of one checkpoint, by number
+_SHARD = re.compile(r"-of-|rank|consolidated")  # a part of one checkpoint, by number
+# What lies beside checkpoints.
+_NONE = (".out", ".err", ".log", ".json", ".txt", ".yaml", ".yml", ".csv", ".sh", ".py")
 _LAST = (".metadata", "trainer_state.json")
 _SETTLED_S = 60.0
 _DEPTH = 3
@@ -38,10 +40,14 @@ _DEPTH = 3
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """path and files: below the folder that `split` gives of what was asked for. why: it is complete."""
+    """path and files: below the folder that `split` gives of what was asked for. why: it is complete.
+
+    striped: those of the files that are.
+    """
 
     path: str
     files: tuple[str, ...]
+    striped: frozenset[str]
     why: str
 
 
@@ -81,10 +87,14 @@ def named_files(name: str) -> tuple[list[str], str]:
     if path and not (os.path.isdir(path) or "*" in os.path.basename(path)):
         return [name], ""
     if path and os.path.exists(f"{path}/{MANIFEST}"):
-        return [f"file://{quote(path)}"], "a striped file"
+        return [name], ""
     found = newest(path or name)
-    folder = os.path.dirname(path) if path else split(name)[0]
-    return [f"{folder.rstrip('/')}/{file}" for file in found.files], f"{found.path}: {found.why}"
+    folder = (os.path.dirname(path) if path else split(name)[0]).rstrip("/")
+    names = [
+        f"file://{quote(f'{folder}/{file}')}" if path and file in found.striped else f"{folder}/{file}"
+        for file in found.files
+    ]
+    return names, f"{found.path}: {found.why}"
 
 
 def _holds_checkpoints(inside: list[Entry]) -> bool:
@@ -98,7 +108,8 @@ def _holds_checkpoints(inside: list[Entry]) -> bool:
 def _step_of(name: str) -> int | None:
     """The step that a checkpoint is of; None of what is none."""
     match = _STEP.fullmatch(name)
-    return int(match[1]) if match and not _SHARD.search(name) and not name.startswith(".") else None
+    is_one = match and not _SHARD.search(name) and not name.endswith(_NONE)
+    return int(match[1]) if match and is_one and not name.startswith(".") else None
 
 
 def _newest_of(store: Store, prefix: str, entries: Iterable[Entry], now_s: float) -> Checkpoint | None:
@@ -129,17 +140,22 @@ def _looked_at(store: Store, path: str, entry: Entry, now_s: float | None) -> Ch
     if not files or any(_PART.fullmatch(file.name) for _, file in files):
         return None
     names = {name.removeprefix(f"{path}/") for name, _ in files}
+
+    def complete(why: str) -> Checkpoint:
+        striped = frozenset(name for name, file in files if file.is_folder)
+        return Checkpoint(path, tuple(name for name, _ in files), striped, why)
+
     for last in _LAST:
         if last in names:
-            return Checkpoint(path, tuple(name for name, _ in files), f"its {last} is there")
+            return complete(f"its {last} is there")
     if any(name.endswith(".distcp") for name in names) or entry.name.startswith("checkpoint-"):
         return None
-    if all(file.is_folder for _, file in files):
-        return Checkpoint(path, tuple(name for name, _ in files), "striped")
+    if len(files) == 1 and files[0][1].is_folder:
+        return complete("its manifest is there")
     newest_s = max(file.changed_s for _, file in files)
     if now_s is not None and now_s - newest_s < _SETTLED_S:
         return None
-    return Checkpoint(path, tuple(name for name, _ in files), "nothing in it changes")
+    return complete("nothing in it changes")
 
 
 def _files_of(store: Store, path: str, entry: Entry, depth: int = 0) -> Iterator[tuple[str, Entry]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from bootseer_slurm.blob.manifest import Layout, Manifest
 from bootseer_slurm.blob.names import wait_until_settled
 from bootseer_slurm.blob.writer import write_objects
-from bootseer_slurm.checkpoint.striped import finish, new_generation, split
+from bootseer_slurm.checkpoint.striped import generation_of, new_generation, publish, remove_older, split
 from bootseer_slurm.errors import NotFound
 from bootseer_slurm.store import Store, open_store
 
@@ -39,8 +39,10 @@ def stripe_file(
     store.write(f"{name}/{_UNFINISHED}", json.dumps(note).encode())
     written = write_objects(store, f"{name}/{generation}", source, layout, there=there, progress=progress)
     manifest = Manifest("checkpoint", layout, written, generation)
-    finish(store, name, manifest)
+    last = generation_of(store, name)
+    publish(store, name, manifest)
     store.remove(f"{name}/{_UNFINISHED}")
+    remove_older(store, name, generation, last)
     return manifest
 
 

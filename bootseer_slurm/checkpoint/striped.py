@@ -12,13 +12,14 @@ Any other object can be opened too, and is read in parallel ranges as it lies; i
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from dataclasses import dataclass
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, Manifest, decode
-from bootseer_slurm.errors import InputError, IntegrityError, NotFound
+from bootseer_slurm.errors import InputError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.store import ObjectReader, Store, open_store
 
 MANIFEST = "manifest"
@@ -41,7 +42,7 @@ class Opened:
 
 def split(uri: str) -> tuple[str, str]:
     """The folder of a URI or absolute path, as a URI of a store, and the name in it. Raises InputError."""
-    parts = urlsplit(f"file://{quote(uri)}" if uri.startswith("/") else uri)
+    parts = urlsplit(f"file://{quote(uri)}" if uri.startswith("/") else uri, allow_fragments=False)
     folder, _, name = parts.path.rstrip("/").rpartition("/")
     if not parts.scheme or not name:
         raise InputError(f"{uri}: neither an absolute path nor a URI of a file")
@@ -102,23 +103,36 @@ def new_generation() -> str:
     return f"{time.time_ns():016x}{secrets.token_hex(4)}"
 
 
-def finish(store: Store, path: str, manifest: Manifest) -> None:
-    """Have a generation count, all of whose objects are there; of others the last one stays.
-
-    One that was begun less than a day ago stays too, if it is newer than the last: somebody may write it.
-    """
-    try:
-        before = read_manifest(store, path)
-    except IntegrityError:
-        before = None
+def publish(store: Store, path: str, manifest: Manifest) -> None:
+    """Have a generation count from now on. Raises StoreError, also where not all of its objects are there."""
+    layout = manifest.layout
+    sizes = {entry.name: entry.size_bytes for entry in store.scan(f"{path}/{manifest.generation}")}
+    if any(sizes.get(str(index)) != layout.object_size(index) for index in range(layout.objects)):
+        raise StoreError(f"{path}: others have written it twice meanwhile, and what was written is gone")
     store.write(f"{path}/{MANIFEST}", manifest.encode())
-    last = before.generation if before else ""
-    for entry in store.scan(path):
-        if not entry.is_folder or entry.name in (last, manifest.generation):
-            continue
-        age_s = (int(manifest.generation[:16], 16) - _begun_ns(entry.name)) / 1e9
-        if entry.name < last or age_s > _DEAD_S:
-            store.remove(f"{path}/{entry.name}")
+
+
+def generation_of(store: Store, path: str) -> str:
+    """The generation that counts; "" where none does, or the manifest is damaged. Raises StoreError."""
+    try:
+        manifest = read_manifest(store, path)
+    except IntegrityError:
+        return ""
+    return manifest.generation if manifest else ""
+
+
+def remove_older(store: Store, path: str, generation: str, last: str) -> None:
+    """Remove what was before the last generation; what cannot be removed now goes with the next.
+
+    One that was begun less than a day ago stays if it is newer than the last: somebody may write it.
+    """
+    with contextlib.suppress(StoreError):
+        for entry in store.scan(path):
+            if not entry.is_folder or entry.name in (last, generation):
+                continue
+            age_s = (_begun_ns(generation) - _begun_ns(entry.name)) / 1e9
+            if entry.name < last or age_s > _DEAD_S:
+                store.remove(f"{path}/{entry.name}")
 
 
 def _begun_ns(generation: str) -> int:

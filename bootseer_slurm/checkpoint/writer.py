@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import queue
 import threading
 from types import TracebackType
 from typing import Any
 
 from bootseer_slurm.blob.manifest import CHUNK_BYTES, Layout, Manifest
-from bootseer_slurm.checkpoint.striped import finish, new_generation, split
+from bootseer_slurm.checkpoint.striped import generation_of, new_generation, publish, remove_older, split
 from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.store import Store, open_store
 
@@ -47,21 +48,29 @@ class _Stripe:
                 self._waiting.put(chunk, timeout=0.5)
                 return
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._say(None)
+
+    def join(self) -> None:
         """Wait until it is whole. Raises StoreError."""
-        self._end(None)
+        self._thread.join()
         self._raise()
 
     def abandon(self) -> None:
         """Take it away."""
-        self._end(_Abandoned())
+        self._say(_Abandoned())
+        self._thread.join()
 
-    def _end(self, last: _Abandoned | None) -> None:
+    def _say(self, last: _Abandoned | None) -> None:
         while self._thread.is_alive():
             with contextlib.suppress(queue.Full):
                 self._waiting.put(last, timeout=0.1)
-                break
-        self._thread.join()
+                return
+
+    @property
+    def is_own_thread(self) -> bool:
+        return threading.current_thread() is self._thread
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -102,6 +111,7 @@ class StripedWriter(io.RawIOBase):
 
     def _open(self, store: Store, objects: int) -> None:
         self.name = self._path
+        self._pid = os.getpid()
         self._store = store
         self._objects = max(1, min(objects, _LIMIT_OBJECTS))
         self._generation = new_generation()
@@ -150,14 +160,20 @@ class StripedWriter(io.RawIOBase):
             if self._chunk or not self._stripes:
                 self._put()
             for stripe in self._stripes:
-                stripe.close()
+                stripe.end()
+            for stripe in self._stripes:
+                stripe.join()
             # A short file has fewer objects than it may have.
             layout = Layout(self._size_bytes, objects=len(self._stripes))
-            finish(self._store, self._path, Manifest("checkpoint", layout, self._digests(), self._generation))
+            last = generation_of(self._store, self._path)
+            publish(
+                self._store, self._path, Manifest("checkpoint", layout, self._digests(), self._generation)
+            )
         except BaseException:
             self.abandon()
             raise
         super().close()
+        remove_older(self._store, self._path, self._generation, last)
 
     def _digests(self) -> bytes:
         chunks = -(-self._size_bytes // CHUNK_BYTES)
@@ -171,7 +187,9 @@ class StripedWriter(io.RawIOBase):
         for stripe in self._stripes:
             stripe.abandon()
         with contextlib.suppress(StoreError):
-            self._store.remove(f"{self._path}/{self._generation}")
+            # It may count all the same, where only the answer to the last write was lost.
+            if generation_of(self._store, self._path) != self._generation:
+                self._store.remove(f"{self._path}/{self._generation}")
         super().close()
 
     def __exit__(
@@ -183,8 +201,10 @@ class StripedWriter(io.RawIOBase):
             self.abandon()
 
     def __del__(self) -> None:
-        # One that was forgotten is not known to be whole.
-        if hasattr(self, "_stripes"):
+        # One that was forgotten is not known to be whole. A forked process has only a copy of it.
+        if not hasattr(self, "_stripes") or os.getpid() != self._pid:
+            return
+        if not any(stripe.is_own_thread for stripe in self._stripes):
             self.abandon()
 
 

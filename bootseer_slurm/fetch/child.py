@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import quote
 
 from bootseer_slurm.blob import trace
 from bootseer_slurm.blob.jobclass import RECORD_LIMIT_BYTES, class_path, decode_wishes
@@ -33,7 +34,7 @@ from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, decode
 from bootseer_slurm.blob.names import Base, Name, file_fingerprint, read_published, user_folder
 from bootseer_slurm.blob.stripes import Stripes
 from bootseer_slurm.checkpoint.locate import named_files
-from bootseer_slurm.checkpoint.striped import identity_of, open_file
+from bootseer_slurm.checkpoint.striped import MANIFEST, identity_of, open_file
 from bootseer_slurm.env.key import Key, differences, fingerprint_of, key_of, stored_name
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound
 from bootseer_slurm.fetch.original import fingerprint_now, open_original, reason
@@ -123,6 +124,8 @@ class Child:
     def _resolve(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Look a target up: what the user named, what the store has of it, and handles to read both."""
         kind, name = request["kind"], request["name"]
+        if kind == "checkpoint" and "://" not in name and os.path.exists(f"{name}/{MANIFEST}"):
+            return self._remote(f"file://{quote(os.path.realpath(name))}")
         reply: dict[str, Any] = {}
         fds: list[int] = []
         original: ObjectReader | None = None
@@ -170,8 +173,11 @@ class Child:
         opened = open_file(uri)
         handle = self._keep(opened.objects)
         if opened.manifest is None:
-            size_bytes = opened.layout.size_bytes
-            return {"origin": handle, "size_bytes": size_bytes, "identity": identity_of(uri)}, []
+            before, again = identity_of(uri), open_file(uri)
+            handle, size_bytes = self._keep(again.objects), again.layout.size_bytes
+            if identity_of(uri) != before:
+                raise InputError(f"checkpoint {uri}: was written while it was looked up")
+            return {"origin": handle, "size_bytes": size_bytes, "identity": before}, []
         blob = {"folder": uri, "handle": handle, "signature": ""}
         return {"blobs": [blob]}, [_memory_file(opened.manifest.encode())]
 

@@ -57,6 +57,7 @@ def test_the_newest_of_a_folder(node: Node) -> None:
     (root / "step_30" / "b.safetensors.tmp").unlink()
     assert shown(node, 3, str(root)) == later
     assert shown(node, 4, f"{root}/step_1*") == {path: Path(path).read_bytes() for path in map(str, (root / "step_10").iterdir())}
+    node.events(4)  # once it has ended
     records = [json.loads(path.read_text()) for path in (node.folder / "store").rglob("classes/*.json")]
     assert [wish[1] for record in records for wish in record["wishes"]] == [f"{root}/step_1*"], "not the files"
 

@@ -321,3 +321,106 @@ def test_what_is_no_name() -> None:
     for uri in ("", "relative/path", "/", "file:///", "s3://bucket"):
         with pytest.raises(InputError, match="neither an absolute path nor a URI"):
             bootseer_slurm.open(uri)
+
+
+class Failing(FileStore):
+    """A store that fails where a test says so: told the name of each call and its path."""
+
+    def __init__(self, root: Path, fails: Callable[[str, str], bool]) -> None:
+        super().__init__(root, plain=True)
+        self._fails = fails
+
+    def write(self, path: str, content: bytes) -> None:
+        if self._fails("before write", path):
+            raise StoreError("not written")
+        super().write(path, content)
+        if self._fails("after write", path):
+            raise StoreError("the answer was lost")
+
+    def remove(self, path: str) -> None:
+        if self._fails("remove", path):
+            raise StoreError("not removed")
+        super().remove(path)
+
+
+def new_file(tmp_path: Path, call: str, content: bytes) -> None:
+    store = Failing(tmp_path, lambda name, path: name == call)
+    with StripedWriter.in_store(store, "model") as file:
+        file.write(content)
+
+
+def test_old_generations_that_cannot_be_removed(tmp_path: Path) -> None:
+    for content in (b"one", b"two", b"three"):
+        new_file(tmp_path, "remove", content)
+    with ParallelFile(str(tmp_path / "model")) as file:
+        assert file.read() == b"three"
+    new_file(tmp_path, "none", b"four")
+    assert len([each for each in (tmp_path / "model").iterdir() if each.is_dir()]) == 2
+
+
+def test_a_manifest_that_is_not_written_or_whose_answer_is_lost(tmp_path: Path) -> None:
+    write(tmp_path / "model", b"before")
+    with pytest.raises(StoreError, match="not written"):
+        new_file(tmp_path, "before write", b"after")
+    assert ParallelFile(str(tmp_path / "model")).read() == b"before"
+    with pytest.raises(StoreError, match="answer was lost"):
+        new_file(tmp_path, "after write", b"after")
+    assert ParallelFile(str(tmp_path / "model")).read() == b"after", "it counts, and is whole"
+
+
+def test_a_writer_that_ends_after_two_others(tmp_path: Path) -> None:
+    slow = StripedWriter(str(tmp_path / "model"))
+    slow.write(CONTENT)
+    for content in (b"one", b"two"):
+        write(tmp_path / "model", content)
+    with pytest.raises(StoreError):
+        slow.close()
+    assert ParallelFile(str(tmp_path / "model")).read() == b"two"
+
+
+def test_a_forked_process_takes_nothing_away(tmp_path: Path) -> None:
+    code = f"""
+import os, sys, bootseer_slurm
+file = bootseer_slurm.open({str(tmp_path / 'model')!r}, "wb")
+file.write(bytes(9 * 2**20))
+if os.fork() == 0:
+    sys.exit(0)
+os.wait()
+file.close()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert ParallelFile(str(tmp_path / "model")).size == 9 * 2**20
+
+
+class Slow(FileStore):
+    def open(self, path: str, *, bulk: bool = False):  # type: ignore[no-untyped-def]
+        reader = super().open(path, bulk=bulk)
+        real = reader.read_into
+
+        def read_into(offset: int, view: memoryview) -> int:
+            time.sleep(0.05)
+            return real(offset, view)
+
+        reader.read_into = read_into  # type: ignore[method-assign]
+        return reader
+
+
+def test_more_readers_than_chunks_are_kept(tmp_path: Path) -> None:
+    content = CONTENT * 3
+    write(tmp_path / "model", content)
+    errors: list[BaseException] = []
+    with ParallelFile.of(striped.open_in(Slow(tmp_path), "model"), "model", streams=4) as file:
+
+        def read(number: int) -> None:
+            try:
+                offset = number * CHUNK_BYTES % (len(content) - 100)
+                assert bytes(file.view(offset, 100)) == content[offset : offset + 100]
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=read, args=(number,)) for number in range(45)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert errors == []

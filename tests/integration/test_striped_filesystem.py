@@ -74,3 +74,28 @@ def test_pyarrow(tmp_path: Path) -> None:
     assert (tmp_path / "table.parquet" / "manifest").exists()
     assert pyarrow.parquet.read_table(path, filesystem=filesystem).equals(table)
     assert pyarrow.parquet.read_table(path, filesystem=filesystem, columns=["n"]).num_rows == 100_000
+
+
+def test_names_behind_a_query_and_with_odd_characters(tmp_path: Path) -> None:
+    """As torch's FsspecWriter makes them: it joins names to the URL."""
+    base = f"bootseer+file://{tmp_path}/dir?option=a:1"
+    fs, path = fsspec.core.url_to_fs(base)
+    assert path == f"{tmp_path}/dir"
+    names = ("__0_0.distcp", ".metadata", "x#1.pt")
+    for name in names:
+        fs.pipe_file(f"{base}/{name}", name.encode())
+    assert [fs.cat_file(f"{tmp_path}/dir/{name}") for name in names] == [name.encode() for name in names]
+
+
+def test_what_could_destroy_data(tmp_path: Path) -> None:
+    fs, root = fsspec.core.url_to_fs(f"bootseer+file://{tmp_path}")
+    fs.pipe_file(f"{root}/step.tmp/a", b"one")
+    with pytest.raises(OSError, match="not empty"):
+        fs.rmdir(f"{root}/step.tmp")
+    fs.mv(f"{root}/step.tmp/a", f"{root}/step.tmp/a")
+    assert fs.cat_file(f"{root}/step.tmp/a") == b"one"
+    fs.mv(f"{root}/step.tmp", f"{root}/step")
+    assert fs.cat_file(f"{root}/step/a") == b"one" and not fs.exists(f"{root}/step.tmp")
+    with pytest.raises(NotImplementedError), fs.transaction:
+        fs.open(f"{root}/b", "wb")
+    assert not fs.exists(f"{root}/b")

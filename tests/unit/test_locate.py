@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bootseer_slurm.checkpoint.locate import newest
+from bootseer_slurm.checkpoint.locate import named_files, newest
 from bootseer_slurm.checkpoint.writer import StripedWriter
 from bootseer_slurm.errors import NotFound
 
@@ -29,7 +29,7 @@ def found(path: Path) -> str:
 
 def test_a_file_and_a_folder_of_steps(tmp_path: Path) -> None:
     root = tmp_path / "ckpt"
-    make(root, "step_900.pt", "step_1000.pt", "step_9.pt", "readme")
+    make(root, "step_900.pt", "step_1000.pt", "step_9.pt", "readme", "slurm-123456.out", "train_20240611.log")
     assert found(root) == "ckpt/step_1000.pt"
     assert found(root / "step_9.pt") == "step_9.pt"
     assert found(root / "step_9*.pt") == "step_900.pt"
@@ -98,3 +98,22 @@ def test_none(tmp_path: Path) -> None:
     for path in ("none", "empty", "*.pt"):
         with pytest.raises(NotFound):
             newest(str(tmp_path / path), now_s=NOW_S)
+
+
+def test_the_shards_of_one_are_no_steps(tmp_path: Path) -> None:
+    root = tmp_path / "model"
+    make(root, "consolidated.00.pth", "consolidated.01.pth", "params.json")
+    assert len(newest(str(root), now_s=NOW_S).files) == 3
+
+
+def test_a_folder_of_striped_files_is_seen_to_settle(tmp_path: Path) -> None:
+    root = tmp_path / "ckpt" / "step_1"
+    root.mkdir(parents=True)
+    for name in ("a", "b"):
+        with StripedWriter(str(root / name)) as file:
+            file.write(b"x")
+    with pytest.raises(NotFound):
+        newest(str(tmp_path / "ckpt"), now_s=time.time())
+    found = newest(str(tmp_path / "ckpt"), now_s=time.time() + 100)
+    assert found.striped == {"ckpt/step_1/a", "ckpt/step_1/b"}
+    assert named_files(str(root / "a")) == ([str(root / "a")], "")

@@ -21,6 +21,12 @@ from bootseer_slurm.errors import NotFound, StoreError
 from bootseer_slurm.store import Entry, Store
 
 _ATTEMPTS = 3
+_SETTINGS = {
+    "dfs.client.socket-timeout": "5000",  # ms; then the next replica is read. 60000 without this
+    # Some 20 s in all where no NameNode answers, instead of three minutes.
+    "dfs.client.failover.max.attempts": "8",
+    "dfs.client.failover.sleep.max.millis": "4000",
+}
 _Result = TypeVar("_Result")
 
 
@@ -73,7 +79,7 @@ class HdfsStore(Store):
         parts = urlsplit(uri)
         self._root = parts.path.rstrip("/")
         self._options = WriteOptions
-        self._client = _call(uri, "used as a store", lambda: Client(f"hdfs://{parts.netloc}"))
+        self._client = _call(uri, "used as a store", lambda: Client(f"hdfs://{parts.netloc}", _SETTINGS))
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}".rstrip("/") or "/"
@@ -175,6 +181,8 @@ def _call(path: str, what: str, work: Callable[[], _Result]) -> _Result:
 
 
 def _store_error(path: str, what: str, error: BaseException) -> StoreError | NotFound:
-    if isinstance(error, FileNotFoundError):
+    text = str(error).partition("\\n\\tat ")[0]  # of an error of the NameNode's its stack follows
+    # What is looked for below a file is not there; it is no matter of rights, as the NameNode has it.
+    if isinstance(error, FileNotFoundError) or "is not a directory" in text:
         return NotFound(f"{path}: no such file")
-    return StoreError(f"{path}: cannot be {what}: {error}")
+    return StoreError(f"{path}: cannot be {what}: {text}")

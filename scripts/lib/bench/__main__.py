@@ -14,12 +14,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import env, image, prolog
+from bench import checkpoint, env, image, prolog
 from bench.rows import Row
 from cluster.client import Cluster
 from cluster.layout import ClusterError
 
 BENCHMARKS = {"env": env.run, "image": image.run, "prolog": prolog.run}
+WITHOUT_CLUSTER = {"checkpoint": checkpoint.run}
 NODES = {"env": 1, "image": 1}  # what one that is started has; three, where nothing is said
 
 console = Console()
@@ -42,12 +43,24 @@ def show(rows: list[Row]) -> None:
 
 
 def main(
-    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.")],
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join([*BENCHMARKS, *WITHOUT_CLUSTER])}.")],
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
 ) -> None:
     """Measure, show a table, and write its rows. Exit status 0 when it could measure, targets met or not."""
-    if name not in BENCHMARKS:
-        raise typer.BadParameter(f"{name!r} is none of: {', '.join(BENCHMARKS)}")
+    if name not in [*BENCHMARKS, *WITHOUT_CLUSTER]:
+        raise typer.BadParameter(f"{name!r} is none of: {', '.join([*BENCHMARKS, *WITHOUT_CLUSTER])}")
+    try:
+        rows = WITHOUT_CLUSTER[name]() if name in WITHOUT_CLUSTER else on_cluster(name)
+    except ClusterError as error:
+        console.print(f"scripts/bench: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+    show(rows)
+    if json_path:
+        json_path.write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n")
+
+
+def on_cluster(name: str) -> list[Row]:
+    """The rows of a benchmark, on the cluster that is up or on one that is started for it."""
     cluster = Cluster.default()
     was_up = cluster.up
     try:
@@ -55,16 +68,10 @@ def main(
             with console.status("starting a cluster"):
                 cluster.script("up", "--nodes", str(NODES.get(name, 3)), timeout_s=900)
         console.print(f"measuring: {name}")
-        rows = BENCHMARKS[name](cluster)
-    except ClusterError as error:
-        console.print(f"scripts/bench: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
+        return BENCHMARKS[name](cluster)
     finally:
         if not was_up:
             cluster.script("down")
-    show(rows)
-    if json_path:
-        json_path.write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n")
 
 
 if __name__ == "__main__":

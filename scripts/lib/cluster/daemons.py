@@ -122,7 +122,7 @@ def start_munged(state: State) -> None:
     argv = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={layout.munge_socket}"]
     argv += [f"--pid-file={pid_file}", "--log-file=/run/munged.log", "--seed-file=/run/munged.seed"]
     start_daemon(state, CONTROLLER, "munged", argv)
-    await_ready(state, CONTROLLER, "munged", lambda: _accepts(str(layout.munge_socket)), timeout_s=15)
+    await_ready(state, CONTROLLER, "munged", lambda: accepts(str(layout.munge_socket)), timeout_s=15)
 
 
 def start_database(state: State, installation: subprocess.Popen[bytes]) -> None:
@@ -137,7 +137,7 @@ def start_database(state: State, installation: subprocess.Popen[bytes]) -> None:
     argv += ["--socket=/run/mysqld/mysqld.sock", "--pid-file=/run/mysqld/mysqld.pid", f"--init-file={script}"]
     start_daemon(state, CONTROLLER, "mariadb", argv + MARIADB_OPTIONS)
     socket_path = f"/proc/{state.init(CONTROLLER)}/root/run/mysqld/mysqld.sock"
-    await_ready(state, CONTROLLER, "mariadb", lambda: _accepts(socket_path), timeout_s=60)
+    await_ready(state, CONTROLLER, "mariadb", lambda: accepts(socket_path), timeout_s=60)
 
 
 def start_slurmdbd(state: State) -> None:
@@ -149,7 +149,7 @@ def start_slurmdbd(state: State) -> None:
     env = {"SLURM_CONF": str(layout.slurm_conf)}
     start_daemon(state, CONTROLLER, "slurmdbd", ["slurmdbd", "-D"], "slurm", env)
     address = (layout.address(CONTROLLER), SLURMDBD_PORT)
-    await_ready(state, CONTROLLER, "slurmdbd", lambda: _accepts(address), timeout_s=60)
+    await_ready(state, CONTROLLER, "slurmdbd", lambda: accepts(address), timeout_s=60)
     namespaces.run(pid, ["sacctmgr", "-i", "add", "cluster", "bootseer"])
     namespaces.run(pid, ["sacctmgr", "-i", "add", "account", GROUP])
     namespaces.run(pid, ["sacctmgr", "-i", "add", "user", *USERS, "root", f"account={GROUP}"])
@@ -203,7 +203,7 @@ def start_agent(state: State, node: str) -> None:
     argv = [str(AGENT), "--config", "/etc/bootseer/bootseer.toml", "agent"]
     start_daemon(state, node, "agent", argv)
     socket_path = f"/proc/{state.init(node)}/root/run/bootseer/agent.sock"
-    await_ready(state, node, "agent", lambda: _accepts(socket_path), timeout_s=20)
+    await_ready(state, node, "agent", lambda: accepts(socket_path), timeout_s=20)
 
 
 def stop_agent(state: State, node: str) -> None:
@@ -242,7 +242,7 @@ def crash_agent(state: State, node: str) -> None:
     agent.wait(5)
 
 
-def _accepts(address: str | tuple[str, int]) -> bool:
+def accepts(address: str | tuple[str, int]) -> bool:
     """True when something listens there."""
     with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as connection:
         connection.settimeout(2)

@@ -17,13 +17,13 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from cluster import namespaces, packages
-from cluster.daemons import await_ready, start_daemon
+from cluster.daemons import accepts, await_ready, start_daemon
 from cluster.layout import CONTROLLER, ClusterError, Layout, State, poll
 
 POM = Path(__file__).with_name("pom.xml")
 PACKAGES = ["iproute2"]
 JAVA_PACKAGES = ["maven", "openjdk-17-jre-headless"]  # where neither is on PATH
-RPC_PORT, HTTP_PORT = 8020, 9870
+RPC_PORT, HTTP_PORT, DATA_PORT = 8020, 9870, 9866
 HEAP_MIB = 256
 # Java 17 closes what Hadoop looks into.
 OPENED = ("java.base/java.lang=ALL-UNNAMED", "java.base/java.nio=ALL-UNNAMED")
@@ -143,8 +143,16 @@ def start_datanode(state: State, node: str) -> None:
 
 
 def wait_live(state: State, count: int, timeout_s: float = 60) -> None:
-    """Wait until so many DataNodes are live, and files can be written. Raises ClusterError."""
-    if not poll(lambda: _live_nodes(state) == count, timeout_s, interval_s=0.2):
+    """Wait until so many DataNodes are live, and files can be written. Raises ClusterError.
+
+    A DataNode that was killed is live for the NameNode for some seconds more, so each is asked too.
+    """
+    addresses = [(state.layout.address(node), DATA_PORT) for node in state.nodes]
+
+    def is_live() -> bool:
+        return all(map(accepts, addresses)) and _live_nodes(state) == count
+
+    if not poll(is_live, timeout_s, interval_s=0.2):
         log = state.layout.log(state.nodes[0], "datanode")
         raise ClusterError(f"{_live_nodes(state)} of {count} DataNodes are live after {timeout_s:g} s", log)
 

@@ -13,6 +13,7 @@ from bootseer_slurm.checkpoint.file import ParallelFile
 from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.store import open_store
 from tests.hdfs.conftest import NODES, Hdfs
+from tests.integration.node import wait_until
 from tests.stores import check_fsspec, check_objects, check_striped
 
 CONTENT = os.urandom(2**24) * 4
@@ -82,7 +83,14 @@ def test_all_datanodes_come_back_while_a_file_is_open(hdfs: Hdfs) -> None:
         for node in NODES:
             hdfs.script("control", node, "start")
         hdfs.script("wait")
-        assert bytes(file.view(0)) == CONTENT
+
+        def is_read() -> bool:
+            try:
+                return bytes(file.view(0)) == CONTENT
+            except StoreError:  # until all have told the NameNode which blocks they have
+                return False
+
+        wait_until(is_read, 60)
 
 
 def test_the_namenode_is_restarted(hdfs: Hdfs) -> None:

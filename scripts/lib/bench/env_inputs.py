@@ -22,7 +22,7 @@ SECOND = "home/alice/bench-env-second"
 VENV = "home/alice/bench-env-venv"
 VENV_ARCHIVE = "home/alice/bench-env-venv.tar.gz"
 VENV_SITE = f"lib/python{PYTHON}/site-packages"
-MORE = ("scikit-learn", "joblib", "threadpoolctl", "polars")  # 300 MB in 3,000 files
+MORE = ("scikit-learn", "joblib", "threadpoolctl", "polars")  # 10 MB of wheels, some of which is there already
 PEERS = Path("/var/tmp/bootseer-bench-peers-env")
 
 

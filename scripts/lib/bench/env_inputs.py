@@ -22,7 +22,7 @@ SECOND = "home/alice/bench-env-second"
 VENV = "home/alice/bench-env-venv"
 VENV_ARCHIVE = "home/alice/bench-env-venv.tar.gz"
 VENV_SITE = f"lib/python{PYTHON}/site-packages"
-MORE = ("scikit-learn", "joblib", "threadpoolctl", "polars")  # 10 MB of wheels, some of which is there already
+MORE = ("scikit-learn", "joblib", "threadpoolctl", "polars")  # 10 MB of wheels, some there already
 PEERS = Path("/var/tmp/bootseer-bench-peers-env")
 
 

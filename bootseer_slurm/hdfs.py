@@ -4,8 +4,8 @@ Owns the only use of hdfs_native, which `pip install bootseer-slurm[hdfs]` bring
 process it is in (or HADOOP_USER_NAME, as all clients of HDFS without Kerberos do). Its reads are positioned
 and may run in parallel; what its native part panics with, a BaseException, is a StoreError here.
 
-A read that fails is tried again with the file opened anew: where its blocks are is learned when it is
-opened, and those DataNodes may all be gone.
+A read that fails, or takes too long, is begun again with the file opened anew: where its blocks are is
+learned when it is opened, in another order each time, and those DataNodes may all be gone.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from bootseer_slurm.errors import NotFound, StoreError
 from bootseer_slurm.store import Entry, Store
 
-_ATTEMPTS = 3
+_ATTEMPTS = 4
+_HEDGE_S = 3.0  # a read that takes longer is begun a second time, from the replica that comes first then
+_LIMIT_S = 60.0
+_REOPEN_EVERY_S = 60.0  # from the beginning of one that failed
 _SETTINGS = {
     "dfs.client.socket-timeout": "5000",  # ms; then the next replica is read. 60000 without this
     # Some 20 s in all where no NameNode answers, instead of three minutes.
@@ -41,27 +46,63 @@ class HdfsReader:
         self._changed = _call(path, "opened", lambda: client.get_file_info(path).modification_time)
         self._file: Any = _call(path, "opened", lambda: client.read(path))
         self.size_bytes = len(self._file)
+        self._no_reopen_until_s = 0.0
 
     def read_into(self, offset: int, view: memoryview) -> int:
         wanted = min(len(view), max(0, self.size_bytes - offset))  # past the end the library panics
-        for attempt in range(_ATTEMPTS):
-            file = self._file
-            try:
-                return _call(self._path, "read", lambda: _fill(file, offset, view[:wanted]))  # noqa: B023
-            except StoreError:
-                if attempt + 1 == _ATTEMPTS:
-                    raise
-                self._reopen(file)
-        raise AssertionError("not reached")
+        if not wanted:
+            return 0
+        file = self._file
+        running = [self._begin(file, offset, wanted)]
+        begun, deadline_s = 1, time.monotonic() + _LIMIT_S
+        error: StoreError | NotFound = StoreError(f"{self._path}: does not answer")
+        while running and time.monotonic() < deadline_s:
+            ended, _ = wait(running, _HEDGE_S, FIRST_COMPLETED)
+            for future in ended:
+                try:
+                    return _copy(future.result(), view)
+                except (StoreError, NotFound) as failure:
+                    error = failure
+                    running.remove(future)
+            if begun < _ATTEMPTS:
+                begun += 1
+                try:
+                    file = self._reopen(file)
+                except (StoreError, NotFound) as failure:  # what runs may still end well
+                    error = failure
+                else:
+                    running.append(self._begin(file, offset, wanted))
+        raise error
 
-    def _reopen(self, failed: Any) -> None:
+    def _begin(self, file: Any, offset: int, size_bytes: int) -> Future[list[bytes]]:
+        """Read in a thread of its own: one that hangs is left to itself, without memory of the caller's."""
+        future: Future[list[bytes]] = Future()
+
+        def read() -> None:
+            try:
+                # As a stream of packets, which is faster than as one piece.
+                pieces = _call(self._path, "read", lambda: list(file.read_range_stream(offset, size_bytes)))
+                future.set_result(pieces)
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=read, name="hdfs-read", daemon=True).start()
+        return future
+
+    def _reopen(self, failed: Any) -> Any:
+        """The file opened anew, in place of one that failed. Raises StoreError."""
         with self._lock:
             if self._file is failed:
+                if time.monotonic() < self._no_reopen_until_s:  # a try takes long where no NameNode answers
+                    raise StoreError(f"{self._path}: cannot be opened again")
+                self._no_reopen_until_s = time.monotonic() + _REOPEN_EVERY_S
                 again = _call(self._path, "opened", lambda: self._client.read(self._path))
                 changed = _call(self._path, "opened", lambda: self._client.get_file_info(self._path))
+                self._no_reopen_until_s = 0.0
                 if (len(again), changed.modification_time) != (self.size_bytes, self._changed):
                     raise StoreError(f"{self._path}: was replaced while it was read")
                 self._file = again
+            return self._file
 
     def close(self) -> None:
         """Nothing is held but memory."""
@@ -161,10 +202,9 @@ class _Writer:
         return len(content)
 
 
-def _fill(file: Any, offset: int, view: memoryview) -> int:
-    """Read as a stream of packets, which is faster than as one piece."""
+def _copy(pieces: list[bytes], view: memoryview) -> int:
     done = 0
-    for piece in file.read_range_stream(offset, len(view)) if view else ():
+    for piece in pieces:
         view[done : done + len(piece)] = piece
         done += len(piece)
     return done

@@ -50,6 +50,17 @@ def test_one_gets_a_lease(hdfs: Hdfs) -> None:
     assert sorted(got) == [False] * 7 + [True]
 
 
+def test_the_namenode_is_restarted(hdfs: Hdfs) -> None:
+    uri = write(hdfs, "restarted")
+    with ParallelFile(uri) as file:
+        hdfs.script("control", "namenode", "kill")
+        assert file.read() == CONTENT, "what is open is read on"
+        hdfs.script("control", "namenode", "start")
+        hdfs.script("wait")
+    with ParallelFile(uri) as file:
+        assert file.read() == CONTENT
+
+
 def test_a_datanode_is_killed_in_the_middle_of_a_read(hdfs: Hdfs) -> None:
     uri = write(hdfs, "killed")
     hdfs.script("link", "all", "200mbit")
@@ -69,6 +80,15 @@ def test_a_datanode_is_killed_in_the_middle_of_a_read(hdfs: Hdfs) -> None:
     hdfs.script("control", "n2", "kill")
     reader.join(120)
     assert found == [CONTENT]
+
+
+def test_a_datanode_hangs(hdfs: Hdfs) -> None:
+    """It takes connections, and says nothing: its blocks are read from the other replica."""
+    uri = write(hdfs, "hangs")
+    hdfs.script("control", "n1", "hang")
+    with ParallelFile(uri) as file:
+        assert file.read() == CONTENT
+    hdfs.script("control", "n1", "start")
 
 
 def test_all_datanodes_come_back_while_a_file_is_open(hdfs: Hdfs) -> None:
@@ -91,17 +111,6 @@ def test_all_datanodes_come_back_while_a_file_is_open(hdfs: Hdfs) -> None:
                 return False
 
         wait_until(is_read, 60)
-
-
-def test_the_namenode_is_restarted(hdfs: Hdfs) -> None:
-    uri = write(hdfs, "restarted")
-    with ParallelFile(uri) as file:
-        hdfs.script("control", "namenode", "kill")
-        assert file.read() == CONTENT, "what is open is read on"
-        hdfs.script("control", "namenode", "start")
-        hdfs.script("wait")
-    with ParallelFile(uri) as file:
-        assert file.read() == CONTENT
 
 
 def damage(hdfs: Hdfs, nodes: tuple[str, ...], before: set[str]) -> None:

@@ -98,6 +98,7 @@ def write_settings(layout: Layout, nodes: list[str], replication: int) -> None:
                 # A killed DataNode is dead for the NameNode after some seconds, not after ten minutes.
                 "dfs.heartbeat.interval": "1",
                 "dfs.namenode.heartbeat.recheck-interval": "1000",
+                "dfs.namenode.safemode.extension": "0",
                 "dfs.datanode.data.dir": f"file://{data}/data",
                 "dfs.datanode.hostname": layout.address(node),
                 # Blocks are verified when they are read; nothing else shall read the disk.

@@ -74,6 +74,7 @@ def run() -> list[Row]:
         finally:
             hdfs("down")
             source.unlink(missing_ok=True)
+            FOLDER.rmdir()
 
 
 def hdfs(*arguments: str) -> str:

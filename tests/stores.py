@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
@@ -76,18 +76,13 @@ def check_striped(uri: str) -> None:
         assert file.read() == b"fourth"
     folder, name = split(uri)
     assert len([entry for entry in open_store(folder).scan(name) if entry.is_folder]) == 2
-    many: list[bool] = []
 
-    def read() -> None:
+    def read(_: int) -> bool:
         with ParallelFile(uri) as file:
-            many.append(file.read() == b"fourth")
+            return file.read() == b"fourth"
 
-    threads = [threading.Thread(target=read) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert many == [True] * 8
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, range(8))) == [True] * 8
 
 
 def check_fsspec(url: str) -> None:

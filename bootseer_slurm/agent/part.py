@@ -89,9 +89,7 @@ class Part:
     @property
     def note(self) -> Message:
         """What an agent after this one needs to hold the blob (held.py)."""
-        path = "" if self.folder and self.wish.kind == "environment" else self._path
-        if not path and not self.folder:
-            path = self.wish.name  # a URI
+        path = "" if self.folder else self._path or self.wish.name  # a URI
         return note_of(self.reader.blob.id, self.wish.kind, path=path, folder=self.folder)
 
     @property

@@ -137,11 +137,10 @@ class Target:
             if "size_bytes" in fields and found[0].layout.size_bytes != fields["size_bytes"]:
                 raise IntegrityError(f"{name}: the blob in the store has another size")
         elif "origin" in fields and self._original is not None:
-            found = [self._original_content(int(fields["size_bytes"]))]
+            blob_id = adopted_id(self.path or "", os.fstat(self._original))
+            found = [self._without_manifest(blob_id, int(fields["size_bytes"]))]
         elif "identity" in fields:  # a checkpoint of a URI, which has no path
-            layout = _original_layout(int(fields["size_bytes"]))
-            self._allow(max(0, layout.blocks) * DIGEST_BYTES)
-            found = [Content(remote_id(fields["identity"]), layout, None)]
+            found = [self._without_manifest(remote_id(fields["identity"]), int(fields["size_bytes"]))]
         elif self.warning:
             raise StoreError(self.warning)
         elif kind == "environment":
@@ -156,11 +155,11 @@ class Target:
             found[0].sources.append(original_source(self._process, fields["origin"], found[0].layout))
         return found
 
-    def _original_content(self, size_bytes: int) -> Content:
-        assert self._original is not None
-        layout = _original_layout(size_bytes)
+    def _without_manifest(self, blob_id: str, size_bytes: int) -> Content:
+        """A file that is used as it lies. A digest a block is kept in memory: a huge one has large blocks."""
+        layout = Layout(size_bytes, CHUNK_BYTES if size_bytes > _HUGE_BYTES else BLOCK_BYTES)
         self._allow(max(0, layout.blocks) * DIGEST_BYTES)
-        return Content(adopted_id(self.path or "", os.fstat(self._original)), layout, None)
+        return Content(blob_id, layout, None)
 
     def mount_snapshot(self, folder: Path, disk: Path, key: Key, *, writable: bool) -> None:
         """Mount an environment's snapshot, or take up the mount there: the fastest way that this node has.
@@ -245,8 +244,3 @@ class Target:
         if self._original is not None:
             os.close(self._original)
             self._original = None
-
-
-def _original_layout(size_bytes: int) -> Layout:
-    """A digest a block is kept in memory: a huge file has large blocks."""
-    return Layout(size_bytes, CHUNK_BYTES if size_bytes > _HUGE_BYTES else BLOCK_BYTES)

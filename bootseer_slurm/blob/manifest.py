@@ -103,6 +103,14 @@ class Manifest:
         return hashlib.sha256(replace(self, generation="").encode()).hexdigest()
 
 
+def digests_of(chunk: memoryview, block_bytes: int) -> bytes:
+    """The digests of a chunk's blocks, one after the other."""
+    return b"".join(
+        hashlib.sha256(chunk[start : start + block_bytes]).digest()
+        for start in range(0, len(chunk), block_bytes)
+    )
+
+
 def decode(content: bytes) -> Manifest:
     """The manifest in a manifest file's bytes.
 

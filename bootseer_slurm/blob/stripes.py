@@ -3,7 +3,29 @@
 from __future__ import annotations
 
 from bootseer_slurm.blob.manifest import Layout
-from bootseer_slurm.store import ObjectReader
+from bootseer_slurm.errors import IntegrityError, NotFound
+from bootseer_slurm.store import ObjectReader, Store
+
+
+def open_stripes(store: Store, folder: str, layout: Layout) -> list[ObjectReader]:
+    """Open all objects that lie in a folder of the store; the caller closes them.
+
+    Raises NotFound where one is missing, IntegrityError where one is not whole, StoreError.
+    """
+    readers: list[ObjectReader] = []
+    try:
+        for index in range(layout.objects):
+            reader = store.open(f"{folder}/{index}", bulk=True)
+            readers.append(reader)
+            if reader.size_bytes != layout.object_size(index):
+                raise IntegrityError(f"{folder}: stripe {index} is of {reader.size_bytes} bytes: not whole")
+    except BaseException as error:
+        for each in readers:
+            each.close()
+        if isinstance(error, NotFound):
+            raise NotFound(f"{folder}: stripe {len(readers)} is missing") from error
+        raise
+    return readers
 
 
 class Stripes:

@@ -5,7 +5,6 @@ Runs as the user who owns the file, on any node. Threads: one for each object, f
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import time
@@ -14,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
-from bootseer_slurm.blob.manifest import DIGEST_BYTES, Layout, Manifest
+from bootseer_slurm.blob.manifest import DIGEST_BYTES, Layout, Manifest, digests_of
 from bootseer_slurm.blob.names import Base, Name, user_folder, wait_until_settled, write_name
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.store import FileReader, Store
@@ -119,10 +118,9 @@ def _write_object(
             chunk = buffer[: min(layout.chunk_bytes, layout.size_bytes - offset)]
             if source.read_into(offset, chunk) != len(chunk):
                 raise BootseerError("the file became shorter while it was read", hint="try again")
-            for start in range(0, len(chunk), layout.block_bytes):
-                block = (offset + start) // layout.block_bytes
-                digest = hashlib.sha256(chunk[start : start + layout.block_bytes]).digest()
-                digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES] = digest
+            made = digests_of(chunk, layout.block_bytes)
+            first = offset // layout.block_bytes * DIGEST_BYTES
+            digests[first : first + len(made)] = made
             if target is not None:
                 target.write(chunk)
             progress(len(chunk))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, Manifest, decode
+from bootseer_slurm.blob.stripes import open_stripes
 from bootseer_slurm.errors import InputError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.store import ObjectReader, Store, open_store
 
@@ -62,20 +63,11 @@ def open_in(store: Store, path: str) -> Opened:
     if manifest is None:
         reader = store.open(path, bulk=True)
         return Opened(Layout(reader.size_bytes), [reader], None)
-    opened: list[ObjectReader] = []
     try:
-        for index in range(manifest.layout.objects):
-            reader = store.open(f"{path}/{manifest.generation}/{index}", bulk=True)
-            opened.append(reader)
-            if reader.size_bytes != manifest.layout.object_size(index):
-                raise IntegrityError(f"{path}: stripe {index} is of {reader.size_bytes} bytes: not whole")
-    except BaseException as error:
-        for each in opened:
-            each.close()
-        if isinstance(error, NotFound):
-            raise IntegrityError(f"{path}: stripe {len(opened)} is missing") from error
-        raise
-    return Opened(manifest.layout, opened, manifest)
+        objects = open_stripes(store, f"{path}/{manifest.generation}", manifest.layout)
+    except NotFound as error:
+        raise IntegrityError(error.message) from error
+    return Opened(manifest.layout, objects, manifest)
 
 
 def read_manifest(store: Store, path: str) -> Manifest | None:

@@ -7,7 +7,6 @@ Threads: one for each object, at most `_THREADS`; each has at most two chunks wa
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import queue
@@ -15,7 +14,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
-from bootseer_slurm.blob.manifest import CHUNK_BYTES, Layout, Manifest
+from bootseer_slurm.blob.manifest import CHUNK_BYTES, Layout, Manifest, digests_of
 from bootseer_slurm.checkpoint.striped import generation_of, new_generation, publish, remove_older, split
 from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.store import Store, open_store
@@ -206,11 +205,3 @@ class StripedWriter(io.RawIOBase):
             return
         if not any(stripe.is_own_thread for stripe in self._stripes):
             self.abandon()
-
-
-def digests_of(chunk: memoryview, block_bytes: int) -> bytes:
-    """The digests of a chunk's blocks, one after the other."""
-    return b"".join(
-        hashlib.sha256(chunk[start : start + block_bytes]).digest()
-        for start in range(0, len(chunk), block_bytes)
-    )

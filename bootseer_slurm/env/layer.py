@@ -2,8 +2,8 @@
 
 A layer is a squashfs of what is new or changed, with whiteouts for what is gone. It lies over a whole
 snapshot, never over another layer, so that a start mounts two things at most. What is to be compared with is
-kept beside each whole snapshot in the store, as its object "files": Parquet, a row for each file, folder and
-link, with the columns
+kept beside each snapshot and each layer in the store, as its object "files": Parquet, a row for each file,
+folder and link that it holds, with the columns
 
     path binary, mode uint32, size_bytes int64, mtime_ns int64, ctime_ns int64, link binary, digest binary
 

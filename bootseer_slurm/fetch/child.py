@@ -32,7 +32,7 @@ from bootseer_slurm.blob import trace
 from bootseer_slurm.blob.jobclass import RECORD_LIMIT_BYTES, class_path, decode_wishes
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, decode
 from bootseer_slurm.blob.names import Base, Name, file_fingerprint, read_published, user_folder
-from bootseer_slurm.blob.stripes import Stripes
+from bootseer_slurm.blob.stripes import Stripes, open_stripes
 from bootseer_slurm.checkpoint.locate import named_files
 from bootseer_slurm.checkpoint.striped import MANIFEST, identity_of, open_file
 from bootseer_slurm.env.key import Key, differences, fingerprint_of, key_of, stored_name
@@ -171,15 +171,16 @@ class Child:
     def _remote(self, uri: str) -> tuple[dict[str, Any], list[int]]:
         """A checkpoint that is named by its URI: a striped file, or one that is read as it lies."""
         opened = open_file(uri)
-        handle = self._keep(opened.objects)
-        if opened.manifest is None:
-            before, again = identity_of(uri), open_file(uri)
-            handle, size_bytes = self._keep(again.objects), again.layout.size_bytes
-            if identity_of(uri) != before:
-                raise InputError(f"checkpoint {uri}: was written while it was looked up")
-            return {"origin": handle, "size_bytes": size_bytes, "identity": before}, []
-        blob = {"folder": uri, "handle": handle, "signature": ""}
-        return {"blobs": [blob]}, [_memory_file(opened.manifest.encode())]
+        if opened.manifest is not None:
+            blob = {"folder": uri, "handle": self._keep(opened.objects), "signature": ""}
+            return {"blobs": [blob]}, [_memory_file(opened.manifest.encode())]
+        opened.close()
+        identity = identity_of(uri)  # before and after it is opened: its bytes are kept under that
+        opened = open_file(uri)
+        if identity_of(uri) != identity:
+            raise InputError(f"checkpoint {uri}: was written while it was looked up")
+        handle, size_bytes = self._keep(opened.objects), opened.layout.size_bytes
+        return {"origin": handle, "size_bytes": size_bytes, "identity": identity}, []
 
     def _environment(
         self, path: str, image: str, job_class: str
@@ -254,14 +255,7 @@ class Child:
         manifest = decode(content)
         if manifest.id != blob.blob:
             raise IntegrityError(f"{folder}: the manifest in the store is not the one that was saved")
-        readers: list[ObjectReader] = []
-        for index in range(manifest.layout.objects):
-            reader = store.open(f"{folder}/{index}", bulk=True)
-            readers.append(reader)
-            if reader.size_bytes != manifest.layout.object_size(index):
-                for each in readers:
-                    each.close()
-                raise IntegrityError(f"{folder}: stripe {index} in the store is not whole")
+        readers = open_stripes(store, folder, manifest.layout)
         reply = {"folder": folder, "handle": self._keep(readers), "signature": blob.signature}
         return reply, content, Stripes(manifest.layout, readers)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -41,12 +42,8 @@ def test_fsspec(hdfs: Hdfs) -> None:
 def test_one_gets_a_lease(hdfs: Hdfs) -> None:
     """Unlike other stores HDFS has an exclusive create."""
     stores = [open_store(f"{hdfs.uri}/lease") for _ in range(8)]
-    got: list[bool] = []
-    threads = [threading.Thread(target=lambda s=store: got.append(s.create("one", b"x"))) for store in stores]  # type: ignore[misc]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda store: store.create("one", b"x"), stores))
     assert sorted(got) == [False] * 7 + [True]
 
 

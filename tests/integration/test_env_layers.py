@@ -115,6 +115,16 @@ def writable(node: Node, job: int, root: Path, **fields: object) -> Path:
     return Path(f"/proc/self/fd/{attach(node, job)[str(root)]}")
 
 
+def start_that_installs(node: Node) -> tuple[Path, Path]:
+    """A saved environment, and how job 1 sees it, which installs a package there."""
+    root = make_large_venv(node)
+    node.bootseer("env", "save", str(root))
+    node.start()
+    view = writable(node, 1, root)
+    install(view, "extra")
+    return root, view
+
+
 def test_only_what_changed_is_saved_and_each_way_shows_the_same() -> None:
     with node_of() as node:
         root = make_large_venv(node)
@@ -327,11 +337,7 @@ def test_what_a_start_installs_is_there_at_the_next(packed: str) -> None:
 
 def test_what_a_start_installed_over_a_snapshot_that_was_replaced(node: Node) -> None:
     """Saved over another one it would show files that the job never saw."""
-    root = make_large_venv(node)
-    node.bootseer("env", "save", str(root))
-    node.start()
-    view = writable(node, 1, root)
-    install(view, "extra")
+    root, view = start_that_installs(node)
     (package(root).parent / "thing-1.0.dist-info").rename(package(root).parent / "thing-2.0.dist-info")
     node.bootseer("env", "save", str(root))
     saved(node, 1)
@@ -499,11 +505,7 @@ def test_an_installer_that_runs_on_after_the_start_was_quiet(monkeypatch: pytest
 
 def test_an_agent_that_is_killed_after_the_layer_was_saved(node: Node) -> None:
     """What the job sees stays what it was, and what it wrote since."""
-    root = make_large_venv(node)
-    node.bootseer("env", "save", str(root))
-    node.start()
-    view = writable(node, 1, root)
-    install(view, "extra")
+    root, view = start_that_installs(node)
     saved(node, 1)
     as_alice(view, f"echo later > {PACKAGES}/later")
     node.crash()
@@ -515,11 +517,7 @@ def test_an_agent_that_is_killed_after_the_layer_was_saved(node: Node) -> None:
 
 
 def test_a_squashfuse_that_died_below_a_layer(node: Node) -> None:
-    root = make_large_venv(node)
-    node.bootseer("env", "save", str(root))
-    node.start()
-    view = writable(node, 1, root)
-    install(view, "extra")
+    root, view = start_that_installs(node)
     subprocess.run(["pkill", "-9", "-f", f"squashfuse.*{node.folder}"], check=True)
     node.crash()
     again = Path(f"/proc/self/fd/{attach(node, 1)[str(root)]}")
@@ -551,11 +549,7 @@ mounts.mount = mount
 
 
 def test_what_was_installed_is_damaged_but_the_snapshot_is_not(node: Node) -> None:
-    root = make_large_venv(node)
-    node.bootseer("env", "save", str(root))
-    node.start()
-    view = writable(node, 1, root)
-    install(view, "extra")
+    root, view = start_that_installs(node)
     saved(node, 1)
     end(node, 1, view)
     (layer,) = (name for name in names(node) if name.get("base"))

@@ -21,6 +21,7 @@ from cluster.layout import ClusterError
 
 BENCHMARKS = {"env": env.run, "image": image.run, "prolog": prolog.run}
 WITHOUT_CLUSTER = {"checkpoint": checkpoint.run}
+NAMES = [*BENCHMARKS, *WITHOUT_CLUSTER]
 NODES = {"env": 1, "image": 1}  # what one that is started has; three, where nothing is said
 
 console = Console()
@@ -43,12 +44,12 @@ def show(rows: list[Row]) -> None:
 
 
 def main(
-    name: Annotated[str, typer.Argument(help=f"One of: {', '.join([*BENCHMARKS, *WITHOUT_CLUSTER])}.")],
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(NAMES)}.")],
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
 ) -> None:
     """Measure, show a table, and write its rows. Exit status 0 when it could measure, targets met or not."""
-    if name not in [*BENCHMARKS, *WITHOUT_CLUSTER]:
-        raise typer.BadParameter(f"{name!r} is none of: {', '.join([*BENCHMARKS, *WITHOUT_CLUSTER])}")
+    if name not in NAMES:
+        raise typer.BadParameter(f"{name!r} is none of: {', '.join(NAMES)}")
     try:
         rows = WITHOUT_CLUSTER[name]() if name in WITHOUT_CLUSTER else on_cluster(name)
     except ClusterError as error:

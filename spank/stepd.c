@@ -96,9 +96,10 @@ static bool add_request(spank_t spank, struct agent_message *message)
 
 /* Without the restart count: Slurm 22.05 answers 0 to S_SLURM_RESTART_COUNT in every step. The agent knows it from the
  * prolog. */
-static void add_identity(const struct attach_user *user, struct agent_message *message)
+static void add_identity(spank_t spank, const struct attach_user *user, struct agent_message *message)
 {
 	const char *node_name = getenv("SLURMD_NODENAME"); /* slurmstepd sets it for itself */
+	uint64_t memory_mb; /* that the job has on this node; 0: Slurm does not limit it */
 	char *list = NULL;
 	size_t list_size = 0;
 	FILE *out = open_memstream(&list, &list_size);
@@ -116,6 +117,8 @@ static void add_identity(const struct attach_user *user, struct agent_message *m
 	}
 	if (node_name != NULL)
 		agent_add(message, "NODENAME", node_name);
+	if (spank_get_item(spank, S_JOB_ALLOC_MEM, &memory_mb) == ESPANK_SUCCESS)
+		agent_addf(message, "MEMORY_MB", "%" PRIu64, memory_mb);
 }
 
 static void report_not_shown(const char *target, const char *reason)
@@ -228,7 +231,7 @@ void stepd_attach(spank_t spank)
 		agent_message_free(&request);
 		return;
 	}
-	add_identity(&user, &request);
+	add_identity(spank, &user, &request);
 	error = agent_call(plugin_config.socket_path, &request, deadline_ns, &reply);
 	agent_message_free(&request);
 	if (error == -ENOENT || error == -ECONNREFUSED) {

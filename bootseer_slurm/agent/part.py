@@ -20,13 +20,14 @@ from bootseer_slurm.agent.source import FetchSource, flat
 from bootseer_slurm.blob import trace
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
 from bootseer_slurm.blob.reader import OnFault, Source, Usage
-from bootseer_slurm.blob.trace import Plan, Recorder, decode_plan
+from bootseer_slurm.blob.trace import SETTLED_STARTS, Plan, Recorder, decode_plan
 from bootseer_slurm.env.attach import Snapshot, squashfuse
 from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
 from bootseer_slurm.fetch.process import FetchProcess
 from bootseer_slurm.image.trust import Key, is_signed
 
 _PATH_LIMIT = 4096
+_WHOLE = 0.9  # a checkpoint's file of which a start reads this share is brought whole, from front to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,10 @@ class Content:
 
 
 class Part:
-    """A blob in use. path and fingerprint: of the original. label: what events call it."""
+    """A blob in use. path and fingerprint: of the original. label: what events call it.
+
+    place: of a file of a checkpoint, what it is to this node, whatever step the checkpoint is of.
+    """
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class Part:
         label: str,
         path: str,
         fingerprint: str,
+        place: str,
         mtime_ns: int,
         on_fault: OnFault,
     ) -> None:
@@ -63,6 +68,7 @@ class Part:
         self.label = label
         self.folder = content.folder
         self.plan = Plan()
+        self.is_settled = False  # what it says is all that a start touches
         self.recorder: Recorder | None = None
         self._job = job
         self._content = content
@@ -70,6 +76,7 @@ class Part:
         self._shelf = shelf
         self._path = path
         self._fingerprint = fingerprint
+        self._place = place
         self._on_fault = on_fault
         self._snapshot: Snapshot | None = None
         self.reader, self.warm = shelf.take(
@@ -94,7 +101,12 @@ class Part:
 
     @property
     def trace_key(self) -> str:
-        """What its traces are kept under: the same on all nodes, unlike the id of an adopted file."""
+        """What its traces are kept under: the same on all nodes, unlike the id of an adopted file.
+
+        Of checkpoints each start has a new one, and each node its own part of it.
+        """
+        if self._place:
+            return "place-" + hashlib.sha256(self._place.encode(errors="replace")).hexdigest()
         if not self.reader.blob.adopted:
             return self.reader.blob.id
         return "file-" + hashlib.sha256(f"{self._path}\0{self._fingerprint}".encode()).hexdigest()
@@ -131,8 +143,6 @@ class Part:
 
     def take_plan(self, job_class: str) -> None:
         """Learn what earlier starts touched. Without a plan, what is read comes when it is read."""
-        if self.wish.kind == "checkpoint":
-            return
         layout = self.reader.blob.layout
         fields: dict[str, Any] = {"class": job_class, "blob": self.trace_key}
         fields |= {"blocks": layout.blocks, "block_bytes": layout.block_bytes}
@@ -145,12 +155,20 @@ class Part:
             if "warning" in reply.fields:
                 self._on_fault("trace_damaged", str(reply.fields["warning"]))
             content = os.pread(reply.fds[0], trace.LIMIT_BYTES, 0)
-            self.plan = decode_plan(content, blocks=layout.blocks)
+            self._use_plan(decode_plan(content, blocks=layout.blocks))
         except IntegrityError as error:
             self._on_fault("plan_not_used", error.message)
         finally:
             for fd in reply.fds:
                 os.close(fd)
+
+    def _use_plan(self, plan: Plan) -> None:
+        self.is_settled = plan.full_starts >= SETTLED_STARTS
+        if self.wish.kind == "checkpoint":
+            is_whole = len(plan.blocks) >= _WHOLE * self.reader.blob.layout.blocks
+            if is_whole or not plan.full_starts:  # nothing but a plan is brought: it must know all
+                return
+        self.plan = plan
 
     def push(self) -> None:
         """Have what is prefetched of it given to the kernel."""
@@ -184,7 +202,12 @@ class Part:
 
     @property
     def path(self) -> Path:
-        """Where the blob can be bound from: its cache file once it is complete, before that the FUSE file."""
+        """Where the blob can be bound from: its cache file once it is complete, before that the FUSE file.
+
+        A checkpoint's stays the FUSE file until it is known what of it a start reads, for that is seen there.
+        """
+        if self.wish.kind == "checkpoint" and not self.is_settled:
+            return self.served_path
         return self._shelf.path(self.reader)
 
     def close(self) -> None:

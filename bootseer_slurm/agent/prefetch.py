@@ -2,9 +2,11 @@
 
 Three queues, the first that has work goes on:
 
-    hot     what a start touches: the tables of images, then the blocks of all plans by the time of touch
-    whole   checkpoints, and what has no plan: all of it
-    cold    the rest, once the start is over: one run at a time, and `cold_rate` bytes a second
+    hot     what a start touches: the tables of images, then the blocks of all plans by the time of touch, and
+            both ends of checkpoints, where their headers are
+    whole   what has no plan: all of it
+    cold    the rest, once the start is over: one run at a time, and `cold_rate` bytes a second; not of
+            checkpoints with a plan, for the next start has another one
 
 Reads that somebody waits for go before all of these (fetch/turns.py). During the start nothing is fetched of
 a blob with a plan but the plan, for the link is then the job's. Threads: `streams` of its own, started with
@@ -18,14 +20,14 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import psutil
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
+from bootseer_slurm.agent.hot import hot_times, runs
+from bootseer_slurm.agent.memory import Memory
 from bootseer_slurm.agent.part import Part
-from bootseer_slurm.blob.manifest import Layout
 from bootseer_slurm.blob.reader import OnFault
 from bootseer_slurm.blob.trace import Plan
 from bootseer_slurm.config import PrefetchConfig
@@ -35,13 +37,14 @@ from bootseer_slurm.fetch.turns import Turns
 
 _ATTEMPTS = 5
 _ORDER = ("checkpoint", "environment", "image")
-# Blocks of a plan that lie side by side, and are this near each other in it, go by one read.
-_NEAR_BLOCKS = 64
 _FORECAST_EVERY_S = 0.05
 _FORECAST_MARGIN = 1.1  # what is late comes as soon as it is asked for: reads go before the prefetch
 _OTHERS_S = 1.0  # a wait for a block that others fetch, before it is looked at again
-_PUSH_SHARE = 8
 _FIRST_LIMIT_BYTES = 64 * 2**20
+_END_BYTES = (
+    2**20
+)  # of a checkpoint: safetensors has its header in front, a zip (.pt) its directory at the end
+_LATE_MS = 2**32  # after what is known to be touched
 _NO_PLAN = Plan()
 
 
@@ -82,7 +85,9 @@ class _Run:
 class Prefetch:
     """Brings parts until it is stopped. Thread-safe."""
 
-    def __init__(self, turns: Turns, config: PrefetchConfig, *, log: EventLog, on_fault: OnFault) -> None:
+    def __init__(
+        self, turns: Turns, config: PrefetchConfig, memory: Memory, *, log: EventLog, on_fault: OnFault
+    ) -> None:
         """turns: of the fetch process that reads. on_fault(name, message): told of what cannot be read."""
         self._turns = turns
         self._config = config
@@ -91,7 +96,7 @@ class Prefetch:
         self._works: list[_Work] = []
         self._hot: list[_Run] = []  # a heap
         self._numbers = itertools.count()
-        self._push_left_bytes = push_budget_bytes()
+        self._memory = memory
         self._start_over = False
         self._cold_busy = False
         self._cold_from_s = 0.0
@@ -99,17 +104,28 @@ class Prefetch:
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
 
-    def add(self, part: Part, *, plan: Plan = _NO_PLAN, first: Sequence[tuple[int, int]] = ()) -> None:
-        """Bring this part's blocks too. first: ranges (offset, bytes) that its start needs at once."""
+    def add(
+        self,
+        part: Part,
+        *,
+        plan: Plan = _NO_PLAN,
+        first: Sequence[tuple[int, int]] = (),
+        ends: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Bring this part's blocks too.
+
+        first: ranges (offset, bytes) that its start needs at once. ends: those that come after all plans.
+        """
         layout = part.reader.blob.layout
         self._log.emit("prefetch", "begin", bytes=layout.size_bytes, target=part.label, what=part.wish.kind)
-        times_ms = _hot_times(layout, plan, first)
-        work = _Work(part, times_ms, bool(plan.blocks))
+        planned = bool(plan.blocks or plan.full_starts)
+        times_ms = hot_times(layout, plan, first, ends if plan.blocks or not planned else ())
+        work = _Work(part, times_ms, planned)
         lacking = work.lacking()
         with self._changed:
             self._works.append(work)
             self._works.sort(key=lambda work: _ORDER.index(work.part.wish.kind))
-            for block, first_block, last_block in _runs(lacking, layout.chunk_bytes // layout.block_bytes):
+            for block, first_block, last_block in runs(lacking, layout.chunk_bytes // layout.block_bytes):
                 self._queue(work, times_ms[block], first_block, last_block)
             if not lacking:
                 self._end_hot(work, there=True)
@@ -262,7 +278,11 @@ class Prefetch:
 
     def _fetch_any(self, work: _Work) -> int:
         with self._turns.prefetch() as limit_bytes:
-            return 0 if self._over.is_set() else work.part.reader.prefetch_run(limit_bytes)
+            if self._over.is_set():
+                return 0
+            offset, size_bytes = work.part.reader.prefetch_run(limit_bytes)
+        self._account(work, offset, size_bytes)
+        return size_bytes
 
     def _fetch_hot(self, work: _Work, first: int, last: int) -> int:
         reader = work.part.reader
@@ -270,10 +290,15 @@ class Prefetch:
         with self._turns.prefetch(size_bytes) as limit_bytes:
             if self._over.is_set():
                 return last + 1
-            with self._changed:
-                push = reader.push is not None and self._push_left_bytes >= limit_bytes
-                self._push_left_bytes -= limit_bytes if push else 0
-            return reader.prefetch_blocks(first, last, limit_bytes, push=push)
+            push = reader.push is not None and self._memory.may_push(limit_bytes)
+            end = reader.prefetch_blocks(first, last, limit_bytes, push=push)
+        block_bytes = reader.blob.layout.block_bytes
+        self._account(work, first * block_bytes, (end - first) * block_bytes)
+        return end
+
+    def _account(self, work: _Work, offset: int, size_bytes: int) -> None:
+        if work.part.wish.kind == "checkpoint":
+            self._memory.brought(work.part.reader.blob, offset, size_bytes)
 
     # With the lock held
 
@@ -311,7 +336,8 @@ class Prefetch:
 
     def _settle(self, work: _Work) -> None:
         """See whether a part is done with: all is there, or nothing more will be brought."""
-        never = not self._config.cold_rate_bytes and (work.planned or self._start_over)
+        never = work.planned and work.part.wish.kind == "checkpoint"
+        never = never or (not self._config.cold_rate_bytes and (work.planned or self._start_over))
         if work.hot_over and (never or (work.planned and work.part.reader.blob.complete)):
             work.exhausted = True
         if work.hot_over and work.exhausted and not (work.in_flight or work.ended or self._over.is_set()):
@@ -330,52 +356,3 @@ class Prefetch:
             target=work.part.label,
             what=work.part.wish.kind,
         )
-
-
-def push_budget_bytes() -> int:
-    """How much of the memory that is free one job may have filled ahead of its reads."""
-    return psutil.virtual_memory().available // _PUSH_SHARE
-
-
-def first_ranges(value: object, size_bytes: int) -> tuple[tuple[int, int], ...]:
-    """The ranges (offset, bytes) that a fetch process says a mount needs first; what cannot be is left out.
-
-    size_bytes: of the blob.
-    """
-    ranges = []
-    left_bytes = _FIRST_LIMIT_BYTES
-    for each in value[:8] if isinstance(value, list) else []:
-        if isinstance(each, list) and len(each) == 2 and all(type(number) is int for number in each):
-            offset, count = each
-            if 0 <= offset < size_bytes and 0 < count <= min(left_bytes, size_bytes - offset):
-                ranges.append((offset, count))
-                left_bytes -= count
-    return tuple(ranges)
-
-
-def _hot_times(layout: Layout, plan: Plan, first: Iterable[tuple[int, int]]) -> dict[int, int]:
-    """When a start touches each hot block, in ms and in that order; what a mount needs comes before all."""
-    times_ms: dict[int, int] = {}
-    for offset, size_bytes in first:
-        last = (offset + size_bytes - 1) // layout.block_bytes
-        times_ms.update(dict.fromkeys(range(offset // layout.block_bytes, last + 1), -1))
-    for block, at_ms in zip(plan.blocks, plan.times_ms, strict=True):
-        times_ms.setdefault(block, at_ms)
-    return times_ms
-
-
-def _runs(blocks: Sequence[int], per_chunk: int) -> Iterator[tuple[int, int, int]]:
-    """The blocks as runs within chunks: (the block whose turn it is, the first, the last)."""
-    near = set(blocks[:_NEAR_BLOCKS])
-    for index, block in enumerate(blocks):
-        near.update(blocks[index + _NEAR_BLOCKS : index + _NEAR_BLOCKS + 1])
-        if block not in near:
-            continue  # it went with an earlier one
-        chunk = range(block // per_chunk * per_chunk, (block // per_chunk + 1) * per_chunk)
-        first = last = block
-        while last + 1 in chunk and last + 1 in near:
-            last += 1
-        while first - 1 in chunk and first - 1 in near:
-            first -= 1
-        near.difference_update(range(first, last + 1))
-        yield block, first, last

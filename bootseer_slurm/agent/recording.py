@@ -17,12 +17,10 @@ from typing import Any
 from bootseer_slurm.agent.part import Part
 from bootseer_slurm.agent.publish import Publisher
 from bootseer_slurm.agent.request import Job
-from bootseer_slurm.blob.trace import Recorder, Trace
+from bootseer_slurm.blob.trace import MAX_TOUCHES, Recorder, Trace
 from bootseer_slurm.config import PrefetchConfig
 
 _LOOK_EVERY_S = 1.0
-# What is read whole needs no plan.
-_RECORDED = ("image", "environment")
 
 
 class Recording:
@@ -55,8 +53,6 @@ class Recording:
 
     def add(self, part: Part) -> None:
         """Record this part too, unless the start is over."""
-        if part.wish.kind not in _RECORDED:
-            return
         with self._lock:
             if self._over.is_set():
                 return
@@ -88,7 +84,9 @@ class Recording:
             part.reader.remove_recorder(_recorder(part))
         used = [part for part in parts if self._last_s(part)]
         began_ms = min(map(self._began_ms, used), default=0)
-        for part in used:
+        for part in parts:
+            if not (part in used or self._is_passed_over(part, used)) or _is_cut_off(part, ended):
+                continue
             trace = Trace(
                 blob=part.trace_key,
                 node=self._node,
@@ -120,11 +118,22 @@ class Recording:
     def _began_ms(self, part: Part) -> int:
         """When a step first read something new of a part that was used, as its recorder tells the time."""
         from_ms = int((self._from_s(part) - self._begin_s) * 1000)
-        return next((ms for _, ms in _recorder(part).touches if ms >= from_ms), from_ms)
+        return _recorder(part).first_ms(from_ms)
 
     def _from_s(self, part: Part) -> float:
         """From when on what is read of a part is the start's."""
         return max(self._step_s, self._mounted_s.get(part, 0.0))
+
+    def _is_passed_over(self, part: Part, used: list[Part]) -> bool:
+        """Whether this node read of a checkpoint, but nothing of this file of it."""
+        if part.wish.kind != "checkpoint" or part.partial or part in used:
+            return False
+        return any(other.wish.kind == "checkpoint" for other in used)
+
+
+def _is_cut_off(part: Part, ended: str) -> bool:
+    """Whether more of a checkpoint was, or may have been, to be read: nothing but its plan is brought."""
+    return part.wish.kind == "checkpoint" and (ended == "end" or _recorder(part).count >= MAX_TOUCHES)
 
 
 def _recorder(part: Part) -> Recorder:

@@ -15,6 +15,7 @@ import tomli
 from bootseer_slurm.agent.protocol import Message, first
 from bootseer_slurm.errors import InputError
 from bootseer_slurm.image.reference import parse
+from bootseer_slurm.slurm.hostlist import expand
 
 _VALUE_LIMIT = 4096
 _TARGET_LIMIT = 16
@@ -35,6 +36,14 @@ class Job:
     partition: str = ""
     name: str = ""
     account: str = ""
+
+    def rank(self, node: str) -> str:
+        """Which of the job's nodes this is, and of how many; the node's name where that is not known."""
+        try:
+            nodes = expand(self.nodelist)
+            return f"{nodes.index(node)}/{len(nodes)}"
+        except (InputError, ValueError):  # the prolog's message was lost, or the list is too long for it
+            return node
 
 
 @dataclass(frozen=True, slots=True)

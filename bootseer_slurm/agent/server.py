@@ -262,7 +262,8 @@ class Agent:
         session = self._table.step(message)
         if session is None:
             return []
-        binds, environ = session.attach(first(message, "STEP_ID"))
+        memory_bytes = number(message, "MEMORY_MB", "0") * 2**20
+        binds, environ = session.attach(first(message, "STEP_ID"), memory_bytes)
         reply: Message = [("SETENV", f"{name}={value}") for name, value in environ.items()]
         for bind in binds:
             if len(fds) == protocol.DESCRIPTOR_LIMIT:

@@ -18,8 +18,10 @@ from typing import Any
 
 from bootseer_slurm.agent.fetcher import Fetcher
 from bootseer_slurm.agent.held import Held
+from bootseer_slurm.agent.hot import both_ends, first_ranges
 from bootseer_slurm.agent.journal import Journal
-from bootseer_slurm.agent.prefetch import Prefetch, first_ranges
+from bootseer_slurm.agent.memory import Memory
+from bootseer_slurm.agent.prefetch import Prefetch
 from bootseer_slurm.agent.protocol import Message
 from bootseer_slurm.agent.publish import Publisher
 from bootseer_slurm.agent.recording import Recording
@@ -40,7 +42,6 @@ _log = logging.getLogger(__name__)
 _PUBLISH_DELAY_S = 2.0  # the other tasks' marks come within it
 _JOIN_S = 5.0  # for threads whose fetch process was killed
 _LOOK_UP_LIMIT_S = 25.0  # for an importer, which waits for one name
-_SETTLED_STARTS = 3  # with whole traces; then a plan is good enough to push its blocks
 _WHOLE_TRACE_EVERY = 8
 _FILES = 48  # of one checkpoint: each is looked up and mounted for itself
 
@@ -63,6 +64,7 @@ class Session:
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._fetcher = Fetcher(job.uid, job.gid, config)
+        self._memory = Memory()
         self._prefetch: Prefetch | None = None
         self._observe = False
         self._writable = False
@@ -70,6 +72,7 @@ class Session:
         no_key = Key(b"", "kernel_mount is off")
         self._key = no_key if config.image.kernel_mount == "off" else read_key(config.image.site_key)
         self._class = job_class(job.uid, job.account, job.name)
+        self._rank = job.rank(node)
         self._publisher = Publisher(job, self._fetcher)
         self._saving = Saving(job, self.log, config)
         self._recording = Recording(
@@ -124,8 +127,8 @@ class Session:
         for wish in sorted(request.wishes, key=lambda wish: wish.kind != "image"):  # environments ask for it
             self._seek(wish, asked=True)
 
-    def _seek(self, wish: Wish, *, asked: bool, located: bool = False) -> Sought:
-        sought, is_new = self._wanted.seek(wish, asked=asked, located=located)
+    def _seek(self, wish: Wish, *, asked: bool, place: str = "") -> Sought:
+        sought, is_new = self._wanted.seek(wish, asked=asked, place=place)
         if is_new and not self._start_thread(self._bring, wish, sought):
             sought.looked_up.set()
             sought.begun.set()
@@ -161,8 +164,13 @@ class Session:
             if not waiting[0].looked_up.wait(max(0.0, deadline_s - time.monotonic())):
                 return
 
-    def attach(self, step: str) -> tuple[list[Bind], dict[str, str]]:
-        """What a step shall see: mounts over its originals (the caller closes them), and its environment."""
+    def attach(self, step: str, memory_bytes: int = 0) -> tuple[list[Bind], dict[str, str]]:
+        """What a step shall see: mounts over its originals (the caller closes them), and its environment.
+
+        memory_bytes: that the job has on this node, 0 when that is not known.
+        """
+        if memory_bytes:
+            self._memory.bound(memory_bytes)
         self.log.emit("step", "attach", step=step)
         self._recording.step()
         self.wait_looked_up(time.monotonic() + self._config.prefetch.attach_wait_s)
@@ -264,7 +272,7 @@ class Session:
                 self._fault("image_not_used", f"image {wish.name}: not in the store")
         self.log.emit("hook", "epilog", message=reason)
         self.log.emit("session", "end")
-        self._recording.finish("end")
+        self._recording.finish("mark" if self._ending_start else "end")
         self._remember()
         self._publisher.write_events(self.log)
 
@@ -310,7 +318,9 @@ class Session:
         turns = self._fetcher().turns
         with self._lock:
             if self._prefetch is None:
-                self._prefetch = Prefetch(turns, self._config.prefetch, log=self.log, on_fault=self._fault)
+                self._prefetch = Prefetch(
+                    turns, self._config.prefetch, self._memory, log=self.log, on_fault=self._fault
+                )
                 if self._over.is_set():
                     self._prefetch.stop()
             return self._prefetch
@@ -321,7 +331,7 @@ class Session:
             self._wanted.count_look_up(wish)
             if wish.kind == "checkpoint" and not sought.located and self._locate(wish, sought):
                 return None
-            target = self._look_up(wish, digest)
+            target = self._look_up(wish, digest, sought.place)
             with self._lock:
                 over = self._over.is_set()
                 if not over:
@@ -349,8 +359,10 @@ class Session:
     def _locate(self, wish: Wish, sought: Sought) -> bool:
         """See whether a checkpoint is a folder; then each file of the newest in it is a wish of its own."""
         fields = self._fetcher().call("locate", name=wish.name, limit=_FILES).fields
-        names = [name for name in fields["names"] if isinstance(name, str)]
+        places = {str(name): f"{place}\0{self._rank}" for name, place in fields["files"]}
+        names = list(places)
         if names == [wish.name]:
+            sought.place = places[wish.name]
             return False
         message = str(fields.get("message", ""))[:1000]
         if fields.get("count", 0) > len(names):
@@ -360,7 +372,7 @@ class Session:
             raise InputError(f"checkpoint {wish.name}: its files have no path of their own: name one of them")
         for each in names[:_FILES]:
             for found in learned_wishes([("checkpoint", each)]):  # as the user's process says
-                self._seek(found, asked=sought.asked, located=True)
+                self._seek(found, asked=sought.asked, place=places[each])
         return True
 
     def _begin_prefetch(self, target: Target) -> None:
@@ -368,18 +380,20 @@ class Session:
             self._recording.add(part)
             part.take_plan(self._class)
             # Blocks that are pushed are read unseen: of every few starts, one is recorded whole.
-            if part.plan.full_starts >= _SETTLED_STARTS and self.job.job_id % _WHOLE_TRACE_EVERY:
+            kind, size_bytes = target.wish.kind, part.reader.size_bytes
+            if part.is_settled and kind != "checkpoint" and self.job.job_id % _WHOLE_TRACE_EVERY:
                 part.push()
-            first = first_ranges(target.first, part.reader.size_bytes) if target.wish.kind == "image" else ()
-            self._prefetcher().add(part, plan=part.plan, first=first)
-            if target.wish.kind == "image" and part.is_signed(self._key):
+            first = first_ranges(target.first, size_bytes) if kind == "image" else ()
+            ends = both_ends(size_bytes) if kind == "checkpoint" else ()
+            self._prefetcher().add(part, plan=part.plan, first=first, ends=ends)
+            if kind == "image" and part.is_signed(self._key):
                 try:
                     part.mount_image()
                 except BootseerError as error:
                     self._fault("kernel_mount_failed", error.message)
                 self._recording.mounted(part)
 
-    def _look_up(self, wish: Wish, digest: str) -> Target:
+    def _look_up(self, wish: Wish, digest: str, place: str) -> Target:
         target = Target(
             wish,
             self.job,
@@ -387,6 +401,7 @@ class Session:
             self._shelf,
             roots=self._config.shadow.roots,
             digest=digest,
+            place=place,
             use=self._use() if wish.kind == "environment" else Use(),
             allow=self._wanted.allow,
             on_fault=lambda name, message: self._fault(name, f"{wish.name}: {message}"),

@@ -61,13 +61,14 @@ class Target:
         *,
         roots: tuple[Path, ...],
         digest: str = "",
+        place: str = "",
         use: Use = Use(),
         allow: Callable[[int], None],
         on_fault: OnFault,
     ) -> None:
         """Look it up. Raises BootseerError.
 
-        digest: of an image, what its tag means now. use: of an environment.
+        digest: of an image, what its tag means now. place: of a checkpoint, see Part. use: of an environment.
         allow: asked before so many bytes of digests are kept in memory; raises InputError when they are too
         many. on_fault: told of faults of the data path, see Reader.
         """
@@ -105,6 +106,7 @@ class Target:
                         label=f"{wish.name}, below its layer" if number else wish.name,
                         path=self.path or "",
                         fingerprint=self.fingerprint,
+                        place=place,
                         mtime_ns=0 if self._original is None else os.fstat(self._original).st_mtime_ns,
                         on_fault=on_fault,
                     )

@@ -17,10 +17,14 @@ _DIGESTS_LIMIT_BYTES = 256 * 2**20  # of one job: of blobs of 2 TB
 
 @dataclass(slots=True)
 class Sought:
-    """One wish. asked: by the job itself, not only learned from its class. located: as a part of another."""
+    """One wish. asked: by the job itself, not only learned from its class.
+
+    place: of a file of a checkpoint, what it is whatever step that is of. located: as a part of another wish.
+    """
 
     asked: bool
     located: bool = False
+    place: str = ""
     looked_up: threading.Event = field(default_factory=threading.Event)
     begun: threading.Event = field(default_factory=threading.Event)  # its prefetch, or it is not used
     target: Target | None = None
@@ -42,14 +46,17 @@ class Wanted:
                 return False
             return any(wish not in self._sought or not self._sought[wish].asked for wish in request.wishes)
 
-    def seek(self, wish: Wish, *, asked: bool, located: bool = False) -> tuple[Sought, bool]:
-        """What is known of a wish, and whether it is to be looked up: it is new, and there is room for it."""
+    def seek(self, wish: Wish, *, asked: bool, place: str = "") -> tuple[Sought, bool]:
+        """What is known of a wish, and whether it is to be looked up: it is new, and there is room for it.
+
+        place: of one that is a part of another.
+        """
         with self._lock:
             sought = self._sought.get(wish)
             if sought is not None:
                 sought.asked = sought.asked or asked
                 return sought, False
-            sought = Sought(asked, located)
+            sought = Sought(asked, bool(place), place)
             if len(self._sought) < _LOOK_UPS:
                 self._sought[wish] = sought
                 return sought, True

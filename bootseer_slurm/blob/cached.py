@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from mmap import mmap
 
 from bootseer_slurm.blob.folder import Place, read_state, replace, use, write_state
@@ -183,6 +183,13 @@ class CachedBlob:
         """Bytes of blocks that are present, or claimed as unchecked."""
         return os.pread(self.fd, size_bytes, offset)
 
+    def drop_pages(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Have the bytes of these ranges (offset, bytes) on disk only, and not in the kernel's memory too."""
+        if self._sync():
+            for offset, size_bytes in ranges:
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(self.fd, offset, size_bytes, os.POSIX_FADV_DONTNEED)
+
     def touch(self) -> None:
         """Note that the blob was used now."""
         with contextlib.suppress(OSError):
@@ -195,11 +202,7 @@ class CachedBlob:
                 return
             self._unsaved = False
             states = self.states[:]
-            try:
-                os.fdatasync(self.fd)
-            except OSError as error:
-                _log.warning("%s: data cannot be synced: %s", self.folder, error)
-                self._distrust()
+            if not self._sync():
                 return
             try:
                 seen = self.digests[:] if self.adopted else None
@@ -208,11 +211,21 @@ class CachedBlob:
                 self._unsaved = True
                 _log.warning("%s: state cannot be saved: %s", self.folder, error)
 
-    def _distrust(self) -> None:
-        """The kernel may have lost what was written: compare the digests again, and keep no more blocks."""
-        self.full = True
-        with self.changed:
-            self.states[:] = self.states[:].replace(bytes([PRESENT]), bytes([UNCHECKED]))
+    def _sync(self) -> bool:
+        """Have on disk what was written.
+
+        Where that fails the kernel may have lost it, and says so once: the digests are compared again, and no
+        more blocks are kept.
+        """
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            _log.warning("%s: data cannot be synced: %s", self.folder, error)
+            self.full = True
+            with self.changed:
+                self.states[:] = self.states[:].replace(bytes([PRESENT]), bytes([UNCHECKED]))
+            return False
+        return True
 
     def let_go(self) -> None:
         """End the use of the folder, so that it can be removed. Nothing is saved after this."""

@@ -185,8 +185,8 @@ class Reader:
         within = offset - first * layout.block_bytes
         return b"".join(parts)[within : within + end - offset]
 
-    def prefetch_run(self, limit_bytes: int | None = None) -> int:
-        """Fetch the first blocks that nobody has; gives their bytes; 0: there are none, or no room.
+    def prefetch_run(self, limit_bytes: int | None = None) -> tuple[int, int]:
+        """Fetch the first blocks that nobody has; gives offset and bytes, 0 bytes: none, or no room.
 
         A run stays within one chunk, and `limit_bytes`. Raises BootseerError when no source has the bytes.
         """
@@ -194,9 +194,9 @@ class Reader:
         while first >= 0 and not self.blob.full:
             end = self._prefetch(first, self.blob.layout.blocks - 1, limit_bytes, push=False)
             if end > first:
-                return self._bytes_of(first, end)
+                return first * self.blob.layout.block_bytes, self._bytes_of(first, end)
             first = self.blob.next_missing()  # others were faster
-        return 0
+        return 0, 0
 
     def prefetch_blocks(self, first: int, last: int, limit_bytes: int, *, push: bool = False) -> int:
         """Fetch those of these blocks that nobody has or fetches; gives the block to go on with.

@@ -11,6 +11,7 @@ parsed: its user can write it.
 
 A trace is partial when reads may have been answered from the kernel's page cache, which this side never sees:
 on a warm node, or where blocks were pushed ahead of the readers. What it lacks says nothing.
+A trace without touches is of a file of a checkpoint of which its node reads other files only.
 A start is one job.restart; each of its nodes may have written a trace. Does no I/O.
 """
 
@@ -34,6 +35,7 @@ from bootseer_slurm.errors import IntegrityError
 
 MAGIC = b"bstrace\x01"
 PLAN_MAGIC = b"bsplan\x00\x01"
+SETTLED_STARTS = 3  # with whole traces; then what a plan says is taken to be all that a start touches
 STARTS = 8  # that a plan is made of, and that are kept, of full and of partial traces each
 NODES = 4  # traces kept of one start: a thousand nodes of a job touch the same blocks
 ENDED = ("mark", "quiet", "cap", "end")
@@ -51,7 +53,7 @@ _PARTIAL = ".partial"
 class Recorder:
     """First touches of the blocks of one blob, by all readers, since a session's begin. Thread-safe.
 
-    touches: (block, ms since then), by time.
+    An hour of a node's reads is kept in little memory: three numbers for each block, MAX_TOUCHES blocks.
     """
 
     def __init__(self, blocks: int, *, begin_s: float, waited_s: Callable[[], float] = lambda: 0.0) -> None:
@@ -59,9 +61,10 @@ class Recorder:
 
         waited_s: how long some reader has waited for blocks until now.
         """
-        self.touches: list[tuple[int, int]] = []
+        self._blocks = array("I")  # by time
+        self._at_ms = array("I")  # since the begin
+        self._waited_ms = array("I")  # until then
         self._waited_s = waited_s
-        self._waited_ms: list[int] = []  # until each touch
         self.last_s = 0.0
         self._begin_s = begin_s
         self._seen = bytearray(blocks)
@@ -70,7 +73,19 @@ class Recorder:
     @property
     def count(self) -> int:
         """How many blocks were touched."""
-        return len(self.touches)
+        return len(self._blocks)
+
+    @property
+    def touches(self) -> list[tuple[int, int]]:
+        """(block, ms since the begin), by time."""
+        with self._lock:
+            return list(zip(self._blocks, self._at_ms, strict=True))
+
+    def first_ms(self, from_ms: int) -> int:
+        """When something was first touched, from that time on; that time when nothing was."""
+        with self._lock:
+            index = bisect_left(self._at_ms, from_ms)
+            return self._at_ms[index] if index < len(self._at_ms) else from_ms
 
     def touch(self, first: int, last: int) -> None:
         """Note that blocks first to last are being read. On the way of every read."""
@@ -85,21 +100,22 @@ class Recorder:
             block = self._seen.find(0, first, last + 1)
             while block >= 0:
                 self._seen[block] = 1
-                if len(self.touches) < MAX_TOUCHES:
-                    self.touches.append((block, at_ms))
-                    self._waited_ms.append(waited_ms)
+                if len(self._blocks) < MAX_TOUCHES:
+                    self._blocks.append(block)
+                    self._at_ms.append(at_ms)
+                    self._waited_ms.append(min(_MOST, waited_ms))
                 self.last_s = now_s  # at the latest time that something was new: the start goes on
                 block = self._seen.find(0, block + 1, last + 1)
 
     def touches_since(self, began_ms: int) -> tuple[tuple[int, int], ...]:
         """(block, ms since `began_ms`, without what readers waited) by time; 0 for what was before."""
         with self._lock:
-            first = bisect_left(self.touches, began_ms, key=lambda touch: touch[1])
+            first = bisect_left(self._at_ms, began_ms)
             # What was waited for before does not count, and the first read's own wait comes behind it.
             from_ms = began_ms - (self._waited_ms[first] if first < len(self._waited_ms) else 0)
             return tuple(
                 (block, max(0, at_ms - waited_ms - from_ms))
-                for (block, at_ms), waited_ms in zip(self.touches, self._waited_ms, strict=True)
+                for block, at_ms, waited_ms in zip(self._blocks, self._at_ms, self._waited_ms, strict=True)
             )
 
 
@@ -134,7 +150,8 @@ class Trace:
 class Plan:
     """What to prefetch of one blob. blocks: in order. times_ms: when a start first touches each.
 
-    full_starts: how many starts with full traces it was made of.
+    full_starts: how many starts with full traces it was made of. Without any and without blocks nothing is
+    known; with some and without blocks, that nothing of it is touched.
     """
 
     blocks: tuple[int, ...] = ()
@@ -191,7 +208,7 @@ def merge(traces: Iterable[Trace], *, blocks: int, block_bytes: int, now_ns: int
     usable = [
         trace
         for trace in traces
-        if trace.block_bytes == block_bytes and now_ns - trace.made_ns <= _MAX_AGE_NS and trace.touches
+        if trace.block_bytes == block_bytes and now_ns - trace.made_ns <= _MAX_AGE_NS
     ]
     full, full_starts = _latest(trace for trace in usable if not trace.partial)
     partial, _ = _latest(trace for trace in usable if trace.partial)

@@ -78,23 +78,26 @@ def newest(uri: str, *, now_s: float | None = None) -> Checkpoint:
     return found
 
 
-def named_files(name: str) -> tuple[list[str], str]:
+def named_files(name: str) -> tuple[list[tuple[str, str]], str]:
     """What files a name stands for, and why if they had to be found; the name itself of a file.
 
+    Each with its place: what it is in checkpoints of this name, whatever step they are of.
     name: as of `newest`; a path may be a link. Raises NotFound or StoreError.
     """
+    place = _without_step(name)
     path = os.path.realpath(name) if "://" not in name else ""
     if path and not (os.path.isdir(path) or "*" in os.path.basename(path)):
-        return [name], ""
+        return [(name, place)], ""
     if path and os.path.exists(f"{path}/{MANIFEST}"):
-        return [name], ""
+        return [(name, place)], ""
     found = newest(path or name)
     folder = (os.path.dirname(path) if path else split(name)[0]).rstrip("/")
-    names = [
-        f"file://{quote(f'{folder}/{file}')}" if path and file in found.striped else f"{folder}/{file}"
-        for file in found.files
-    ]
-    return names, f"{found.path}: {found.why}"
+    files = []
+    for file in found.files:
+        is_striped = path and file in found.striped
+        full = f"file://{quote(f'{folder}/{file}')}" if is_striped else f"{folder}/{file}"
+        files.append((full, place + file.removeprefix(found.path)))
+    return files, f"{found.path}: {found.why}"
 
 
 def _holds_checkpoints(inside: list[Entry]) -> bool:
@@ -107,9 +110,20 @@ def _holds_checkpoints(inside: list[Entry]) -> bool:
 
 def _step_of(name: str) -> int | None:
     """The step that a checkpoint is of; None of what is none."""
-    match = _STEP.fullmatch(name)
-    is_one = match and not _SHARD.search(name) and not name.endswith(_NONE)
-    return int(match[1]) if match and is_one and not name.startswith(".") else None
+    match = _step_in(name)
+    return int(match[1]) if match else None
+
+
+def _step_in(name: str) -> re.Match[str] | None:
+    is_one = not (_SHARD.search(name) or name.endswith(_NONE) or name.startswith("."))
+    return _STEP.fullmatch(name) if is_one else None
+
+
+def _without_step(path: str) -> str:
+    """What the checkpoints of all steps are called alike."""
+    folder, slash, name = path.rstrip("/").rpartition("/")
+    match = _step_in(name)
+    return folder + slash + (f"{name[: match.start(1)]}*{name[match.end(1) :]}" if match else name)
 
 
 def _newest_of(store: Store, prefix: str, entries: Iterable[Entry], now_s: float) -> Checkpoint | None:

@@ -118,8 +118,8 @@ class Child:
 
     def _locate(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         """What files a checkpoint is that a user named: one, or those of the newest in a folder."""
-        names, message = named_files(request["name"])
-        return {"names": names[: request["limit"]], "count": len(names), "message": message}, []
+        files, message = named_files(request["name"])
+        return {"files": files[: request["limit"]], "count": len(files), "message": message}, []
 
     def _resolve(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Look a target up: what the user named, what the store has of it, and handles to read both."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from pytest_mock import MockerFixture
 
+from bootseer_slurm.agent.memory import Memory
 from bootseer_slurm.agent.prefetch import Prefetch
 from bootseer_slurm.agent.request import Wish
 from bootseer_slurm.agent.source import FetchSource
@@ -84,7 +85,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 
 def prefetch(reader: Reader) -> None:
-    while reader.prefetch_run():
+    while reader.prefetch_run()[1]:
         pass
 
 
@@ -256,7 +257,7 @@ def test_blocks_of_a_failed_read_are_prefetched_again(scene: Scene, mocker: Mock
     log = EventLog(1, 0, "n1")
     faults: list[str] = []
     config = PrefetchConfig(streams=4)
-    bringing = Prefetch(scene.process.turns, config, log=log, on_fault=lambda name, _: faults.append(name))
+    bringing = Prefetch(scene.process.turns, config, Memory(), log=log, on_fault=lambda name, _: faults.append(name))
     target: Any = SimpleNamespace(
         label="/model", wish=Wish("checkpoint", "/model"), reader=reader, before=Usage(), cached_bytes=0
     )

@@ -402,7 +402,7 @@ def test_an_image_whose_name_is_gone_when_the_agent_is_killed() -> None:
         containers.push()
         node.start("""
 from bootseer_slurm.blob import reader
-reader.Reader.prefetch_run = lambda *_: 0
+reader.Reader.prefetch_run = lambda *_: (0, 0)
 reader.Reader.prefetch_blocks = lambda self, first, last, *_, **__: last + 1
 """)
         job = containers.begin()

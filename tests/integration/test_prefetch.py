@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ from typing import Any
 
 import pytest
 
-from bootseer_slurm.agent import prefetch
-from bootseer_slurm.agent.prefetch import Prefetch, first_ranges
+from bootseer_slurm.agent import memory, prefetch
+from bootseer_slurm.agent.hot import both_ends, first_ranges, runs
+from bootseer_slurm.agent.memory import Memory
+from bootseer_slurm.agent.prefetch import Prefetch
 from bootseer_slurm.agent.request import Wish
 from bootseer_slurm.blob.cache import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, Cache
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES, Layout
@@ -79,6 +82,7 @@ class Scene:
         self.turns = Turns()
         self.link = Link(self.turns)
         self.faults: list[str] = []
+        self.memory = Memory()
         self.log = EventLog(1, 0, "n1")
         self._cache = Cache(folder / "cache", max_bytes=2**40, min_free_bytes=0, live=folder / "live")
         self._made: list[Prefetch] = []
@@ -86,7 +90,9 @@ class Scene:
     def start(self, *, streams: int = 4, cold_bytes_per_s: int = 0) -> Prefetch:
         config = PrefetchConfig(streams=streams, cold_rate_bytes=cold_bytes_per_s)
         self._made.append(
-            Prefetch(self.turns, config, log=self.log, on_fault=lambda name, _: self.faults.append(name))
+            Prefetch(
+                self.turns, config, self.memory, log=self.log, on_fault=lambda name, _: self.faults.append(name)
+            )
         )
         return self._made[-1]
 
@@ -188,9 +194,9 @@ def test_neighbours_go_by_one_read_that_ends_with_the_chunk(scene: Scene) -> Non
 
 def test_neighbours_that_are_needed_much_later_do_not_come_early() -> None:
     far = [*range(100, 300, 2), 1]
-    runs = list(prefetch._runs([0, *far], 16))
-    assert runs[0] == (0, 0, 0) and runs[-1] == (1, 1, 1)
-    assert sorted(first for _, first, _ in runs) == sorted([0, *far])
+    found = list(runs([0, *far], 16))
+    assert found[0] == (0, 0, 0) and found[-1] == (1, 1, 1)
+    assert sorted(first for _, first, _ in found) == sorted([0, *far])
 
 
 def test_a_checkpoint_and_what_has_no_plan_come_whole_and_after_what_is_hot(scene: Scene) -> None:
@@ -255,7 +261,7 @@ def test_there_is_nothing_to_wait_for_without_a_plan_or_with_all_in_the_cache(sc
     bringing.add(target)
     assert bringing.wait_hot(target, 0) and scene.events("hot") == []
     warm = scene.target(name="file-b")
-    while warm.reader.prefetch_run():
+    while warm.reader.prefetch_run()[1]:
         pass
     bringing.add(warm, plan=planned(3, 4))
     assert bringing.wait_hot(warm, 0) and len(scene.events("hot")) == 1
@@ -395,7 +401,7 @@ def test_one_fetch_for_each_block_whoever_asks(scene: Scene) -> None:
 
 def test_after_a_reboot_what_is_there_is_checked_not_fetched(scene: Scene) -> None:
     target = scene.target()
-    while target.reader.prefetch_run():
+    while target.reader.prefetch_run()[1]:
         pass
     target.reader.blob.states[:] = bytes([UNCHECKED]) * BLOCKS
     fetched = len(scene.link.reads)
@@ -408,10 +414,8 @@ def test_after_a_reboot_what_is_there_is_checked_not_fetched(scene: Scene) -> No
 # The kernel's page cache
 
 
-def test_hot_blocks_are_pushed_within_the_budget_and_cold_ones_never(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prefetch, "push_budget_bytes", lambda: 3 * BLOCK_BYTES)
+def test_hot_blocks_are_pushed_within_the_budget_and_cold_ones_never(scene: Scene) -> None:
+    scene.memory.bound(4 * 3 * BLOCK_BYTES)
     pushed: dict[int, bytes] = {}
     target, bringing = scene.target(), scene.start(streams=1, cold_bytes_per_s=2**40)
     target.reader.push = lambda offset, view: pushed.update({offset // BLOCK_BYTES: bytes(view)})
@@ -423,8 +427,89 @@ def test_hot_blocks_are_pushed_within_the_budget_and_cold_ones_never(
     assert target.reader.usage.pushed_bytes == 3 * BLOCK_BYTES
 
 
-def test_the_budget_is_a_share_of_what_is_free() -> None:
-    assert 0 < prefetch.push_budget_bytes() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+def test_the_budget_is_a_share_of_what_is_free_and_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=800))
+    budget = Memory()
+    assert budget.may_push(60) and budget.may_push(40) and not budget.may_push(1)
+    budget = Memory()
+    budget.bound(10_000)
+    assert budget.may_push(100) and not budget.may_push(1), "the job has more than there is"
+    budget = Memory()
+    budget.bound(80)
+    assert budget.may_push(20) and not budget.may_push(1)
+
+
+def test_a_checkpoint_larger_than_the_budget_lies_on_disk_beyond_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_BATCH_BYTES", CHUNK_BYTES)
+    scene.memory.bound(len(CONTENT) // 4)
+    target, bringing = scene.target("checkpoint"), scene.start(streams=2)
+    bringing.add(target)
+    until(lambda: target.reader.blob.complete and len(scene.events("end")) == 1)
+    # What is read from the link behind the budget is synced and dropped; a batch may be left.
+    until(lambda: resident_bytes(target.reader.blob.path) <= len(CONTENT) // 4 + 2 * CHUNK_BYTES)
+    assert target.reader.blob.path.read_bytes() == CONTENT and not scene.faults
+    image, unbounded = scene.target("image", "file-b"), scene.start(streams=2)
+    unbounded.add(image)
+    until(lambda: image.reader.blob.complete)
+    assert resident_bytes(image.reader.blob.path) == len(CONTENT), "only checkpoints are as large as memory"
+
+
+def resident_bytes(path: Path) -> int:
+    """How much of a file the kernel keeps in memory (fincore of util-linux)."""
+    done = subprocess.run(
+        ["fincore", "--bytes", "--noheadings", "--output", "RES", path], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+def test_a_checkpoint_on_a_disk_that_fails_to_sync_is_checked_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells once that it lost what was written: whoever hears of it must not keep it to himself."""
+    target = scene.target("checkpoint")
+    blob = target.reader.blob
+    while target.reader.prefetch_run()[1]:
+        pass
+
+    def fail(fd: int) -> None:
+        raise OSError(5, "lost")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    blob.drop_pages([(0, CHUNK_BYTES)])
+    assert blob.full and set(blob.states[:]) == {UNCHECKED}
+
+
+# Checkpoints
+
+
+def test_both_ends_of_a_checkpoint_come_before_the_rest_and_after_all_plans(scene: Scene) -> None:
+    model, image, bringing = scene.target("checkpoint"), scene.target("image", "file-b"), scene.start(streams=1)
+    link = Link(scene.turns)
+    model.reader._sources = [link]
+    image.reader._sources = [link]
+    scene.link = link
+    with scene.turns.demand():  # nothing is prefetched meanwhile
+        bringing.add(model, ends=both_ends(len(CONTENT)))
+        bringing.add(image, plan=planned(7, 9))
+    until(lambda: model.reader.blob.complete)
+    per_end = 2**20 // BLOCK_BYTES
+    # One stream may have taken its first run before the image came.
+    assert sorted(link.reads[:2] + link.reads[2:4]) == sorted([(0, per_end), (BLOCKS - per_end, per_end), (7, 1), (9, 1)])
+    assert link.reads.index((BLOCKS - per_end, per_end)) == 3
+    assert both_ends(100) == ((0, 100), (0, 100))
+
+
+def test_of_a_checkpoint_with_a_plan_nothing_else_is_brought_ever(scene: Scene) -> None:
+    bringing = scene.start(cold_bytes_per_s=2**40)
+    some, none = scene.target("checkpoint"), scene.target("checkpoint", "file-b")
+    bringing.add(some, plan=planned(5, 6, 40))
+    bringing.add(none, plan=Plan((), (), 2), ends=both_ends(len(CONTENT)))
+    until(lambda: len(scene.events("end")) == 2)
+    bringing.start_over()
+    time.sleep(0.2)
+    assert sorted(scene.link.blocks) == [5, 6, 40], "the next start has another checkpoint"
 
 
 # What the fetch process says

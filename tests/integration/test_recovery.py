@@ -177,7 +177,7 @@ def test_a_name_that_cannot_be_looked_up_again_costs_nothing(node: Node) -> None
 import pathlib
 from bootseer_slurm.agent import target
 from bootseer_slurm.blob import reader
-reader.Reader.prefetch_run = lambda *_: 0
+reader.Reader.prefetch_run = lambda *_: (0, 0)
 real = target.Target.__init__
 def look_up(self, *arguments, **fields):
     if pathlib.Path({str(flag)!r}).exists():

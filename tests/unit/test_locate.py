@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bootseer_slurm.checkpoint import locate
 from bootseer_slurm.checkpoint.locate import named_files, newest
 from bootseer_slurm.checkpoint.writer import StripedWriter
 from bootseer_slurm.errors import NotFound
@@ -116,4 +117,19 @@ def test_a_folder_of_striped_files_is_seen_to_settle(tmp_path: Path) -> None:
         newest(str(tmp_path / "ckpt"), now_s=time.time())
     found = newest(str(tmp_path / "ckpt"), now_s=time.time() + 100)
     assert found.striped == {"ckpt/step_1/a", "ckpt/step_1/b"}
-    assert named_files(str(root / "a")) == ([str(root / "a")], "")
+    assert named_files(str(root / "a")) == ([(str(root / "a"), str(root / "a"))], "")
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("/c/step_9000.pt", "/c/step_*.pt"),
+        ("/c/step_9000/", "/c/step_*"),
+        ("hdfs://h/c/iter_0000100", "hdfs://h/c/iter_*"),
+        ("/c/latest.pt", "/c/latest.pt"),
+        ("/c/model-00001-of-00030.safetensors", "/c/model-00001-of-00030.safetensors"),
+        ("/c/rank7", "/c/rank7"),
+    ],
+)
+def test_what_the_checkpoints_of_all_steps_are_called_alike(name: str, place: str) -> None:
+    assert locate._without_step(name) == place

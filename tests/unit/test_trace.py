@@ -228,7 +228,13 @@ def test_a_plan_goes_to_the_agent_and_names_only_blocks_that_there_are() -> None
 
 
 def test_nothing_known_gives_an_empty_plan() -> None:
-    assert plan() == Plan() and plan(made(1)) == Plan()
+    assert plan() == Plan()
+
+
+def test_traces_without_touches_give_a_plan_that_knows_so() -> None:
+    assert plan(made(1)) == Plan(full_starts=1)
+    assert plan(made(1), made(2), made(3, 7)) == Plan(full_starts=3)
+    assert decode_plan(plan(made(1)).encode(), blocks=1000) == Plan(full_starts=1)
 
 
 def test_blocks_in_at_least_half_of_the_full_traces_by_median_touch() -> None:

@@ -13,7 +13,6 @@ import logging
 import shutil
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from bootseer_slurm.agent.fetcher import Fetcher
@@ -21,6 +20,7 @@ from bootseer_slurm.agent.held import Held
 from bootseer_slurm.agent.hot import both_ends, first_ranges
 from bootseer_slurm.agent.journal import Journal
 from bootseer_slurm.agent.memory import Memory
+from bootseer_slurm.agent.named import Named
 from bootseer_slurm.agent.prefetch import Prefetch
 from bootseer_slurm.agent.protocol import Message
 from bootseer_slurm.agent.publish import Publisher
@@ -28,6 +28,7 @@ from bootseer_slurm.agent.recording import Recording
 from bootseer_slurm.agent.request import Job, Request, Wish, image_wish, learned_wishes
 from bootseer_slurm.agent.saving import Saving
 from bootseer_slurm.agent.shelf import Shelf
+from bootseer_slurm.agent.shown import Shown
 from bootseer_slurm.agent.target import Bind, Target, Use
 from bootseer_slurm.agent.wanted import Sought, Wanted
 from bootseer_slurm.blob.jobclass import encode_wishes, job_class
@@ -65,6 +66,8 @@ class Session:
         self._over = threading.Event()
         self._fetcher = Fetcher(job.uid, job.gid, config)
         self._memory = Memory()
+        named = Named(config.agent.blobs.parent / "named" / f"{job.job_id}.{job.restart}")
+        self._shown = Shown(self._wanted, named, self.log)
         self._prefetch: Prefetch | None = None
         self._observe = False
         self._writable = False
@@ -174,30 +177,7 @@ class Session:
         self.log.emit("step", "attach", step=step)
         self._recording.step()
         self.wait_looked_up(time.monotonic() + self._config.prefetch.attach_wait_s)
-        asked = self._wanted.asked()
-        targets = [sought.target for sought in asked.values() if sought.target is not None]
-        environ = {
-            f"BOOTSEER_{target.wish.kind.upper()}": str(target.served_path())
-            for target in targets
-            if target.path is None
-        }
-        with_path = [target for target in targets if target.path is not None]
-        with ThreadPoolExecutor(len(with_path) or 1) as pool:  # one that does not answer holds up no other
-            binds = [bind for bind in pool.map(self._bind, with_path) if bind]
-        for wish, sought in asked.items():
-            if not sought.looked_up.is_set():
-                self._shadow("skipped", wish, "the store had not answered when the step started")
-        # An inner target is shown first: below an outer one it could no longer be told from the original.
-        return sorted(binds, key=lambda bind: -len(bind.path)), environ
-
-    def _bind(self, target: Target) -> Bind | None:
-        try:
-            bind = target.bind()
-        except Exception as error:  # the binds of others are to be shown, or closed
-            self._shadow("skipped", target.wish, str(error))
-            return None
-        self._shadow("shown", target.wish, None)
-        return bind
+        return self._shown.to_step()
 
     def image(self, name: str, digest: str) -> tuple[str, str]:
         """Where the job's user can open an image, once what its start needs is there, and its fingerprint.
@@ -283,7 +263,11 @@ class Session:
             self._prefetch.join(_JOIN_S)
         for thread in self._threads:
             thread.join(_JOIN_S)
-        for close in [each.close for each in targets] + [each.close for each in self._held]:
+        for close in [
+            self._shown.close,
+            *(each.close for each in targets),
+            *(each.close for each in self._held),
+        ]:
             try:
                 close()
             except Exception:  # the others are let go all the same
@@ -359,20 +343,26 @@ class Session:
     def _locate(self, wish: Wish, sought: Sought) -> bool:
         """See whether a checkpoint is a folder; then each file of the newest in it is a wish of its own."""
         fields = self._fetcher().call("locate", name=wish.name, limit=_FILES).fields
-        places = {str(name): f"{place}\0{self._rank}" for name, place in fields["files"]}
-        names = list(places)
-        if names == [wish.name]:
-            sought.place = places[wish.name]
+        found = {
+            str(name): (f"{place}\0{self._rank}", str(within)) for name, place, within in fields["files"]
+        }
+        if list(found) == [wish.name]:
+            sought.place, _ = found[wish.name]
             return False
         message = str(fields.get("message", ""))[:1000]
-        if fields.get("count", 0) > len(names):
-            message += f"; {len(names)} of its files are brought"
+        has_no_path = len(found) > 1 and any("://" in name for name in found)
+        if fields.get("count", 0) > len(found):
+            message += f"; {len(found)} of its files are brought"
+            if has_no_path:
+                raise InputError(
+                    f"checkpoint {wish.name}: more than {_FILES} files that have no path of their own"
+                )
         self.log.emit("plan", "located", target=wish.name, what=wish.kind, message=message or None)
-        if len(names) > 1 and any("://" in name for name in names):
-            raise InputError(f"checkpoint {wish.name}: its files have no path of their own: name one of them")
-        for each in names[:_FILES]:
-            for found in learned_wishes([("checkpoint", each)]):  # as the user's process says
-                self._seek(found, asked=sought.asked, place=places[each])
+        for name, (place, within) in found.items():
+            for file in learned_wishes([("checkpoint", name)]):  # as the user's process says
+                if has_no_path:
+                    sought.files[within] = file
+                self._seek(file, asked=sought.asked, place=place)
         return True
 
     def _begin_prefetch(self, target: Target) -> None:
@@ -418,10 +408,6 @@ class Session:
 
     def _use(self) -> Use:
         return Use(self._wanted.image_name(), self._class if self._writable else "")
-
-    def _shadow(self, name: str, wish: Wish, message: str | None) -> None:
-        level = "info" if name == "shown" else "warning"
-        self.log.emit("shadow", name, target=wish.name, what=wish.kind, message=message, level=level)
 
     def _fault(self, name: str, message: str) -> None:
         _log.warning("%s: %s", name, message, extra={"job": self.job.job_id})

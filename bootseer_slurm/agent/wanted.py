@@ -25,6 +25,7 @@ class Sought:
     asked: bool
     located: bool = False
     place: str = ""
+    files: dict[str, Wish] = field(default_factory=dict)  # of a checkpoint without paths, by name within it
     looked_up: threading.Event = field(default_factory=threading.Event)
     begun: threading.Event = field(default_factory=threading.Event)  # its prefetch, or it is not used
     target: Target | None = None

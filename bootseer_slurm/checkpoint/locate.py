@@ -78,25 +78,27 @@ def newest(uri: str, *, now_s: float | None = None) -> Checkpoint:
     return found
 
 
-def named_files(name: str) -> tuple[list[tuple[str, str]], str]:
+def named_files(name: str) -> tuple[list[tuple[str, str, str]], str]:
     """What files a name stands for, and why if they had to be found; the name itself of a file.
 
-    Each with its place: what it is in checkpoints of this name, whatever step they are of.
+    Each with its place, what it is in checkpoints of this name whatever step they are of, and with its path
+    within the checkpoint.
     name: as of `newest`; a path may be a link. Raises NotFound or StoreError.
     """
     place = _without_step(name)
     path = os.path.realpath(name) if "://" not in name else ""
     if path and not (os.path.isdir(path) or "*" in os.path.basename(path)):
-        return [(name, place)], ""
+        return [(name, place, "")], ""
     if path and os.path.exists(f"{path}/{MANIFEST}"):
-        return [(name, place)], ""
+        return [(name, place, "")], ""
     found = newest(path or name)
     folder = (os.path.dirname(path) if path else split(name)[0]).rstrip("/")
     files = []
     for file in found.files:
         is_striped = path and file in found.striped
         full = f"file://{quote(f'{folder}/{file}')}" if is_striped else f"{folder}/{file}"
-        files.append((full, place + file.removeprefix(found.path)))
+        within = file.removeprefix(found.path)
+        files.append((full, place + within, within.lstrip("/")))
     return files, f"{found.path}: {found.why}"
 
 

@@ -48,6 +48,25 @@ def test_striped_or_as_it_lies(hdfs: Hdfs, node: Node) -> None:
         assert fetched and not [event for event in events if event["kind"] == "fault" and event["name"] != "agent_restarted"]
 
 
+def test_the_newest_of_a_folder_whose_files_have_no_paths(hdfs: Hdfs, node: Node) -> None:
+    store = open_store(f"{hdfs.uri}/folder", plain=True)
+    for step in (9, 10):
+        with bootseer_slurm.open(f"{hdfs.uri}/folder/step_{step}/__0_0.distcp", "wb") as file:
+            file.write(CONTENT)
+        store.write(f"step_{step}/__1_0.distcp", CONTENT[::-1])
+        store.write(f"step_{step}/.metadata", str(step).encode())
+    node.start()
+    path = given(node, 1, f"{hdfs.uri}/folder")
+    assert path, node.log
+    listed = subprocess.run(["ls", "-A", path], user=ALICE, group=ALICE, extra_groups=[], capture_output=True, check=True)
+    assert sorted(listed.stdout.split()) == [b".metadata", b"__0_0.distcp", b"__1_0.distcp"]
+    assert read_as_alice(f"{path}/__0_0.distcp") == CONTENT
+    assert read_as_alice(f"{path}/__1_0.distcp") == CONTENT[::-1]
+    assert read_as_alice(f"{path}/.metadata") == b"10"
+    node.ask("epilog", JOB_ID=1)
+    node.events(1)
+
+
 def test_it_is_written_again_while_a_job_reads_it(hdfs: Hdfs, node: Node) -> None:
     uri = f"{hdfs.uri}/jobs/again.pt"
     with bootseer_slurm.open(uri, "wb") as file:

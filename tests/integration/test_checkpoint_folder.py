@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from bootseer_slurm.agent.named import Named
 from bootseer_slurm.checkpoint.writer import StripedWriter
-from tests.integration.node import ALICE, Node, node
+from bootseer_slurm.errors import InputError
+from tests.integration.node import ALICE, Node, node, wait_until
 from tests.integration.test_recovery import attach
 
 __all__ = ["node"]
@@ -90,3 +92,60 @@ def test_more_files_than_one_job_may_ask_for(node: Node) -> None:
     found = shown(node, 1, str(root))
     assert 40 < len(found) < 50 and found.items() <= made.items()
     assert any("48 of its files" in str(event.get("message")) for event in node.events(1))
+
+
+def step(node: Node, job: int, name: object) -> str:
+    """What a step of a new job is told of where its checkpoint is."""
+    node.ask("prolog", JOB_ID=job, UID=ALICE, BOOTSEER=1, CHECKPOINT=name)
+    reply, fds = node.request("attach", JOB_ID=job, UID=ALICE, STEP_ID=0)
+    for fd in fds:
+        os.close(fd)
+    return dict(value.split("=", 1) for key, value in reply if key == "SETENV").get("BOOTSEER_CHECKPOINT", "")
+
+
+def test_striped_files_of_a_folder_have_their_names_in_one_folder(node: Node) -> None:
+    root = node.folder / "data" / "ckpt"
+    made = make(root, "step_9/.metadata", "step_9/sub/plain.bin")
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        path = root / "step_9" / name
+        made[str(path)] = os.urandom(9_000_000)
+        with StripedWriter(str(path)) as file:
+            file.write(made[str(path)])
+    node.start()
+    shown_at = Path(step(node, 1, root))
+    found = {str(root / "step_9" / path.relative_to(shown_at)): path.read_bytes() for path in shown_at.rglob("*") if path.is_file()}
+    assert found == made
+    node.as_user("cmp", str(shown_at / "sub/plain.bin"), str(root / "step_9/sub/plain.bin"))
+    assert not (shown_at.parent.stat().st_mode & 0o044), "others do not learn what the files are called"
+    assert step_again(node, 1) == str(shown_at)
+    node.ask("epilog", JOB_ID=1)
+    node.events(1)
+    wait_until(lambda: not shown_at.parent.exists())
+
+
+def step_again(node: Node, job: int) -> str:
+    reply, fds = node.request("attach", JOB_ID=job, UID=ALICE, STEP_ID=1)
+    for fd in fds:
+        os.close(fd)
+    return dict(value.split("=", 1) for key, value in reply if key == "SETENV")["BOOTSEER_CHECKPOINT"]
+
+
+def test_a_folder_of_which_a_striped_file_is_broken_is_not_shown_in_part(node: Node) -> None:
+    root = node.folder / "data" / "step_9"
+    make(root, ".metadata")
+    for name in ("a", "b"):
+        with StripedWriter(str(root / name)) as file:
+            file.write(os.urandom(1_000_000))
+    (stripe,) = [path for path in (root / "b").rglob("0") if path.is_file()]
+    stripe.unlink()
+    node.start()
+    assert step(node, 1, root) == ""
+    node.ask("epilog", JOB_ID=1)
+    assert any("stripe 0 is missing" in str(event.get("message")) for event in node.events(1))
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/../../b", "", "x" * 300, "a\0b", "/".join("a" * 20)])
+def test_a_name_that_leads_elsewhere(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        Named(tmp_path / "job").show("c", {"good": tmp_path, name: tmp_path})
+    assert list(tmp_path.rglob("*")) == []

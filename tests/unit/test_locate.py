@@ -117,7 +117,14 @@ def test_a_folder_of_striped_files_is_seen_to_settle(tmp_path: Path) -> None:
         newest(str(tmp_path / "ckpt"), now_s=time.time())
     found = newest(str(tmp_path / "ckpt"), now_s=time.time() + 100)
     assert found.striped == {"ckpt/step_1/a", "ckpt/step_1/b"}
-    assert named_files(str(root / "a")) == ([(str(root / "a"), str(root / "a"))], "")
+    (root / "c").write_bytes(b"x")
+    os.utime(root / "c", (1, 1))
+    (root / ".metadata").write_bytes(b"x")
+    files, _ = named_files(str(root.parent))
+    striped = [(f"file://{root}/{name}", f"{root.parent}/{name}", name) for name in ("a", "b")]
+    plain = [(f"{root}/{name}", f"{root.parent}/{name}", name) for name in (".metadata", "c")]
+    assert sorted(files) == sorted(striped + plain)
+    assert named_files(str(root / "a")) == ([(str(root / "a"), str(root / "a"), "")], "")
 
 
 @pytest.mark.parametrize(

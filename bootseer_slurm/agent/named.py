@@ -1,0 +1,59 @@
+"""The files of a checkpoint that have no path of their own (of a URI, or striped), as one folder for the job.
+
+    <run>/named/<job>.<restart>/<random>/<path within the checkpoint>     a link to the file that is served
+
+The folders are root's. Others cannot list the job's, and so do not learn what a user's files are called.
+Not thread-safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from bootseer_slurm.errors import InputError
+
+_NAME_LIMIT = 255
+_DEPTH_LIMIT = 8
+
+
+class Named:
+    """The folders of one job."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: of this job alone; made when first needed."""
+        self._folder = folder
+        self._shown: dict[str, Path] = {}
+
+    def show(self, checkpoint: str, files: Mapping[str, Path]) -> Path:
+        """The folder in which the files of a checkpoint have their names; the same one when asked again.
+
+        files: where each is served, by its path within the checkpoint, which is its user's. Raises InputError
+        for a name that cannot be, OSError.
+        """
+        if checkpoint not in self._shown:
+            checked = {_checked(name): path for name, path in files.items()}
+            self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+            place = self._folder / secrets.token_hex(8)
+            place.mkdir()
+            for name, path in checked.items():
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                (place / name).symlink_to(path)
+            self._shown[checkpoint] = place
+        return self._shown[checkpoint]
+
+    def close(self) -> None:
+        """Take the folders away."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._folder)
+
+
+def _checked(name: str) -> str:
+    parts = PurePosixPath(name).parts
+    usable = 0 < len(parts) <= _DEPTH_LIMIT and all(len(part.encode()) <= _NAME_LIMIT for part in parts)
+    if not usable or "/" in parts or ".." in parts or "\0" in name:
+        raise InputError(f"a file of the checkpoint is called {name[:80]!r}")
+    return name

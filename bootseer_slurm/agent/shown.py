@@ -1,0 +1,82 @@
+"""What the steps of a job are shown: mounts over originals, and variables that name what has no path.
+
+Owns nothing but the folders of named.py; what is there to be shown is wanted.py's. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bootseer_slurm.agent.named import Named
+from bootseer_slurm.agent.request import Wish
+from bootseer_slurm.agent.target import Bind, Target
+from bootseer_slurm.agent.wanted import Sought, Wanted
+from bootseer_slurm.errors import BootseerError, NotFound
+from bootseer_slurm.events import EventLog
+
+
+class Shown:
+    """For one job."""
+
+    def __init__(self, wanted: Wanted, named: Named, log: EventLog) -> None:
+        self._wanted = wanted
+        self._named = named
+        self._log = log
+        self._lock = threading.Lock()
+
+    def to_step(self) -> tuple[list[Bind], dict[str, str]]:
+        """Fresh mounts for a step (the caller closes them) and its variables, of what is looked up by now."""
+        asked = self._wanted.asked()
+        targets = [sought.target for sought in asked.values() if sought.target is not None]
+        with_path = [target for target in targets if target.path is not None]
+        with ThreadPoolExecutor(len(with_path) or 1) as pool:  # one that does not answer holds up no other
+            binds = [bind for bind in pool.map(self._bind, with_path) if bind]
+        for wish, sought in asked.items():
+            if not sought.looked_up.is_set():
+                self._tell("skipped", wish, "the store had not answered when the step started")
+        # An inner target is shown first: below an outer one it could no longer be told from the original.
+        return sorted(binds, key=lambda bind: -len(bind.path)), self._variables(asked)
+
+    def close(self) -> None:
+        """Take the folders away."""
+        self._named.close()
+
+    def _bind(self, target: Target) -> Bind | None:
+        try:
+            bind = target.bind()
+        except Exception as error:  # the binds of others are to be shown, or closed
+            self._tell("skipped", target.wish, str(error))
+            return None
+        self._tell("shown", target.wish, None)
+        return bind
+
+    def _variables(self, asked: dict[Wish, Sought]) -> dict[str, str]:
+        in_folders = {file for sought in asked.values() for file in sought.files.values()}
+        variables = {
+            f"BOOTSEER_{wish.kind.upper()}": str(sought.target.served_path())
+            for wish, sought in asked.items()
+            if sought.target is not None and sought.target.path is None and wish not in in_folders
+        }
+        for wish, sought in asked.items():
+            if not sought.files:
+                continue
+            try:
+                files = {name: _served(asked, file) for name, file in sought.files.items()}
+                with self._lock:
+                    variables["BOOTSEER_CHECKPOINT"] = str(self._named.show(wish.name, files))
+            except (BootseerError, OSError) as error:
+                self._tell("skipped", wish, str(error))
+        return variables
+
+    def _tell(self, name: str, wish: Wish, message: str | None) -> None:
+        level = "info" if name == "shown" else "warning"
+        self._log.emit("shadow", name, target=wish.name, what=wish.kind, message=message, level=level)
+
+
+def _served(asked: dict[Wish, Sought], wish: Wish) -> Path:
+    target = asked[wish].target if wish in asked else None
+    if target is None:
+        raise NotFound(f"{wish.name}: not there, so the checkpoint is not whole")
+    return target.served_path()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bootseer_slurm.errors import NotFound, StoreError
@@ -17,8 +17,11 @@ from bootseer_slurm.store import Entry, Store
 class ArrowReader:
     """An object of a pyarrow file system, read in ranges."""
 
-    def __init__(self, file: Any, path: str) -> None:
+    def __init__(self, file: Any, path: str, again: Callable[[], Any] | None = None) -> None:
+        """again: opens it anew; then each read looks whether it still is the same."""
         self._file = file
+        self._again = again
+        self.tag = _tag(file)
         self._path = path
         self.size_bytes = int(file.size())
 
@@ -28,6 +31,9 @@ class ArrowReader:
             return 0
         try:
             content = self._file.read_at(wanted, offset)
+            # Behind the read: a range comes from whatever has the name when it is asked for.
+            if self._again is not None and _tag(self._again()) != self.tag:
+                raise StoreError(f"{self._path}: was replaced while it was read")
         except OSError as error:
             raise StoreError(f"{self._path}: cannot be read: {error}") from error
         view[: len(content)] = content
@@ -53,13 +59,28 @@ class ArrowStore(Store):
         return f"{self._root.rstrip('/')}/{path}".rstrip("/")
 
     def open(self, path: str, *, bulk: bool = False) -> ArrowReader:
+        return self._open(path, replaceable=False)
+
+    def open_replaceable(self, path: str) -> ArrowReader:
+        return self._open(path, replaceable=True)
+
+    def _open(self, path: str, *, replaceable: bool) -> ArrowReader:
         full = self._path(path)
+
+        def again() -> Any:
+            return self._filesystem.open_input_file(full)
+
         try:
-            return ArrowReader(self._filesystem.open_input_file(full), full)
+            return ArrowReader(again(), full, again if replaceable else None)
         except FileNotFoundError:
             raise NotFound(f"{full}: no such object") from None
         except OSError as error:
             raise StoreError(f"{full}: cannot be opened: {error}") from error
+
+    def identity(self, path: str) -> str:
+        reader = self.open(path)
+        reader.close()
+        return f"{super().identity(path)} {reader.tag}"
 
     def write(self, path: str, content: bytes) -> None:
         if self._filesystem.type_name != "s3":
@@ -141,3 +162,8 @@ class ArrowStore(Store):
         for path in sorted([full, *folders], key=len, reverse=True):
             with contextlib.suppress(OSError):  # elsewhere folders go with what was in them
                 self._filesystem.delete_dir(path)
+
+
+def _tag(file: Any) -> object:
+    """What tells an object of S3 from another of its name; of others their size."""
+    return (file.metadata() or {}).get("ETag"), file.size()

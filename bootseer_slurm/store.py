@@ -71,6 +71,18 @@ class Store(Protocol):
         system, and the memory stays the job's.
         """
 
+    def open_replaceable(self, path: str) -> ObjectReader:
+        """As `open` in bulk, of one that others may replace: reads then go on with the old one, or fail."""
+        return self.open(path, bulk=True)
+
+    def identity(self, path: str) -> str:
+        """What tells an object from another one of its name. Raises NotFound or StoreError."""
+        folder, _, name = path.rpartition("/")
+        entry = next((each for each in self.scan(folder) if each.name == name), None)
+        if entry is None:
+            raise NotFound(f"{path}: no such file")
+        return f"{entry.size_bytes} {entry.changed_s}"
+
     def read(self, path: str, *, limit_bytes: int) -> bytes:
         """A whole small object. Raises NotFound, or StoreError when it is larger than `limit_bytes`."""
         reader = self.open(path)

@@ -61,7 +61,7 @@ def open_in(store: Store, path: str) -> Opened:
     """As `open_file`, of a path in a store."""
     manifest = read_manifest(store, path)
     if manifest is None:
-        reader = store.open(path, bulk=True)
+        reader = store.open_replaceable(path)
         return Opened(Layout(reader.size_bytes), [reader], None)
     try:
         objects = open_stripes(store, f"{path}/{manifest.generation}", manifest.layout)
@@ -85,10 +85,7 @@ def read_manifest(store: Store, path: str) -> Manifest | None:
 def identity_of(uri: str) -> str:
     """What tells a file that is not striped from another of its name. Raises StoreError, NotFound."""
     folder, name = split(uri)
-    entry = next((each for each in open_store(folder, plain=True).scan("") if each.name == name), None)
-    if entry is None:
-        raise NotFound(f"{uri}: no such file")
-    return f"{uri} {entry.size_bytes} {entry.changed_s}"
+    return f"{uri} {open_store(folder, plain=True).identity(name)}"
 
 
 def new_generation() -> str:

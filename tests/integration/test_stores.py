@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import bootseer_slurm
+from bootseer_slurm.checkpoint.striped import open_file
 from bootseer_slurm.errors import StoreError
 from bootseer_slurm.store import open_store
 from tests.stores import check_fsspec, check_objects, check_striped
@@ -67,6 +70,20 @@ class TestS3:
 
     def test_fsspec(self, s3: str) -> None:
         check_fsspec(f"bootseer+s3://bucket/fs{s3}")
+
+    def test_an_object_that_is_replaced_while_it_is_read(self, s3: str) -> None:
+        uri = f"s3://bucket/replaced/model.pt{s3}"
+        store = open_store(f"s3://bucket/replaced{s3}")
+        store.write("model.pt", b"a" * 2**20)
+        opened, identity, view = open_file(uri), store.identity("model.pt"), memoryview(bytearray(10))
+        assert opened.objects[0].read_into(0, view) == 10 and view == b"a" * 10
+        store.write("model.pt", b"b" * 2**20)  # within the same second, and of the same size
+        assert store.identity("model.pt") != identity
+        with pytest.raises(StoreError, match="was replaced"):
+            opened.objects[0].read_into(2**19, view)
+        opened.close()
+        with bootseer_slurm.open(uri) as file:
+            assert file.read(10) == b"b" * 10
 
     def test_a_bucket_that_is_not_there(self, s3: str) -> None:
         with pytest.raises(StoreError, match="cannot be written"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import textwrap
@@ -328,3 +329,33 @@ def events(inputs: Inputs, job_id: int) -> list[str]:
     files = sorted(folder.glob("*.jsonl"))
     assert len(files) == 3
     return [path.read_text() for path in files]
+
+
+LOAD = textwrap.dedent(
+    f"""\
+    #!/bin/bash
+    #SBATCH -N2 --ntasks-per-node=1 --mem=200M -J loads -o {HOME}/%j.out
+    sleep 2
+    srun bash -c '
+    file=$(ls -d {HOME}/ckpt/step_* | tail -1)/model.bin
+    echo "$SLURM_NODEID $(tail -c +$((SLURM_NODEID * 32000000 + 1)) $file | head -c 32000000 | sha256sum)"
+    {BOOTSEER} mark training_started'
+    """
+)
+
+
+def test_each_node_brings_what_that_of_its_rank_read_of_the_last_checkpoint(inputs: Inputs) -> None:
+    """Two nodes, of which each reads its half of the newest checkpoint."""
+    brought = []
+    for step in (1, 2):
+        make = f"mkdir -p {HOME}/ckpt/step_{step} && cd $_ && head -c 64000000 /dev/urandom > model.bin && touch -d -1hour model.bin"
+        assert inputs.cluster.exec("login", "bash", "-c", make, user="alice").returncode == 0
+        job_id, lines = inputs.run("--bootseer", f"--bootseer-checkpoint={HOME}/ckpt", script=LOAD)
+        content = (inputs.folder / f"ckpt/step_{step}/model.bin").read_bytes()
+        halves = [hashlib.sha256(content[rank * 32_000_000 :][:32_000_000]).hexdigest() for rank in (0, 1)]
+        assert [line[:2] for line in lines] == [(str(rank), halves[rank]) for rank in (0, 1)]
+        transfers = inputs.report(job_id, nodes=2)["transfers"]
+        assert isinstance(transfers, list)
+        brought.append([row["fetched_bytes"] for row in transfers if row["what"] == "checkpoint"])
+    assert brought[0] == [64_000_000, 64_000_000]
+    assert all(32_000_000 <= bytes_ < 40_000_000 for bytes_ in brought[1]), brought  # the kernel reads ahead

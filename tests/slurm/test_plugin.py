@@ -430,7 +430,12 @@ def test_shadow(cluster: Any, folder: Path) -> None:
     with fake_agent(cluster, "--bind", f"{blob}={target}", *setenv) as agent:
         script = f"rm {profile}\nenv | grep -E '^(LD_PRELOAD|BOOTSEER-X)'\n" + SCRIPT.format(target=target)
         text = output(
-            cluster, script, "--ntasks=2", f"--bootseer={profile}", f"--bootseer-image={folder.name}/x"
+            cluster,
+            script,
+            "--ntasks=2",
+            "--mem=150M",
+            f"--bootseer={profile}",
+            f"--bootseer-image={folder.name}/x",
         )
         assert sorted(text.splitlines()) == [
             "again: fast",
@@ -449,7 +454,7 @@ def test_shadow(cluster: Any, folder: Path) -> None:
             assert request["IMAGE"] == f"{HOME}/{folder.name}/x"
             assert (request["UID"], request["GID"]) == ("20001", "20001")
             assert set(request["GIDS"].split(",")) == {"20000", "20001"}
-            assert request["NODENAME"] == NODE
+            assert (request["NODENAME"], request["MEMORY_MB"]) == (NODE, "150")
             assert request["_pid_uid_gid"][1] == 0
         stages = agent.requests("stage", 5)
         assert sorted((stage["NAME"], stage["STEP_ID"], stage["TASK"]) for stage in stages) == [

@@ -123,7 +123,9 @@ def uri(layout: Layout) -> str:
 def _java(layout: Layout, node: str, *arguments: str) -> list[str]:
     opened = [f"--add-opens={each}" for each in OPENED]
     path = f"{layout.etc / node}:{jars()}/*"
-    return ["java", f"-Xmx{HEAP_MIB}m", "-XX:+UseSerialGC", *opened, "-cp", path, *arguments]
+    # What its web server unpacks goes with the state.
+    temporary = f"-Djava.io.tmpdir={layout.etc / node}"
+    return ["java", f"-Xmx{HEAP_MIB}m", "-XX:+UseSerialGC", temporary, *opened, "-cp", path, *arguments]
 
 
 def format_namenode(state: State) -> None:

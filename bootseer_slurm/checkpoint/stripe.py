@@ -17,7 +17,7 @@ from bootseer_slurm.checkpoint.writer import OBJECTS
 from bootseer_slurm.errors import NotFound
 from bootseer_slurm.store import Store, open_store
 
-LIMIT_OBJECTS = 256
+_LIMIT_OBJECTS = 256
 _UNFINISHED = "unfinished"
 _LIMIT_BYTES = 4096
 
@@ -55,9 +55,9 @@ def stripe_file(
 
 
 def _objects_for(store: Store, size_bytes: int) -> int:
-    """Enough that the store can choose the place of each, which is good for a few of them too."""
+    """As many as let the store choose the place of all bytes, and no fewer than a stream has."""
     placed = -(-size_bytes // store.placed_bytes) if store.placed_bytes else 0
-    return max(OBJECTS, min(LIMIT_OBJECTS, placed))
+    return max(OBJECTS, min(_LIMIT_OBJECTS, placed))
 
 
 def _earlier_try(store: Store, name: str, identity: list[object], layout: Layout) -> tuple[str, set[int]]:

@@ -6,6 +6,9 @@ and may run in parallel; what its native part panics with, a BaseException, is a
 
 A read that fails, or takes too long, is begun again with the file opened anew: where its blocks are is
 learned when it is opened, in another order each time, and those DataNodes may all be gone.
+
+HDFS places blocks at random. One of several objects of a file that begins on a DataNode with more than its
+share is given up after its first byte, and begun again (placement.py, webhdfs.py).
 """
 
 from __future__ import annotations
@@ -14,17 +17,20 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from bootseer_slurm import webhdfs
 from bootseer_slurm.errors import NotFound, StoreError
-from bootseer_slurm.store import Entry, Store
+from bootseer_slurm.placement import TRIES, Tally
+from bootseer_slurm.store import Entry, ObjectWriter, Store
 
 _ATTEMPTS = 4
 _HEDGE_S = 3.0  # a read that takes longer is begun a second time, from the replica that comes first then
 _LIMIT_S = 60.0
+_PAUSE_S = 0.1  # longer each time: 1.5 s for an object that is begun eight times
 _REOPEN_EVERY_S = 60.0  # from the beginning of one that failed
 _SETTINGS = {
     "dfs.client.socket-timeout": "5000",  # ms; then the next replica is read. 60000 without this
@@ -120,36 +126,50 @@ class HdfsStore(Store):
         parts = urlsplit(uri)
         self._root = parts.path.rstrip("/")
         self._options = WriteOptions
-        self._client = _call(uri, "used as a store", lambda: Client(f"hdfs://{parts.netloc}", _SETTINGS))
+        self.client = _call(uri, "used as a store", lambda: Client(f"hdfs://{parts.netloc}", _SETTINGS))
+        self.web = webhdfs.of_authority(parts.netloc)
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}".rstrip("/") or "/"
 
     def open(self, path: str, *, bulk: bool = False) -> HdfsReader:
-        return HdfsReader(self._client, self._path(path))
+        return HdfsReader(self.client, self._path(path))
 
     @contextlib.contextmanager
     def writer(self, path: str) -> Iterator[Any]:
-        full = self._path(path)
-        folder, _, name = full.rpartition("/")
-        temporary = f"{folder}/.{name}.{secrets.token_hex(6)}"
-        file = _call(full, "written", lambda: self._create(temporary))
+        with self._draft(path) as draft:
+            yield draft
+
+    def spread(self, there: Iterable[str] = ()) -> ObjectWriter:
+        tally = Tally()
+        for path in there:
+            if servers := self.locations(path):
+                tally.add(servers)
+        return lambda path: self._draft(path, tally)
+
+    placed_bytes = 128 * 2**20  # Hadoop's block size; of a larger object only where the first block lies
+
+    def locations(self, path: str) -> dict[str, int] | None:
+        return self.web.locations(self._path(path))
+
+    @contextlib.contextmanager
+    def _draft(self, path: str, tally: Tally | None = None) -> Iterator[_Draft]:
+        draft = _Draft(self, self._path(path), tally)
         try:
-            yield _Writer(file, full)
-            _call(full, "written", file.close)
-            _call(full, "written", lambda: self._client.rename(temporary, full, overwrite=True))
+            yield draft
+            draft.publish()
         except BaseException:
             with contextlib.suppress(StoreError, NotFound):
-                _call(temporary, "removed", lambda: self._client.delete(temporary))
+                draft.remove()
             raise
 
-    def _create(self, full: str, *, overwrite: bool = True) -> Any:
-        return self._client.create(full, self._options(overwrite=overwrite, create_parent=True))
+    def create_file(self, full: str, *, overwrite: bool = True) -> Any:
+        return self.client.create(full, self._options(overwrite=overwrite, create_parent=True))
 
     def create(self, path: str, content: bytes) -> bool:
         full = self._path(path)
         try:
-            file = self._create(full, overwrite=False)
+            file = self.create_file(full, overwrite=False)
         except FileExistsError:
             return False
         except BaseException as error:
@@ -165,7 +185,7 @@ class HdfsStore(Store):
     def scan(self, path: str) -> list[Entry]:
         full = self._path(path)
         try:
-            found = _call(full, "listed", lambda: list(self._client.list_status(full)))
+            found = _call(full, "listed", lambda: list(self.client.list_status(full)))
         except NotFound:
             return []
         return [
@@ -176,7 +196,7 @@ class HdfsStore(Store):
     def remove(self, path: str) -> None:
         full = self._path(path)
         with contextlib.suppress(NotFound):
-            _call(full, "removed", lambda: self._client.delete(full, recursive=True))
+            _call(full, "removed", lambda: self.client.delete(full, recursive=True))
 
     renames = True
 
@@ -184,22 +204,64 @@ class HdfsStore(Store):
         source, target = self._path(path), self._path(new)
 
         def rename() -> None:
-            self._client.mkdirs(target.rpartition("/")[0] or "/", create_parent=True)
-            self._client.rename(source, target)
+            self.client.mkdirs(target.rpartition("/")[0] or "/", create_parent=True)
+            self.client.rename(source, target)
 
         _call(source, "renamed", rename)
 
 
-class _Writer:
-    """A file that is being written."""
+class _Draft:
+    """A file that is being written, under another name until it is whole."""
 
-    def __init__(self, file: Any, path: str) -> None:
-        self._file = file
-        self._path = path
+    def __init__(self, store: HdfsStore, full: str, tally: Tally | None) -> None:
+        """Begin it. tally: of the objects that it is one of. Raises StoreError."""
+        folder, _, name = full.rpartition("/")
+        self._store = store
+        self._path = full
+        self._temporary = f"{folder}/.{name}.{secrets.token_hex(6)}"
+        self._tally = tally
+        self._begin()
 
     def write(self, content: bytes | memoryview) -> int:
-        _call(self._path, "written", lambda: self._file.write(content))
-        return len(content)
+        view = memoryview(content).cast("B")
+        if self._tally is not None and view:
+            self._place(self._tally, view[:1])
+            self._tally = None
+            self._write(view[1:])
+        else:
+            self._write(view)
+        return len(view)
+
+    def publish(self) -> None:
+        """Give it its name."""
+        _call(self._path, "written", self._file.close)
+        client = self._store.client
+        _call(self._path, "written", lambda: client.rename(self._temporary, self._path, overwrite=True))
+
+    def remove(self) -> None:
+        _call(self._temporary, "removed", lambda: self._store.client.delete(self._temporary))
+
+    def _begin(self) -> None:
+        self._file = _call(self._path, "written", lambda: self._store.create_file(self._temporary))
+
+    def _write(self, view: memoryview) -> None:
+        # Of what is not `bytes` the library takes one byte after the other, at 70 MB/s, and holds the GIL.
+        _call(self._path, "written", lambda: self._file.write(bytes(view)))
+
+    def _place(self, tally: Tally, first: memoryview) -> None:
+        """Write the first byte, and do so again until its block lies where the tally wants it."""
+        for number in range(1, TRIES + 1):
+            self._write(first)
+            servers = self._store.web.locations(self._temporary)
+            if not servers or tally.takes(servers, last=number == TRIES):
+                return
+            self.remove()
+            # Of a file that is gone this only ends the connection; else it waits 0.5 s for the NameNode.
+            with contextlib.suppress(StoreError, NotFound):
+                _call(self._temporary, "closed", self._file.close)
+            # The NameNode passes over a busy DataNode until the next heartbeat tells that it is less so.
+            time.sleep(max(0, number - 2) * _PAUSE_S)
+            self._begin()
 
 
 def _copy(pieces: list[bytes], view: memoryview) -> int:

@@ -30,7 +30,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
@@ -59,6 +59,9 @@ class ObjectReader(Protocol):
         """Fill `view` from `offset` on; gives the number of bytes, short only at the end of the object."""
 
     def close(self) -> None: ...
+
+
+ObjectWriter = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
 class Store(Protocol):
@@ -98,6 +101,20 @@ class Store(Protocol):
 
     def writer(self, path: str) -> contextlib.AbstractContextManager[Any]:
         """A file to write a large object to; it appears when the block ends without an error."""
+
+    def spread(self, there: Iterable[str] = ()) -> ObjectWriter:
+        """What writes the objects of one file, as `writer` does, from several threads.
+
+        They are spread evenly over the store's servers, where it can tell and choose. there: those that are
+        written already.
+        """
+        return self.writer
+
+    placed_bytes: int | None = None  # of an object whose place can be chosen, at most; None: no such thing
+
+    def locations(self, path: str) -> dict[str, int] | None:
+        """How many bytes of an object lie on which server, its replicas together its size; None: not told."""
+        return None
 
     def create(self, path: str, content: bytes) -> bool:
         """Write a small object that is not there yet; False when it is. Raises StoreError.

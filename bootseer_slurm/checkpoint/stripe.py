@@ -13,25 +13,33 @@ from bootseer_slurm.blob.manifest import Layout, Manifest
 from bootseer_slurm.blob.names import wait_until_settled
 from bootseer_slurm.blob.writer import write_objects
 from bootseer_slurm.checkpoint.striped import generation_of, new_generation, publish, remove_older, split
+from bootseer_slurm.checkpoint.writer import OBJECTS
 from bootseer_slurm.errors import NotFound
 from bootseer_slurm.store import Store, open_store
 
+_LIMIT_OBJECTS = 256
 _UNFINISHED = "unfinished"
 _LIMIT_BYTES = 4096
 
 
 def stripe_file(
-    source: Path, uri: str, *, objects: int, progress: Callable[[int], None] = lambda count: None
+    source: Path,
+    uri: str,
+    *,
+    objects: int | None = None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Manifest:
-    """Make the striped file `uri` of the file `source`; objects: to spread it over.
+    """Make the striped file `uri` of the file `source`.
 
-    progress: told the bytes just done, from several threads. What an earlier try wrote of the same file, as
-    its size, time and inode tell, is not written again, but read, for its digests. Raises BootseerError.
+    objects: to spread it over; None: as many as are good for it. progress: told the bytes just done, from
+    several threads. What an earlier try wrote of the same file, as its size, time and inode tell, is not
+    written again, but read, for its digests. Raises BootseerError.
     """
     folder, name = split(uri)
     store = open_store(folder, plain=True)
     status = source.stat()
     wait_until_settled(status)
+    objects = objects or _objects_for(store, status.st_size)
     layout = Layout(status.st_size, objects=objects)
     identity = [str(source.resolve()), status.st_size, status.st_mtime_ns, status.st_ino]
     generation, there = _earlier_try(store, name, identity, layout)
@@ -44,6 +52,12 @@ def stripe_file(
     store.remove(f"{name}/{_UNFINISHED}")
     remove_older(store, name, generation, last)
     return manifest
+
+
+def _objects_for(store: Store, size_bytes: int) -> int:
+    """As many as let the store choose the place of all bytes, and no fewer than a stream has."""
+    placed = -(-size_bytes // store.placed_bytes) if store.placed_bytes else 0
+    return max(OBJECTS, min(_LIMIT_OBJECTS, placed))
 
 
 def _earlier_try(store: Store, name: str, identity: list[object], layout: Layout) -> tuple[str, set[int]]:

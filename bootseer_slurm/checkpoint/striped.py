@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
@@ -24,6 +26,7 @@ from bootseer_slurm.errors import InputError, IntegrityError, NotFound, StoreErr
 from bootseer_slurm.store import ObjectReader, Store, open_store
 
 MANIFEST = "manifest"
+_LOOKS = 8  # at once
 # A generation that was begun this long before the newest is of a writer that died.
 _DEAD_S = 86400.0
 
@@ -80,6 +83,27 @@ def read_manifest(store: Store, path: str) -> Manifest | None:
     if not manifest.generation:
         raise IntegrityError(f"{path}: its manifest has no generation: not one of a striped file")
     return manifest
+
+
+def placement(uri: str) -> dict[str, int] | None:
+    """How many bytes of a file lie on which server; None where the store does not tell.
+
+    Raises NotFound, StoreError or IntegrityError.
+    """
+    folder, name = split(uri)
+    store = open_store(folder, plain=True)
+    manifest = read_manifest(store, name)
+    if manifest is None:
+        store.open(name).close()
+        return store.locations(name)
+    paths = [f"{name}/{manifest.generation}/{index}" for index in range(manifest.layout.objects)]
+    total: Counter[str] = Counter()
+    with ThreadPoolExecutor(_LOOKS) as pool:
+        for found in pool.map(store.locations, paths):
+            if found is None:
+                return None
+            total.update(found)
+    return dict(total)
 
 
 def identity_of(uri: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from bootseer_slurm.blob.manifest import CHUNK_BYTES, Layout, Manifest, digests_of
 from bootseer_slurm.checkpoint.striped import generation_of, new_generation, publish, remove_older, split
 from bootseer_slurm.errors import BootseerError, StoreError
-from bootseer_slurm.store import Store, open_store
+from bootseer_slurm.store import ObjectWriter, Store, open_store
 
 OBJECTS = 8
 _WAITING = 2
@@ -31,12 +31,12 @@ class _Abandoned(Exception):
 class _Stripe:
     """One object that is being written, by a thread of its own."""
 
-    def __init__(self, store: Store, path: str, block_bytes: int) -> None:
+    def __init__(self, writer: ObjectWriter, path: str, block_bytes: int) -> None:
         self.digests: list[bytes] = []  # of its chunks, one after the other
         self._block_bytes = block_bytes
         self._waiting: queue.Queue[memoryview | _Abandoned | None] = queue.Queue(_WAITING)
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(store, path), name="stripe", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(writer, path), name="stripe", daemon=True)
         self._thread.start()
 
     def put(self, chunk: memoryview) -> None:
@@ -75,9 +75,9 @@ class _Stripe:
         if self._error is not None:
             raise self._error
 
-    def _run(self, store: Store, path: str) -> None:
+    def _run(self, writer: ObjectWriter, path: str) -> None:
         try:
-            with store.writer(path) as out:
+            with writer(path) as out:
                 while (chunk := self._waiting.get()) is not None:
                     if isinstance(chunk, _Abandoned):
                         raise chunk
@@ -112,6 +112,7 @@ class StripedWriter(io.RawIOBase):
         self.name = self._path
         self._pid = os.getpid()
         self._store = store
+        self._writer = store.spread()
         self._objects = max(1, min(objects, _LIMIT_OBJECTS))
         self._generation = new_generation()
         self._layout = Layout(0, objects=self._objects)
@@ -147,7 +148,7 @@ class StripedWriter(io.RawIOBase):
         index = self._size_bytes // CHUNK_BYTES % self._objects
         if index == len(self._stripes):
             path = f"{self._path}/{self._generation}/{index}"
-            self._stripes.append(_Stripe(self._store, path, self._layout.block_bytes))
+            self._stripes.append(_Stripe(self._writer, path, self._layout.block_bytes))
         self._stripes[index].put(chunk)
         self._size_bytes += len(chunk)
 

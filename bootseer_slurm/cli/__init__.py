@@ -17,15 +17,14 @@ from rich.console import Console
 from bootseer_slurm import config as configuration
 from bootseer_slurm.cli import doctor, settings
 from bootseer_slurm.cli.cache import app as cache_app
+from bootseer_slurm.cli.checkpoint import app as checkpoint_app
 from bootseer_slurm.cli.env import app as env_app
 from bootseer_slurm.cli.image import app as image_app
 from bootseer_slurm.cli.importer import app as importer_app
-from bootseer_slurm.cli.progress import progress_bars, store_with_progress
 from bootseer_slurm.errors import InputError, StoreError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="The configuration of this machine.")
-checkpoint_app = typer.Typer(no_args_is_help=True, help="Striped checkpoints in the store.")
 profile_app = typer.Typer(no_args_is_help=True, help="Profiles, the files given as --bootseer=PROFILE.toml.")
 store_app = typer.Typer(no_args_is_help=True, help="The shared store.")
 for name, group in (("config", config_app), ("env", env_app), ("image", image_app), ("profile", profile_app),
@@ -154,31 +153,3 @@ def store_init() -> None:
     except OSError as error:
         raise StoreError(f"{users}: cannot be made: {error.strerror}") from error
     print(f"{users} is ready")
-
-
-@checkpoint_app.command("stripe")
-def checkpoint_stripe(
-    source: Annotated[Path, typer.Argument(help="A checkpoint file.", exists=True)],
-    target: Annotated[
-        str, typer.Argument(help="A URI or path, where it becomes a striped file; none: the store.")
-    ] = "",
-    stripes: Annotated[int, typer.Option(min=1, max=256, help="Objects to spread it over.")] = 8,
-) -> None:
-    """Spread a checkpoint file over several objects: in the store, for jobs that use it, or in another place.
-
-    The same command again goes on where one that was interrupted ended.
-    """
-    from bootseer_slurm.checkpoint.stripe import stripe_file
-
-    real = source.resolve(strict=True)
-    if not real.is_file():
-        raise InputError(f"{real}: not a file")
-    if not target:
-        store_with_progress(real, "checkpoint", objects=stripes, name=str(real))
-        return
-    with progress_bars() as progress:
-        task = progress.add_task(target, total=real.stat().st_size)
-        manifest = stripe_file(
-            real, target, objects=stripes, progress=lambda count: progress.advance(task, count)
-        )
-    print(f"{target}  {manifest.layout.objects} objects, {manifest.layout.size_bytes} bytes")

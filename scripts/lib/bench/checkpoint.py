@@ -24,14 +24,14 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bootseer_slurm.checkpoint.file import ParallelFile
 from bootseer_slurm.checkpoint.stripe import stripe_file
-from bootseer_slurm.checkpoint.striped import Opened, open_file
+from bootseer_slurm.checkpoint.striped import Opened, open_file, placement
 from bootseer_slurm.store import FileReader, open_store
 
 SIZE_BYTES = 4 * 2**30
 REPEATS = 5
 DATANODES = 3
 LINK = "800mbit"
-OBJECTS = 256  # many, for HDFS places each at random: 48 of them left a third of the links idle
+OBJECTS = 256  # so that each DataNode has a third of them, but for one
 RAW_BYTES = 256 * 2**20  # of each link, to measure what it carries
 RANGE_BYTES = 8 * 2**20
 THREADS = 16
@@ -150,6 +150,7 @@ def hdfs_rows(source: Path, step: Callable[[str], None]) -> list[Row]:
             out.write(piece)
     step("writing striped")
     stripe_file(source, striped, objects=OBJECTS)
+    fullest = max((placement(striped) or {"?": SIZE_BYTES}).values()) / SIZE_BYTES
     buffer = memoryview(mmap.mmap(-1, SIZE_BYTES))
     step("comparing")
     for uri in (plain, striped):
@@ -175,16 +176,17 @@ def hdfs_rows(source: Path, step: Callable[[str], None]) -> list[Row]:
                 for name, work in arms:
                     step(f"links {link}: {name}, {number + 1} of {repeats}")
                     timed(times, name, work)
-        rows += rows_of(link, times, median(rates))
+        rows += rows_of(link, times, median(rates), fullest)
     return rows
 
 
-def rows_of(link: str, times: Times, links_bytes_per_s: float) -> list[Row]:
+def rows_of(link: str, times: Times, links_bytes_per_s: float, fullest: float) -> list[Row]:
     limited = link != "off"
     ours_s, plain_s = median(times["striped"]), median(times["one plain stream"])
     ceiling = links_bytes_per_s / 1e6
     how = f"{SIZE_BYTES / 2**30:.0f} GiB on {DATANODES} DataNodes; links {link} carry {ceiling:.0f} MB/s "
-    how += f"at once; {OBJECTS} objects, {THREADS} reads at once; medians of {REPEATS} interleaved"
+    how += f"at once; {OBJECTS} objects, {fullest:.1%} on the fullest; "
+    how += f"{THREADS} reads at once; medians of {REPEATS} interleaved"
     name = f"HDFS, links {link}"
     target = 2.5 if limited else 1.3
     rows = [Row(f"{name}: striped, against one plain stream", plain_s / ours_s, "×", target, None, how, True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 
 LEVELS = ("unit", "hooks", "spank", "integration", "slurm", "hdfs", "pyxis")
 # What CI's machine has: a test that needs one of these and is skipped there is a failure.
-EXPECTED_IN_CI = ("fuse", "hdfs", "registry", "s3", "slurm")
+EXPECTED_IN_CI = ("fuse", "hdfs", "registry", "s3", "slurm", "torch")
 
 
 def pytest_report_header() -> str:
@@ -22,6 +23,7 @@ def pytest_report_header() -> str:
         "slurm": shutil.which("slurmctld") is not None,
         "squashfuse": shutil.which("squashfuse") is not None,
         "registry": all(map(shutil.which, ("docker-registry", "skopeo", "umoci"))),
+        "torch": importlib.util.find_spec("torch") is not None,
         "pyxis": shutil.which("enroot") is not None,
     }
     return "capabilities: " + " ".join(f"{name}={'yes' if there else 'no'}" for name, there in found.items())

@@ -95,3 +95,19 @@ def check_fsspec(url: str) -> None:
     assert fs.cat_file(f"{path}/step_1/a") == b"two" and not fs.exists(f"{path}/step_1/b")
     fs.rm(f"{path}/step_1", recursive=True)
     assert not fs.exists(f"{path}/step_1/a")
+
+
+def check_dcp(uri: str) -> None:
+    """A checkpoint of torch.distributed.checkpoint, striped, through its own classes and our reader. uri: of its folder."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from bootseer_slurm.checkpoint.dcp import ParallelReader
+
+    state = {"large": torch.randn(3, 1024, 1024), "half": torch.randn(6000, 1024).bfloat16(), "odd": torch.randn(3, 5), "none": torch.zeros(0, 4)}
+    dcp.save({**state, "step": 7}, storage_writer=dcp.FsspecWriter(f"bootseer+{uri}"))
+    for reader in (ParallelReader(uri), ParallelReader(f"bootseer+{uri}"), dcp.FsspecReader(f"bootseer+{uri}")):
+        found = {name: torch.zeros_like(tensor) for name, tensor in state.items()} | {"step": 0}
+        dcp.load(found, storage_reader=reader)
+        assert found.pop("step") == 7
+        assert all(found[name].equal(tensor) for name, tensor in state.items())

@@ -14,6 +14,7 @@ import io
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -133,6 +134,45 @@ class ParallelFile(io.RawIOBase):
             future.result()
         return done
 
+    def read_ranges(self, ranges: Iterable[tuple[int, Any]]) -> None:
+        """Fill several buffers, each from an offset of its own, all at once; a chunk is read once for all.
+
+        A chunk that is one buffer's goes straight into it. Raises ValueError of a range that goes beyond the
+        end, and as `read_at`; buffers may then be half filled.
+        """
+        if self.closed:
+            raise ValueError("read of a closed file")
+        chunk_bytes = self._layout.chunk_bytes
+        parts: dict[int, list[tuple[int, memoryview]]] = {}  # by chunk: where in it, and what is filled
+        for offset, buffer in ranges:
+            view = memoryview(buffer).cast("B")
+            if not 0 <= offset <= self.size - len(view):
+                raise ValueError(f"{self.name}: has no bytes {offset} to {offset + len(view)}")
+            done = 0
+            while done < len(view):
+                chunk, within = divmod(offset + done, chunk_bytes)
+                count = min(chunk_bytes - within, len(view) - done)
+                parts.setdefault(chunk, []).append((within, view[done : done + count]))
+                done += count
+        futures = [self._pool.submit(self._read_parts, chunk, each) for chunk, each in parts.items()]
+        wait(futures)  # all, for they write to the caller's memory
+        for future in futures:
+            future.result()
+
+    def _read_parts(self, chunk: int, parts: list[tuple[int, memoryview]]) -> None:
+        """Read the blocks of a chunk that the parts lie in."""
+        if len(parts) == 1 and len(parts[0][1]) == self._chunk_size(chunk):
+            self._read_chunk(chunk, parts[0][1])
+            return
+        block_bytes = self._layout.block_bytes
+        first = min(within for within, _ in parts) // block_bytes * block_bytes
+        end = max(within + len(view) for within, view in parts)
+        end = min(-(-end // block_bytes) * block_bytes, self._chunk_size(chunk))
+        blocks = memoryview(bytearray(end - first))
+        self._read_chunk(chunk, blocks, first)
+        for within, view in parts:
+            view[:] = blocks[within - first : within - first + len(view)]
+
     def _chunk_size(self, chunk: int) -> int:
         return min(self._layout.chunk_bytes, self.size - chunk * self._layout.chunk_bytes)
 
@@ -166,25 +206,25 @@ class ParallelFile(io.RawIOBase):
         self._read_chunk(chunk, view)
         return view
 
-    def _read_chunk(self, chunk: int, view: memoryview) -> None:
-        """Read a whole chunk; once more where it fails, or its bytes are wrong: a replica may be."""
+    def _read_chunk(self, chunk: int, view: memoryview, within: int = 0) -> None:
+        """Read blocks of a chunk; once more where it fails, or its bytes are wrong: a replica may be."""
         retrying = Retrying(
             retry=retry_if_exception_type((StoreError, IntegrityError)),
             stop=stop_after_attempt(_ATTEMPTS),
             wait=wait_exponential(multiplier=0.1, max=2),
             reraise=True,
         )
-        retrying(self._read_once, chunk, view)
+        retrying(self._read_once, chunk * self._layout.chunk_bytes + within, view)
 
-    def _read_once(self, chunk: int, view: memoryview) -> None:
-        extent = self._layout.extent(chunk * self._layout.chunk_bytes, len(view))
+    def _read_once(self, offset: int, view: memoryview) -> None:
+        extent = self._layout.extent(offset, len(view))
         count = self._opened.objects[extent.object].read_into(extent.offset, view)
         if count < len(view):
             raise IntegrityError(f"{self.name}: stripe {extent.object} ended before it should")
         manifest = self._opened.manifest
         if manifest is None:
             return
-        first = chunk * self._layout.chunk_bytes // self._layout.block_bytes
+        first = offset // self._layout.block_bytes
         for number, start in enumerate(range(0, len(view), self._layout.block_bytes)):
             block = view[start : start + self._layout.block_bytes]
             if hashlib.sha256(block).digest() != manifest.digest(first + number):

@@ -136,7 +136,9 @@ class StripedFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
         if old == new:
             return
         if not self._store.renames:
-            super().mv(path1, path2, recursive=not is_file)
+            super().mv(
+                f"/{old}", f"/{new}", recursive=not is_file
+            )  # a URL's "?" would be taken for a pattern
             return
         aside = f"{new}.{secrets.token_hex(6)}"
         replaced = self.exists(path2)

@@ -15,7 +15,7 @@ from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.store import open_store
 from tests.hdfs.conftest import NODES, Hdfs
 from tests.integration.node import wait_until
-from tests.stores import check_fsspec, check_objects, check_striped
+from tests.stores import check_dcp, check_fsspec, check_objects, check_striped
 
 CONTENT = os.urandom(2**24) * 4
 
@@ -37,6 +37,12 @@ def test_striped(hdfs: Hdfs) -> None:
 
 def test_fsspec(hdfs: Hdfs) -> None:
     check_fsspec(f"bootseer+{hdfs.uri}/fs")
+
+
+@pytest.mark.torch
+def test_dcp(hdfs: Hdfs) -> None:
+    pytest.importorskip("torch", reason="needs scripts/torch")
+    check_dcp(f"{hdfs.uri}/dcp/step_1")
 
 
 def test_one_gets_a_lease(hdfs: Hdfs) -> None:

@@ -14,7 +14,7 @@ import bootseer_slurm
 from bootseer_slurm.checkpoint.striped import open_file
 from bootseer_slurm.errors import StoreError
 from bootseer_slurm.store import open_store
-from tests.stores import check_fsspec, check_objects, check_striped
+from tests.stores import check_dcp, check_fsspec, check_objects, check_striped
 
 SERVER = Path("/var/tmp/bootseer-versitygw-v1.8.0/versitygw")  # scripts/s3
 s3_server = [pytest.mark.s3, pytest.mark.skipif(not SERVER.exists(), reason="needs scripts/s3")]
@@ -83,6 +83,11 @@ class TestS3:
         opened.close()
         with bootseer_slurm.open(uri) as file:
             assert file.read(10) == b"b" * 10
+
+    @pytest.mark.torch
+    def test_dcp(self, s3: str) -> None:
+        pytest.importorskip("torch", reason="needs scripts/torch")
+        check_dcp(f"s3://bucket/dcp/step_1{s3}")
 
     def test_a_bucket_that_is_not_there(self, s3: str) -> None:
         with pytest.raises(StoreError, match="cannot be written"):

@@ -98,7 +98,8 @@ def report(
     """Show what a job's start cost, stage by stage, joined with sacct."""
     from bootseer_slurm.report.analyse import analyse
     from bootseer_slurm.report.collect import collect
-    from bootseer_slurm.report.render import to_json, to_terminal
+    from bootseer_slurm.report.document import to_json
+    from bootseer_slurm.report.render import to_terminal
     from bootseer_slurm.report.stored import StoredEvents
 
     result = analyse(collect(job_id, store=StoredEvents(settings.store()), restart=restart))

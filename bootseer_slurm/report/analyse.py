@@ -1,4 +1,4 @@
-"""From the events of a run to its figures: stages per node, transfers, stragglers, problems, and what it cost.
+"""From the events of a run to its figures: stages, transfers, stragglers, problems, and what it cost.
 
 Pure functions over a Run; nothing is read, written or kept. The stages are those of docs/report.md.
 """
@@ -141,7 +141,11 @@ def analyse(run: Run, *, plain: PlainStarts | None = None) -> Report:
         cpus=record.cpus if record else 0,
         transfers=tuple(row for sent in nodes for row in transfers(sent, trained[sent.node] or training_ns)),
         problems=_problems(nodes),
-        notes=(*run.notes, *_notes(run, nodes, starts, training_from, len(stamps)), *_clock_notes(run, clocks)),
+        notes=(
+            *run.notes,
+            *_notes(run, nodes, starts, training_from, len(stamps)),
+            *_clock_notes(run, clocks),
+        ),
         training_from=training_from,
         wall_s=(end_ns - record.start_ns) / 1e9 if record and record.start_ns and end_ns else None,
         stragglers=find(starts, nodes),
@@ -177,9 +181,7 @@ def _training_step(nodes: Sequence[NodeEvents]) -> Event | None:
 
 def _unended(nodes: Sequence[NodeEvents]) -> tuple[str, ...]:
     """The nodes of a job that has ended which have told no end: they died, or their epilog still runs."""
-    return tuple(
-        sent.node for sent in nodes if sent.events and first(sent.events, "session", "end") is None
-    )
+    return tuple(sent.node for sent in nodes if sent.events and first(sent.events, "session", "end") is None)
 
 
 def _stage_rows(starts: Sequence[NodeStart]) -> tuple[StageRow, ...]:
@@ -192,7 +194,9 @@ def _stage_rows(starts: Sequence[NodeStart]) -> tuple[StageRow, ...]:
     rows = ((stage, _row(stage, durations[stage])) for stage in STAGES)
     # Of the program only what lies between two things that are loaded can be derived: it is no stage's end.
     return tuple(
-        replace(row, derived=stage in derived and stage != "program") for stage, row in rows if row is not None
+        replace(row, derived=stage in derived and stage != "program")
+        for stage, row in rows
+        if row is not None
     )
 
 
@@ -245,7 +249,11 @@ def _notes(
     known_count: int,
 ) -> list[str]:
     notes: list[str] = []
-    said = {"mark": "training_started was marked", "gpu": "GPU use was seen", "io": "the end of reading was seen"}
+    said = {
+        "mark": "training_started was marked",
+        "gpu": "GPU use was seen",
+        "io": "the end of reading was seen",
+    }
     if starts and training_from is None:
         notes.append('start not marked: the job never said bootseer_slurm.mark("training_started")')
     elif training_from and known_count < len(starts):

@@ -1,10 +1,10 @@
 """The clocks of a job's nodes, made one.
 
-A node writes a small file into the store and compares the time of change that the store's server gives it with its
-own clock (fetch/clock.py); that is the event `clock`. The offset to the server is known to within half the time
-that the writing took, and half of what the store rounds its times by. Whoever reads the report does the same, so
-each node is set against this machine's clock: the controller's, where reports are read there. Stamps are moved
-only by an offset that is larger than its error. Pure functions.
+A node writes a small file into the store and compares the time of change that the store's server gives it
+with its own clock (store.clock_offset); that is the event `clock`. The offset to the server is known within
+half the time that the writing took, and half of what the store rounds its times by. Whoever reads the report
+does the same, so each node is set against this machine's clock: the controller's, where it is read there.
+Stamps are moved only by an offset that is larger than its error. Pure functions.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def corrected(sent: NodeEvents, clock: Clock | None) -> NodeEvents:
     moved = []
     for event in sent.events:
         extra = {
-            key: value - shift_ns if key in ("first_ns", "last_ns") and isinstance(value, int) and value else value
+            key: value - shift_ns
+            if key in ("first_ns", "last_ns") and isinstance(value, int) and value
+            else value
             for key, value in event.extra.items()
         }
         moved.append(replace(event, t_ns=max(0, event.t_ns - shift_ns), extra=extra))

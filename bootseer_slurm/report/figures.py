@@ -46,11 +46,16 @@ def headline(report: Report) -> tuple[str, str]:
     what = f"{report.gpus:,} GPUs" if report.gpus else f"{report.cpus:,} CPUs" if report.cpus else "The job"
     lead = f"{what} waited {format_duration(waited_s)} for training to begin"
     if report.lost_gpu_s is not None:
-        lead += f": {report.lost_gpu_s / 3600:,.1f} GPU-hours"
+        lead += f": {_hours(report.lost_gpu_s)} GPU-hours"
     worst = max(report.stages, key=lambda row: row.median_s, default=None)
     if worst is not None and worst.median_s > 0:
-        lead += f". Most of it, {format_duration(worst.median_s)} on the median node, went into the stage {worst.stage}"
+        lead += f". The longest stage is {worst.stage}, {format_duration(worst.median_s)} on the median node"
     return title, lead + "."
+
+
+def _hours(duration_s: float) -> str:
+    hours = duration_s / 3600
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.1f}" if hours >= 10 else f"{hours:.2f}"
 
 
 def figures(report: Report) -> list[Figure]:
@@ -67,11 +72,15 @@ def figures(report: Report) -> list[Figure]:
     ]
     if report.lost_gpu_s is not None:
         found.append(
-            Figure("GPU time lost", f"{report.lost_gpu_s / 3600:,.2f} GPU-hours", f"{report.gpus:,} GPUs allocated")
+            Figure(
+                "GPU time lost", f"{_hours(report.lost_gpu_s)} GPU-hours", f"{report.gpus:,} GPUs allocated"
+            )
         )
     elif report.lost_cpu_s is not None:
         found.append(
-            Figure("CPU time lost", f"{report.lost_cpu_s / 3600:,.2f} CPU-hours", f"{report.cpus:,} CPUs allocated")
+            Figure(
+                "CPU time lost", f"{_hours(report.lost_cpu_s)} CPU-hours", f"{report.cpus:,} CPUs allocated"
+            )
         )
     found.append(_plain(report))
     if report.total is not None:

@@ -1,9 +1,9 @@
 """A report as one HTML file: figures on top, below them a timeline of all nodes.
 
-Owns the page (page/page.css, page/page.js beside this). The file needs nothing else: no script, font or picture
-is loaded, and its Content-Security-Policy lets a browser run this one script, by its digest, and fetch nothing.
-Every text comes from events, from accounting or from users, and is hostile: `_Html` escapes it, the script only
-ever sets it as text, and in its data no "<" is left.
+Owns the page (page/ beside this). The file needs nothing else: no script, font or picture is loaded, and its
+Content-Security-Policy lets a browser run this one script, by its digest, and fetch nothing. Every text comes
+from events, from accounting or from users, and is hostile: `_el` escapes it, the script only ever sets it as
+text, and in its data no "<" is left.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from statistics import median
@@ -31,14 +32,9 @@ _BAR = 1000  # units of the bars' coordinates
 
 def to_html(report: Report) -> str:
     """The report as one self-contained HTML page."""
-    folder = resources.files("bootseer_slurm.report") / "page"
-    css, script = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js"))
-    policy = (
-        f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(css)}; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    css, script = _page("page.css"), _page("page.js")
     title, lead = headline(report)
-    parts = [
+    body = [
         _el("h1", title),
         _el("p", _who(report), cls="dim"),
         _el("p", lead, cls="lead"),
@@ -49,15 +45,25 @@ def to_html(report: Report) -> str:
         _transfers(report),
         _remarks(report),
     ]
-    data = json.dumps(_data(report), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="generator" content="bootseer report">\n{_el("title", title)}\n<style>{css}</style></head>\n'
-        f'<body><main>{"".join(parts)}</main><div id="hover"></div>\n'
-        f'<script type="application/json" id="data">{data}</script>\n<script>{script}</script></body></html>\n'
+    return _filled(
+        "page.html",
+        policy=f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(css)}; "
+        "base-uri 'none'; form-action 'none'",
+        title=_el("title", title),
+        css=css,
+        body="".join(body),
+        data=json.dumps(_data(report), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        script=script,
     )
+
+
+def _page(name: str) -> str:
+    return (resources.files("bootseer_slurm.report") / "page" / name).read_text("utf-8")
+
+
+def _filled(name: str, **parts: str) -> _Html:
+    """A piece of the page with its parts put in, all at once: what looks like a place in one is left."""
+    return _Html(re.sub(r"\{\{([a-z]+)\}\}", lambda match: parts[match[1]], _page(name)))
 
 
 def _digest(text: str) -> str:
@@ -69,7 +75,9 @@ class _Html(str):
 
 
 def _el(name: str, *children: str, cls: str = "") -> _Html:
-    inside = "".join(child if isinstance(child, _Html) else html.escape(_visible(child)) for child in children)
+    inside = "".join(
+        child if isinstance(child, _Html) else html.escape(_visible(child)) for child in children
+    )
     attribute = f' class="{html.escape(cls)}"' if cls else ""
     return _Html(f"<{name}{attribute}>{inside}</{name}>")
 
@@ -84,7 +92,8 @@ def _who(report: Report) -> str:
     where = f"{len(nodes):,} nodes {nodes_text(nodes)[:120]}" if len(nodes) > 1 else "".join(nodes)
     if record is None:
         return f"uid {report.run.uid} · {where}"
-    return f"{record.user or report.run.uid} · account {record.account} · {record.partition} · {where} · {record.state}"
+    user = record.user or report.run.uid
+    return f"{user} · account {record.account} · {record.partition} · {where} · {record.state}"
 
 
 def _cards(report: Report) -> _Html:
@@ -99,7 +108,9 @@ def _cards(report: Report) -> _Html:
 
 
 def _table(heading: Sequence[str], rows: Iterable[str], numbers: Sequence[int]) -> _Html:
-    cells = "".join(_el("th", text, cls="n" if column in numbers else "") for column, text in enumerate(heading))
+    cells = "".join(
+        _el("th", text, cls="n" if column in numbers else "") for column, text in enumerate(heading)
+    )
     return _Html(f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table>")
 
 
@@ -114,7 +125,10 @@ def _stages(report: Report) -> _Html:
     said = _el("p", "~ not marked by the job: what its nodes saw of its image and its reads", cls="dim")
     derived = any(row.derived for row in report.stages)
     return _el(
-        "section", _el("h2", "Where the time went"), _table(heading, rows, (1, 2, 4)), said if derived else _Html("")
+        "section",
+        _el("h2", "Where the time went"),
+        _table(heading, rows, (1, 2, 4)),
+        said if derived else _Html(""),
     )
 
 
@@ -141,21 +155,10 @@ def _stage_row(row: StageRow, longest_s: float) -> _Html:
 def _timeline(report: Report) -> _Html:
     if not report.starts:
         return _el("section", _el("p", "No node has sent events of this start."))
-    options = '<option value="slowest">slowest first</option><option value="name">name</option>'
     used = [row.stage for row in report.stages]
-    options += "".join(f'<option value="{STAGES.index(stage)}">longest {stage}</option>' for stage in used)
+    options = "".join(f'<option value="{STAGES.index(stage)}">longest {stage}</option>' for stage in used)
     legend = "".join(_el("span", _Html(f'<span class="key {stage}"></span>'), stage) for stage in used)
-    return _Html(
-        "<section><h2>All nodes, from the allocation until training began</h2>"
-        f'<div id="tools"><label>order <select id="sort">{options}</select></label>'
-        '<label>node <input id="find" type="search" size="12" spellcheck="false"></label><span id="count" class="dim"></span>'
-        '<span class="gap"></span><label>rows <button id="lower" type="button">−</button> '
-        '<button id="taller" type="button">+</button></label><button id="all" type="button">show all</button></div>'
-        '<div id="view"><canvas id="canvas" role="img" aria-label="Timeline of all nodes; the tables hold its figures">'
-        '</canvas><div id="spacer"></div></div>'
-        f'<div id="legend">{legend}<span>┆ the median node began training</span>'
-        "<span>drag: look closer · double click: all · point at a row: its figures</span></div></section>"
-    )
+    return _filled("timeline.html", options=options, legend=legend)
 
 
 def _stragglers(report: Report) -> _Html:
@@ -197,12 +200,27 @@ def _transfers(report: Report) -> _Html:
         ]  # fmt: skip
         numbers = (_el("td", text, cls="n") for text in cells)
         lines.append(_el("tr", _el("td", what), _el("td", target, cls="dim"), *numbers))
-    heading = ("what", "path", "from cache", "from store", "from original", "rate", "in time", "hits", "missed", "waited")
+    heading = (
+        "what",
+        "path",
+        "from cache",
+        "from store",
+        "from original",
+        "rate",
+        "in time",
+        "hits",
+        "missed",
+        "waited",
+    )
     return _el(
         "section",
         _el("h2", "What was brought to the nodes"),
         _table(heading, lines, range(2, 10)),
-        _el("p", "Bytes are sums over the nodes; the rate is the median node's, the wait the longest.", cls="dim"),
+        _el(
+            "p",
+            "Bytes are sums over the nodes; the rate is the median node's, the wait the longest.",
+            cls="dim",
+        ),
     )
 
 
@@ -232,7 +250,12 @@ def _data(report: Report) -> dict[str, Any]:
         {
             "name": _visible(start.node),
             "spans": [
-                [STAGES.index(span.stage), _s(span.begin_ns - zero_ns), _s(span.end_ns - zero_ns), int(span.derived)]
+                [
+                    STAGES.index(span.stage),
+                    _s(span.begin_ns - zero_ns),
+                    _s(span.end_ns - zero_ns),
+                    int(span.derived),
+                ]
                 for span in start.spans
             ],
             "trained": start.training_ns is not None,
@@ -251,7 +274,7 @@ def _data(report: Report) -> dict[str, Any]:
     return {
         "stages": list(STAGES),
         "nodes": nodes,
-        "longest": sorted((node["name"] for node in nodes), key=len)[-3:],
+        "longest": sorted((str(node["name"]) for node in nodes), key=len)[-3:],
         "end": max(0.1, _s(max(ends, default=zero_ns) - zero_ns) * 1.02),
         "median": _s(median(ends) - zero_ns) if ends else 0,
     }

@@ -72,7 +72,10 @@ def _print(report: Report, console: Console, signs: _Signs) -> None:
         )
     if len(report.stragglers) > _SHOWN_STRAGGLERS:
         rest = [straggler.node for straggler in report.stragglers[_SHOWN_STRAGGLERS:]]
-        remarks.add_row(Text("slow", style="bold yellow"), Text(f"and {_count(len(rest), 'node')} more: {nodes_text(rest)}"))
+        remarks.add_row(
+            Text("slow", style="bold yellow"),
+            Text(f"and {_count(len(rest), 'node')} more: {nodes_text(rest)}"),
+        )
     for problem in report.problems:
         remarks.add_row(Text(problem.level, style=_LEVEL_STYLE[problem.level]), _problem_text(problem))
     if report.run.silent_nodes:
@@ -86,7 +89,8 @@ def _print(report: Report, console: Console, signs: _Signs) -> None:
         )
     if any(row.derived for row in report.stages):
         remarks.add_row(
-            Text("~", style="dim"), Text("the job does not mark this stage; the nodes saw its image and reads")
+            Text("~", style="dim"),
+            Text("the job does not mark this stage; the nodes saw its image and reads"),
         )
     for note in report.notes:
         remarks.add_row(Text("note", style="dim"), Text(note))
@@ -234,7 +238,9 @@ def _sum_text(sizes: Sequence[int | None]) -> str:
 
 def _aligned(cells: Sequence[str], widths: Sequence[int], gap_width: int) -> str:
     first, *rest = cells
-    return (" " * gap_width).join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+    return (" " * gap_width).join(
+        [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
+    )
 
 
 def _ready(rows: Sequence[Transfer]) -> str:

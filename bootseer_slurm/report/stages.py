@@ -1,8 +1,8 @@
 """The start on one node as a timeline: spans of stages, one after the other, without gaps.
 
 Owns which stamp ends which stage (docs/report.md). A stage ends with the job's own mark where it makes one;
-else with what the node itself saw, and is then called derived. Pure functions over the events of one node, whose
-clock is taken to be right (report/clock.py).
+else with what the node itself saw, and is then called derived. Pure functions over the events of one node,
+whose clock is taken to be right (report/clock.py).
 """
 
 from __future__ import annotations

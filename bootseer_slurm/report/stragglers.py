@@ -1,9 +1,9 @@
 """Which nodes held the start up, and why, as far as their own figures tell.
 
-A node straggles when a stage took it noticeably longer than the median node. The cause is looked for in what its
-agent told at the end of the start (events `access start` and `load start`), set against the median node: what it
-had to fetch, how fast that came, how fast its cache's disk took it, and how long its tasks waited for a CPU.
-Pure functions.
+A node straggles when a stage took it noticeably longer than the median node. The cause is looked for in what
+its agent told at the end of the start (events `access start` and `load start`), set against the median node:
+what it had to fetch, how fast that came, how fast its cache's disk took it, and how long its tasks waited for
+a CPU. Pure functions.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from bootseer_slurm.units import format_bytes
 # A stage is worth a word only when its slowest node waits noticeably longer than the others.
 NOTICEABLE_S = 1.0
 SLOW = 1.5
+_MORE = 1.2  # times what the median node fetched: then it had less in its cache
 _CPU_SHARE = 0.2  # of the start, in which tasks waited for a CPU, more than on the median node
 _EXPLAINS = 0.2  # of what a node lost, that a cause has to explain
 CAUSES = ("slow link", "slow disk", "cold cache", "contention", "late allocation", "not known")
@@ -26,7 +27,7 @@ CAUSES = ("slow link", "slow disk", "cold cache", "contention", "late allocation
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a node did during its start. fetch_s and disk_s: summed over the streams, which run side by side."""
+    """What a node did during its start. fetch_s and disk_s: summed over streams that run side by side."""
 
     fetched_bytes: float = 0.0
     cached_bytes: float = 0.0
@@ -118,9 +119,8 @@ def _cause(stage: str, lost_s: float, node: Figures, usual: Figures) -> tuple[st
     if stage == "allocation":
         return "late allocation", "its prolog began later than the others'"
     if node.cpu_share >= usual.cpu_share + _CPU_SHARE:
-        return "contention", (
-            f"tasks waited for a CPU {node.cpu_share:.0%} of the start, on the median node {usual.cpu_share:.0%}"
-        )
+        text = f"tasks waited for a CPU {node.cpu_share:.0%} of the start"
+        return "contention", f"{text}, on the median node {usual.cpu_share:.0%}"
     causes = _explained(node, usual)
     if causes:
         explained_s, cause, detail = max(causes)
@@ -141,10 +141,11 @@ def _explained(node: Figures, usual: Figures) -> list[tuple[float, str, str]]:
         causes.append((node.fetch_s - node.fetched_bytes / usual_rate, "slow link", text))
     disk_rate, usual_disk_rate = node.disk_rate, usual.disk_rate
     if disk_rate and usual_disk_rate and usual_disk_rate >= SLOW * disk_rate:
-        text = f"its cache took {format_bytes(disk_rate)}/s a stream, the median node's {format_bytes(usual_disk_rate)}/s"
+        text = f"its cache took {format_bytes(disk_rate)}/s a stream"
+        text += f", the median node's {format_bytes(usual_disk_rate)}/s"
         causes.append((node.disk_s - node.fetched_bytes / usual_disk_rate, "slow disk", text))
     more_bytes = node.fetched_bytes - usual.fetched_bytes
-    if more_bytes > 0 and node.fetched_bytes >= SLOW * usual.fetched_bytes:
+    if more_bytes > 0 and node.fetched_bytes >= _MORE * usual.fetched_bytes:
         text = (
             f"fetched {format_bytes(node.fetched_bytes)} and had {format_bytes(node.cached_bytes)}, "
             f"the median node {format_bytes(usual.fetched_bytes)} and {format_bytes(usual.cached_bytes)}"

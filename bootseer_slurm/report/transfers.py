@@ -1,4 +1,4 @@
-"""What each node fetched and read of each image, environment or checkpoint. Pure functions over its events."""
+"""What each node fetched and read of each image, environment or checkpoint. Pure functions."""
 
 from __future__ import annotations
 

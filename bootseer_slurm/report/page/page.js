@@ -36,7 +36,6 @@
   function fit(factor) {
     const least = Math.max(1, Math.min(24, Math.floor(MOST / Math.max(1, shown.length))));
     rowHeight = factor ? Math.max(1, Math.min(28, Math.round(rowHeight * factor))) : least;
-    spacer.style.height = rowHeight * shown.length + AXIS + "px";
     plan();
   }
 
@@ -51,6 +50,7 @@
     const color = colors(), ratio = devicePixelRatio || 1, width = view.clientWidth;
     const height = Math.min(rowHeight * shown.length + AXIS, 1046);
     canvas.style.height = height + "px";
+    spacer.style.height = Math.max(0, rowHeight * shown.length + AXIS - height) + "px";
     canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
     const pen = canvas.getContext("2d");
     pen.scale(ratio, ratio);

@@ -1,8 +1,8 @@
-"""A start on many nodes as its events would tell it, made up: for the bench of the report, its tests and its pictures.
+"""A start on many nodes as its events would tell it, made up: for the report's bench, tests and pictures.
 
 The shape: most nodes take the same time within some percent, as in a start with --bootseer whose link is the
-store's; of a hundred, one has a slow link, one a cold cache, and one in two hundred too little CPU. The same seed
-makes the same start. What is made are events and an accounting record; all figures are the report's own.
+store's; of a hundred, one has a slow link, one a cold cache, and one in two hundred too little CPU. The same
+seed makes the same start. What is made are events and an accounting record; all figures are the report's own.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def _node(name: str, chance: random.Random, number: int) -> NodeEvents:
     at(get, "image", "get", target=IMAGE, what="image")
     at(task, "step", "task_start", step="0", task=number * GPUS_PER_NODE)
     at(trained, "mark", "training_started", step="0", task=number * GPUS_PER_NODE)
-    at(trained + 2, "load", "start", dur_s=trained, cpu_s=trained * (0.5 if fault == "cpu" else 0.04), io_s=2.0)
+    waited_s = trained * (0.5 if fault == "cpu" else 0.04)
+    at(trained + 2, "load", "start", dur_s=trained, cpu_s=waited_s, io_s=2.0)
     at(14_399, "clock", "store", offset_ms=chance.gauss(0, 0.8), error_ms=6.0)
     things = (
         ("image", IMAGE, 18 << 30, get, loaded),

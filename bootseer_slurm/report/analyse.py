@@ -209,11 +209,10 @@ def _row(stage: str, durations: Sequence[tuple[float | None, str]]) -> StageRow 
 
 
 def _mode(nodes: Sequence[NodeEvents]) -> str | None:
-    for event in (event for sent in nodes for event in sent.events):
-        mode = event.extra.get("mode")
-        if (event.kind, event.name) == ("session", "begin") and isinstance(mode, str):
-            return mode
-    return None
+    """What the nodes did; a job that was only observed at first may have asked for more in a step."""
+    modes = [event.extra.get("mode") for sent in nodes for event in sent.events if event.kind == "session"]
+    known = {mode for mode in modes if isinstance(mode, str)}
+    return "prefetch" if "prefetch" in known else min(known, default=None)
 
 
 def _problems(nodes: Sequence[NodeEvents]) -> tuple[Problem, ...]:

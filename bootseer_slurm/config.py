@@ -140,6 +140,17 @@ class ImageConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportConfig:
+    """[report]: which starts are measured."""
+
+    observe: str = _setting(
+        "asked",
+        _choice("asked", "all"),
+        "asked: jobs with --bootseer; all: every job, those without it are only observed",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ShadowConfig:
     """[shadow]: showing blobs at the paths that jobs use."""
 
@@ -160,6 +171,7 @@ class Config:
     prefetch: PrefetchConfig = field(default_factory=PrefetchConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     shadow: ShadowConfig = field(default_factory=ShadowConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     origins: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -170,6 +182,7 @@ _TABLES: dict[str, type] = {
     "prefetch": PrefetchConfig,
     "image": ImageConfig,
     "shadow": ShadowConfig,
+    "report": ReportConfig,
 }
 
 

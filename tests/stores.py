@@ -14,7 +14,7 @@ from bootseer_slurm.checkpoint.file import ParallelFile
 from bootseer_slurm.checkpoint.striped import split
 from bootseer_slurm.checkpoint.writer import StripedWriter
 from bootseer_slurm.errors import NotFound, StoreError
-from bootseer_slurm.store import open_store
+from bootseer_slurm.store import clock_offset, open_store
 
 CONTENT = os.urandom(3 * CHUNK_BYTES) * 3 + b"the end"
 
@@ -111,3 +111,11 @@ def check_dcp(uri: str) -> None:
         dcp.load(found, storage_reader=reader)
         assert found.pop("step") == 7
         assert all(found[name].equal(tensor) for name, tensor in state.items())
+
+
+def check_clock(uri: str) -> None:
+    """This machine's clock and its server's are the same one."""
+    store = open_store(uri)
+    offset_s, error_s = clock_offset(store, "users/7/.x.clock")
+    assert abs(offset_s) <= error_s < 3
+    assert [entry.name for entry in store.scan("users/7")] == []

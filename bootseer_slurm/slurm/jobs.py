@@ -113,7 +113,7 @@ def records(job_id: str, *, timeout_s: float = 30.0) -> tuple[JobRecord, ...]:
     """
     text = check_job_id(job_id)
     delimiter = f"\x1f{secrets.token_hex(8)}\x1f"
-    output = _sacct(text, delimiter, timeout_s)
+    output = _sacct([f"--jobs={text}"], delimiter, timeout_s)
     found = _numbered(_jobs(output, delimiter))
     if not found:
         raise NotFound(
@@ -152,9 +152,30 @@ def runs_of(found: tuple[JobRecord, ...], job_id: str) -> tuple[JobRecord, ...]:
     return runs
 
 
-def _sacct(job_id: str, delimiter: str, timeout_s: float) -> str:
+def alike(record: JobRecord, *, timeout_s: float = 30.0) -> tuple[JobRecord, ...]:
+    """The runs of a job's class, the same user, account and name, of the last 30 days; the newest first.
+
+    Without their steps. Raises AccountingError.
+    """
+    delimiter = f"\x1f{secrets.token_hex(8)}\x1f"
+    selection = [
+        f"--uid={record.uid}",
+        f"--accounts={record.account}",
+        "--starttime=now-30days",
+        "--allocations",
+    ]
+    if record.name and "," not in record.name:  # sacct takes a list of names
+        selection.append(f"--name={record.name}")
+    found = _numbered(_jobs(_sacct(selection, delimiter, timeout_s), delimiter))
+    same = [
+        run for run in found if (run.uid, run.account, run.name) == (record.uid, record.account, record.name)
+    ]
+    return tuple(sorted(same, key=lambda run: -(run.start_ns or 0)))
+
+
+def _sacct(selection: list[str], delimiter: str, timeout_s: float) -> str:
     argv = ["sacct", "--duplicates", "--noheader", "--parsable2", f"--delimiter={delimiter}"]
-    argv += [f"--jobs={job_id}", f"--format={','.join(_FIELDS)}"]
+    argv += [*selection, f"--format={','.join(_FIELDS)}"]
     # %s makes sacct print seconds since the epoch: no time zone, no hour that comes twice.
     environment = {**os.environ, "SLURM_TIME_FORMAT": "%s", "LC_ALL": "C", "LANG": "C"}
     hint = "the report works without accounting, from the nodes' own events"

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from bootseer_slurm import config as configuration
-from bootseer_slurm.cli import doctor, settings
+from bootseer_slurm.cli import doctor, reports, settings
 from bootseer_slurm.cli.cache import app as cache_app
 from bootseer_slurm.cli.env import app as env_app
 from bootseer_slurm.cli.image import app as image_app
@@ -32,7 +32,8 @@ for name, group in (("config", config_app), ("env", env_app), ("image", image_ap
                     ("cache", cache_app), ("checkpoint", checkpoint_app), ("store", store_app),
                     ("importer", importer_app)):  # fmt: skip
     app.add_typer(group, name=name)
-app.command()(doctor.doctor)
+for command in (doctor.doctor, reports.collect, reports.overhead, reports.answer):
+    app.command()(command)
 
 
 @app.callback()
@@ -96,12 +97,12 @@ def report(
     ] = None,
 ) -> None:
     """Show what a job's start cost, stage by stage, joined with sacct."""
+    from bootseer_slurm.report import answer
     from bootseer_slurm.report.analyse import analyse
     from bootseer_slurm.report.collect import collect
     from bootseer_slurm.report.render import to_json, to_terminal
-    from bootseer_slurm.report.stored import StoredEvents
 
-    result = analyse(collect(job_id, store=StoredEvents(settings.store()), restart=restart))
+    result = analyse(collect(job_id, store=answer.events(settings.config()), restart=restart))
     if format == "json":
         print(to_json(result))
     elif format == "terminal":

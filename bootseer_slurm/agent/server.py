@@ -19,6 +19,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 from bootseer_slurm.agent import protocol
 from bootseer_slurm.agent.journal import Journal
@@ -101,10 +102,18 @@ class Agent:
             threading.Thread(target=self._accept, args=(listener, public), daemon=True).start()
         threading.Thread(target=self._table.reap, args=(self._stop,), daemon=True).start()
         threading.Thread(target=self._tend, daemon=True).start()
+        if self._config.agent.metrics is not None:
+            self._start_metrics(self._config.agent.metrics)
         _log.info("agent serves %s", self._config.agent.socket, extra={"node": self._node})
         self._stop.wait()
         self._packer.close()
         self._table.end_all("agent stopped")
+
+    def _start_metrics(self, path: Path) -> None:
+        from bootseer_slurm.agent.metrics import Metrics  # most sites' agents need not load it
+
+        metrics = Metrics(self._table, self._shelf, self._cache)
+        threading.Thread(target=metrics.keep_written, args=(path, self._stop), daemon=True).start()
 
     def _settle(self) -> None:
         """Let go of what an agent before this one had and nobody took up (a thread of its own)."""

@@ -61,6 +61,7 @@ class Usage:
     last_ns: int = 0
     store_bytes: int = 0
     origin_bytes: int = 0
+    demand_bytes: int = 0  # of both, what a read waited for
     pushed_bytes: int = 0  # into the kernel's page cache: reads of these are not seen any more
 
 
@@ -287,6 +288,8 @@ class Reader:
                     self.usage.store_bytes += size_bytes
                 elif source.name == "origin":
                     self.usage.origin_bytes += size_bytes
+                if demand and source is not self._kept:
+                    self.usage.demand_bytes += size_bytes
                 if not kept:
                     self._tell("cache_full", "the cache's disk is full: blocks are served, not kept")
                 return

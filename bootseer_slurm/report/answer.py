@@ -24,7 +24,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
@@ -52,7 +52,7 @@ def answer(link: socket.socket, config: Config) -> None:
     _, uid, _ = peer(link)
     with link.makefile("rb") as reading, link.makefile("wb", buffering=_BUFFER_BYTES) as writing:
         line = reading.readline(_REQUEST_LIMIT_BYTES)
-        write_all(writing, lambda: _answer(line, uid, config))
+        write_all(cast(BinaryIO, writing), lambda: _answer(line, uid, config))
 
 
 def _answer(line: bytes, uid: int, config: Config) -> Iterator[Frame]:
@@ -177,7 +177,7 @@ def _ask(path: Path, request: dict[str, Any]) -> Iterator[Frame]:
             link.connect(str(path))
             link.sendall(json.dumps(request).encode() + b"\n")
             with link.makefile("rb", buffering=_BUFFER_BYTES) as reading:
-                yield from read_frames(reading, limit_bytes=_FILE_LIMIT_BYTES)
+                yield from read_frames(cast(BinaryIO, reading), limit_bytes=_FILE_LIMIT_BYTES)
         except OSError as error:
             raise InputError(
                 f"{path}: nobody answers: {error.strerror or error}",

@@ -1,11 +1,11 @@
 """`bootseer collect`: from new events in the store to records and AdminComment.
 
-Owns what was done (one SQLite file) and the order of things; reading is owners.py's, the dataset archive.py's.
+Owns what was done (one SQLite file) and the order of things; owners.py reads, archive.py has the dataset.
 One at a time, by a lock; root on one machine of the cluster. Killed at any moment it goes on at the next run:
 rows are put into the dataset before they are noted as done, and to put a row in twice is to put it in once.
 A comment waits in the same file until accounting was seen to have it.
 
-    <folder>/done.sqlite    done(uid, job, restart, changed_s): runs that are in the dataset or are not believed
+    <folder>/done.sqlite    done(uid, job, restart, changed_s): in the dataset, or not believed
                             comment(job, shown_id, text, tries): to be written
     <folder>/lock           flock
 
@@ -134,9 +134,17 @@ class _Work:
                 found += self._new_runs(uid)
         accounting = records_of(run.job for run in found)
         ready: dict[int, list[_Found]] = defaultdict(list)
+        refused: list[_Found] = []
         for run in found:
-            if self._is_ready(run, accounting.get(run.job, ())):
+            believed = self._is_believed(run, accounting.get(run.job, ()))
+            if not believed:
+                refused.append(run)
+            elif self._is_over(run, accounting.get(run.job, ())):
                 ready[run.uid].append(run)
+            else:
+                self._result.waiting += 1
+        with self._state:
+            self._note(refused)
         for uid, runs in ready.items():
             for start in range(0, len(runs), _BATCH):
                 with self._for_user(uid):
@@ -164,31 +172,25 @@ class _Work:
         found = (frame.header for frame in as_owner(uid, self._uri, produce))
         return [_Found(each["job"], each["restart"], each["changed_s"], uid) for each in found]
 
-    def _is_ready(self, run: _Found, records: tuple[JobRecord, ...]) -> bool:
-        """Whether to read a run now; notes it as done when it is not to be believed."""
-        if records and records[-1].uid not in (None, run.uid):
-            _log.warning("job=%d events in the folder of user %d are not believed", run.job, run.uid)
-            self._refuse(run)
-            return False
-        age_s = time.time() - run.changed_s
-        if not records and age_s > _FORGET_S:
-            self._refuse(run)
-            return False
+    def _is_believed(self, run: _Found, records: tuple[JobRecord, ...]) -> bool:
+        """Whether the job is this user's, or may still turn out to be."""
+        if records:
+            return records[-1].uid in (None, run.uid)
+        return time.time() - run.changed_s <= _FORGET_S
+
+    def _is_over(self, run: _Found, records: tuple[JobRecord, ...]) -> bool:
+        """Whether the job ended some time ago, and the folder is at rest."""
         latest_ns = (time.time() - self._grace_s) * 1e9
-        over = any(record.end_ns is not None and record.end_ns <= latest_ns for record in records)
-        if not over or 0 <= age_s < min(_SETTLE_S, self._grace_s):
-            self._result.waiting += 1
+        if not any(record.end_ns is not None and record.end_ns <= latest_ns for record in records):
             return False
-        return True
+        return not 0 <= time.time() - run.changed_s < min(_SETTLE_S, self._grace_s)
 
-    def _refuse(self, run: _Found) -> None:
-        self._result.refused += 1
-        with self._state:
-            self._note(run)
-
-    def _note(self, run: _Found) -> None:
-        values = (run.uid, run.job, run.restart, run.changed_s)
-        self._state.execute("INSERT OR REPLACE INTO done VALUES(?, ?, ?, ?)", values)
+    def _note(self, runs: Iterable[_Found], *, refused: bool = True) -> None:
+        """Note runs as done, in the caller's transaction."""
+        for run in runs:
+            values = (run.uid, run.job, run.restart, run.changed_s)
+            self._state.execute("INSERT OR REPLACE INTO done VALUES(?, ?, ?, ?)", values)
+            self._result.refused += refused
 
     def _add(self, uid: int, runs: list[_Found], accounting: Mapping[int, tuple[JobRecord, ...]]) -> None:
         """Put one user's starts into the dataset, then note them."""
@@ -215,15 +217,13 @@ class _Work:
         self._archive.add(row for _, row in added)
         with self._state:
             for run, row in added:
-                self._note(run)
-                if records_last(accounting[run.job], row):
+                self._note([run], refused=False)
+                if _is_last(accounting[run.job], row):
                     text = comment_of(row)
                     values = (run.job, row["shown_id"], text)
                     self._state.execute("INSERT OR REPLACE INTO comment VALUES(?, ?, ?, 0)", values)
-            for run in over:
-                self._note(run)
+            self._note(over)
         self._result.starts += len(added)
-        self._result.refused += len(over)
 
     def write_comments(self) -> None:
         """Write the comments that wait, where nobody else wrote one, and see that accounting has them."""
@@ -255,7 +255,7 @@ class _Work:
             self._result.problems.append(f"AdminComment not taken by accounting, jobs: {len(given_up)}")
 
 
-def records_last(records: Iterable[JobRecord], row: Row) -> bool:
+def _is_last(records: Iterable[JobRecord], row: Row) -> bool:
     """Whether a row is of the job's last run, whose AdminComment sacct shows."""
     last = [record.start_ns for record in records if record.start_ns is not None][-1:]
     return bool(last) and last[0] // 1_000_000 == row["start_time"]

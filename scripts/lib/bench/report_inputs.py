@@ -1,4 +1,4 @@
-"""Records of starts as a cluster might have them, for `scripts/bench report` and for trying `bootseer overhead`.
+"""Records of starts as a cluster might have them, for `scripts/bench report` and to try `bootseer overhead`.
 
     .venv/bin/python scripts/lib/bench/report_inputs.py FOLDER [COUNT]
 
@@ -23,7 +23,8 @@ from bootseer_slurm.report.records import SCHEMA
 
 USERS, ACCOUNTS, PARTITIONS, IMAGES = 200, 20, 4, 40
 DAYS = 90
-STAGES = {"prolog": 0.02, "launch": 0.08, "image": 0.4, "environment": 0.15, "checkpoint": 0.15, "program": 0.2}
+STAGES = {"prolog": 0.02, "launch": 0.08, "image": 0.4, "environment": 0.15, "checkpoint": 0.15,
+          "program": 0.2}  # fmt: skip
 
 
 def make(folder: Path, count: int, *, until_s: float, seed: int = 1) -> list[Path]:
@@ -94,8 +95,8 @@ def _table(random: np.random.Generator, count: int, user: np.ndarray, start_ms: 
         "problems": np.zeros(count),
     }
     missing = pa.nulls(count)
-    return pa.table([pa.array(columns.get(name, missing)).cast(SCHEMA.field(name).type) for name in SCHEMA.names],
-                    schema=SCHEMA)  # fmt: skip
+    arrays = [pa.array(columns.get(name, missing)).cast(SCHEMA.field(name).type) for name in SCHEMA.names]
+    return pa.table(arrays, schema=SCHEMA)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,16 @@ _NAME_WIDTH = 48
 
 
 def to_terminal(result: Overhead, console: Console) -> None:
-    """Print the figures."""
+    """Print the figures; a letter that the terminal cannot print becomes a question mark."""
+    if not console.options.ascii_only:
+        _print(result, console)
+        return
+    with console.capture() as capture:
+        _print(result, console)
+    console.file.write(capture.get().encode("ascii", errors="replace").decode("ascii"))
+
+
+def _print(result: Overhead, console: Console) -> None:
     total, device = result.total, result.device.upper()
     since = datetime.fromtimestamp(result.since_ms / 1000, tz=timezone.utc)
     console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 import time
@@ -69,4 +70,5 @@ def answer() -> None:
             raise OSError("not a Unix socket")
     except OSError as error:
         raise InputError(f"stdin: {error}", hint="systemd starts this: bootseer-answer.socket") from error
-    answer(link, settings.config())
+    with contextlib.suppress(ConnectionError, TimeoutError):  # its client went away
+        answer(link, settings.config())

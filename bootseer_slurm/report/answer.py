@@ -41,6 +41,7 @@ from bootseer_slurm.store import open_store
 
 _LIMIT_S = 120
 _REQUEST_LIMIT_BYTES = 4096
+_REQUEST_TIMEOUT_S = 5.0
 _CLIENT_TIMEOUT_S = 60.0
 _FILE_LIMIT_BYTES = 1 << 30
 _BUFFER_BYTES = 1 << 20
@@ -51,7 +52,9 @@ def answer(link: socket.socket, config: Config) -> None:
     signal.alarm(_LIMIT_S)  # the default action ends the process
     _, uid, _ = peer(link)
     with link.makefile("rb") as reading, link.makefile("wb", buffering=_BUFFER_BYTES) as writing:
+        link.settimeout(_REQUEST_TIMEOUT_S)
         line = reading.readline(_REQUEST_LIMIT_BYTES)
+        link.settimeout(_CLIENT_TIMEOUT_S)  # for it to take more of the answer
         write_all(cast(BinaryIO, writing), lambda: _answer(line, uid, config))
 
 

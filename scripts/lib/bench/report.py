@@ -142,7 +142,7 @@ def collect_rows(cluster: Cluster) -> list[Row]:
     again_s = time.perf_counter() - start_s
     if "starts added: 0" not in done.stdout:
         raise ClusterError(f"collect added some again: {done.stdout}")
-    how = f"bootseer collect, {STARTS} new starts of a user, real slurmdbd; limit: to read and parse the files"
+    how = f"bootseer collect, {STARTS} new starts of one user, real slurmdbd; limit: to read and parse them"
     how_comments = f"the same, real sacctmgr, for {STARTS} jobs"
     return [
         Row("collect, new starts into the records", add_s, "s", 60.0, limit_s, how),

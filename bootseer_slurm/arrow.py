@@ -119,6 +119,18 @@ class ArrowStore(Store):
             for info in found
         ]
 
+    def changed_ns(self, path: str) -> int:
+        full = self._path(path)
+        if self._filesystem.type_name != "s3":
+            return super().changed_ns(path)
+        try:
+            changed_ns = self._filesystem.get_file_info(full).mtime_ns
+        except OSError as error:
+            raise StoreError(f"{full}: cannot be looked at: {error}") from error
+        if not changed_ns:
+            raise StoreError(f"{full}: has no time")
+        return int(changed_ns)
+
     def remove(self, path: str) -> None:
         full = self._path(path)
         try:

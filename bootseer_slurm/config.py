@@ -147,6 +147,17 @@ class ImageConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportConfig:
+    """[report]: which starts are measured."""
+
+    observe: str = _setting(
+        "asked",
+        _choice("asked", "all"),
+        "asked: jobs with --bootseer; all: every job, those without it are only observed",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ShadowConfig:
     """[shadow]: showing blobs at the paths that jobs use."""
 
@@ -178,6 +189,7 @@ class Config:
     image: ImageConfig = field(default_factory=ImageConfig)
     shadow: ShadowConfig = field(default_factory=ShadowConfig)
     records: RecordsConfig = field(default_factory=RecordsConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     origins: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -189,6 +201,7 @@ _TABLES: dict[str, type] = {
     "image": ImageConfig,
     "shadow": ShadowConfig,
     "records": RecordsConfig,
+    "report": ReportConfig,
 }
 
 

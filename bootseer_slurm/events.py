@@ -10,17 +10,27 @@ All stamps are CLOCK_REALTIME in ns since the epoch. Layout in the store, one fi
 kind      name                      fields beside t_ns, job, restart, node
 hook      begin, received, epilog   the prolog as seen on the node; begin is stamped as the hook starts
 session   begin, end                uid, user, nodelist, mode ("prefetch" | "observe"), partition, job_name
+          mode                      mode: a job that the site only observed asked for more in a step
 step      attach, task_start        step; task_start also task
 prefetch  begin, end                target, what; begin: bytes = size of the blob;
-                                    end: bytes = fetched from the store, bytes_cached = there already, dur_s
+                                    end: bytes = fetched, of these bytes_origin not from the store,
+                                    bytes_cached = there already, dur_s
           hot                       target, what, bytes, blocks, dur_s: all that the plan names is there
 plan      learned                   target, what: asked for by the last start of this job class
           located                   target, what; message: the newest checkpoint in that folder, and why
 snapshot  saved, failed             target, what, dur_s; message
 shadow    shown, skipped, failed    target, what; message = why
+image     get                       target, what: pyxis's importer asked for a container's image
 access    summary                   target, what, reads, reads_blocked, read_bytes, hit_bytes,
                                     miss_bytes, pushed_bytes,
-                                    blocked_s = time that readers waited for the store, first_ns, last_ns
+                                    blocked_s = time that readers waited for the store, first_ns, last_ns,
+                                    cached_bytes = there before, store_bytes and origin_bytes = fetched,
+                                    fetch_s and disk_s = what reading and keeping them took, over all streams
+          start                     the same, when the start was over
+load      start                     dur_s of the start; cpu_s, io_s, memory_s: in how much of it a task of the
+                                    node waited for that (PSI)
+training  gpu, io                   since when a GPU was busy; when the last new thing was read
+clock     store                     offset_ms = how far this node's clock is ahead of the store's; error_ms
 mark      <name>                    step, task; image_loaded, environment_loaded, checkpoint_loaded and
                                     training_started have a meaning to the report
 fault     <short name>              level, message; the report shows it to the user
@@ -149,7 +159,7 @@ class EventLog:
 
     # A job may mark as often as it likes; the rest comes a bounded number of times.
     MAX_USER_EVENTS = 20_000
-    _USER_KINDS = frozenset({"mark", "step"})
+    _USER_KINDS = frozenset({"mark", "step", "image"})
 
     def __init__(self, job: int, restart: int, node: str, *, path: Path | None = None) -> None:
         self.job = job

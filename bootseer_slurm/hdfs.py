@@ -173,6 +173,11 @@ class HdfsStore(Store):
             for each in found
         ]
 
+    def changed_ns(self, path: str) -> int:
+        full = self._path(path)
+        status = _call(full, "looked at", lambda: self._client.get_file_info(full))
+        return int(status.modification_time) * 1_000_000
+
     def remove(self, path: str) -> None:
         full = self._path(path)
         with contextlib.suppress(NotFound):

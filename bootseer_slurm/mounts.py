@@ -249,6 +249,13 @@ def mounts_at(path: Path | str) -> list[Mount]:
     return [entry for entry in mounts_below(path) if entry.point == Path(path)]
 
 
+def mount_of(path: Path | str) -> Mount:
+    """The mount that shows path. Raises OSError when there is no such path."""
+    place = Path(path).resolve(strict=True)
+    over = [entry for entry in mounts_below("/") if place.is_relative_to(entry.point)]
+    return max(enumerate(over), key=lambda pair: (len(pair[1].point.parts), pair[0]))[1]
+
+
 def is_mountpoint(path: Path | str) -> bool:
     """Tell whether something is mounted exactly at path."""
     return bool(mounts_at(path))

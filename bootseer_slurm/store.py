@@ -30,14 +30,19 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from bootseer_slurm.errors import NotFound, StoreError
+from bootseer_slurm.mounts import mount_of
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")  # what an object is called while it is written
+# File systems whose times are the server's. Lustre, CephFS and others have those of the client that writes.
+_SERVER_TIMES = ("nfs", "nfs4", "fuse.sshfs")
+_TICK_NS = 10_000_000  # as coarse as a kernel may stamp files, with times in ns
 _DIRECT_ALIGN_BYTES = 4096  # what no file system's O_DIRECT asks more than
 
 
@@ -100,6 +105,13 @@ class Store(Protocol):
         Raises StoreError.
         """
 
+    def changed_ns(self, path: str) -> int:
+        """When an object was written, in ns since 1970 by the clock of the store's server.
+
+        Raises NotFound or StoreError, the latter also where its time is not the server's.
+        """
+        raise StoreError(f"{path}: this store does not tell by which clock it was written")
+
     def list(self, path: str) -> list[str]:
         """Names in a folder, sorted; a missing folder is empty. Raises StoreError."""
         return sorted(entry.name for entry in self.scan(path) if not entry.name.startswith("."))
@@ -130,6 +142,23 @@ def open_store(uri: str, *, plain: bool = False) -> Store:
     from bootseer_slurm.arrow import ArrowStore
 
     return ArrowStore(uri)
+
+
+def clock_offset(store: Store, path: str) -> tuple[float, float]:
+    """How many seconds this machine's clock is ahead of the store's server's, and how wrong that may be.
+
+    Writes a small object at `path` and removes it again. Raises StoreError, NotFound.
+    """
+    begin_ns = time.time_ns()
+    store.write(path, b"\n")
+    end_ns = time.time_ns()
+    try:
+        changed_ns = store.changed_ns(path)
+    finally:
+        store.remove(path)
+    grain_ns = 10**9 if changed_ns % 10**9 == 0 else _TICK_NS
+    offset_ns = (begin_ns + end_ns) / 2 - (changed_ns + grain_ns / 2)
+    return offset_ns / 1e9, ((end_ns - begin_ns) / 2 + grain_ns / 2) / 1e9
 
 
 class FileReader:
@@ -289,6 +318,16 @@ class FileStore(Store):
         except OSError as error:
             raise StoreError(f"{target}: cannot be listed: {error.strerror}") from error
         return entries
+
+    def changed_ns(self, path: str) -> int:
+        target = self._path(path)
+        try:
+            kind = mount_of(target).fstype
+            if kind not in _SERVER_TIMES:
+                raise StoreError(f"{target}: {kind} has the times of whoever writes")
+            return target.stat().st_mtime_ns
+        except OSError as error:
+            raise StoreError(f"{target}: cannot be looked at: {error.strerror}") from error
 
     def remove(self, path: str) -> None:
         target = self._path(path)

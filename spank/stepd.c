@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -92,6 +93,19 @@ static bool add_request(spank_t spank, struct agent_message *message)
 	}
 	free(value);
 	return requested;
+}
+
+/* The agent has a session of this job all the same: the site has all jobs observed. */
+static bool is_observed(void)
+{
+	const char *slash = strrchr(plugin_config.socket_path, '/');
+	char path[PATH_MAX];
+
+	if (slash == NULL)
+		return false;
+	snprintf(path, sizeof(path), "%.*s/jobs/%" PRIu32, (int)(slash - plugin_config.socket_path),
+		 plugin_config.socket_path, step.job_id);
+	return access(path, F_OK) == 0;
 }
 
 /* Without the restart count: Slurm 22.05 answers 0 to S_SLURM_RESTART_COUNT in every step. The agent knows it from the
@@ -224,7 +238,7 @@ void stepd_attach(spank_t spank)
 	if (options_refused() || !identify_step(spank) || !get_user(spank, &user))
 		return;
 	agent_add(&request, "OP", "attach");
-	if (!add_request(spank, &request)) {
+	if (!add_request(spank, &request) && !is_observed()) {
 		agent_message_free(&request);
 		return;
 	}

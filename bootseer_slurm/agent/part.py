@@ -120,6 +120,11 @@ class Part:
             "miss_bytes": miss_bytes,
             "hit_bytes": max(0, read_bytes - miss_bytes),
             "blocked_s": usage.blocked_s - before.blocked_s,
+            "cached_bytes": self.cached_bytes,
+            "store_bytes": usage.store_bytes - before.store_bytes,
+            "origin_bytes": usage.origin_bytes - before.origin_bytes,
+            "fetch_s": usage.fetch_s - before.fetch_s,
+            "disk_s": usage.disk_s - before.disk_s,
             "first_ns": usage.first_ns,
             "last_ns": usage.last_ns,
         }

@@ -330,6 +330,7 @@ class Prefetch:
             name,
             bytes=usage.store_bytes + usage.origin_bytes - before.store_bytes - before.origin_bytes,
             bytes_cached=work.part.cached_bytes,
+            bytes_origin=usage.origin_bytes - before.origin_bytes,
             dur_s=time.monotonic() - work.start_s,
             source="store" if usage.store_bytes > before.store_bytes else "origin",
             target=work.part.label,

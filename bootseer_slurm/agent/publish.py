@@ -32,6 +32,7 @@ class Publisher:
         self._job = job
         self._fetcher = fetcher
         self._events_lock = threading.Lock()
+        self._clock_asked = False
         self._gave_up = False
 
     def write(self, op: str, content: bytes, **fields: Any) -> bool:
@@ -61,5 +62,19 @@ class Publisher:
     def write_events(self, log: EventLog) -> None:
         """Write the events so far; the newest are written last."""
         with self._events_lock:
-            path = f"events/{self._job.job_id}.{self._job.restart}/{log.node}.jsonl"
-            self.write("write", log.to_jsonl().encode(), path=path)
+            folder = f"events/{self._job.job_id}.{self._job.restart}"
+            self._ask_clock(log, f"{folder}/.{log.node}.clock")
+            self.write("write", log.to_jsonl().encode(), path=f"{folder}/{log.node}.jsonl")
+
+    def _ask_clock(self, log: EventLog, path: str) -> None:
+        """Have this node's clock compared with the store's, once; some stores do not tell."""
+        if self._clock_asked or self._gave_up:
+            return
+        self._clock_asked = True
+        try:
+            fields = self._fetcher().call("clock", path=path, timeout_s=_IMPATIENCE_S).fields
+            offset_ms, error_ms = float(fields["offset_s"]) * 1e3, float(fields["error_s"]) * 1e3
+        except (BootseerError, KeyError, TypeError, ValueError) as error:
+            _log.debug("clock not compared: %s", error, extra={"job": self._job.job_id})
+            return
+        log.emit("clock", "store", offset_ms=round(offset_ms, 3), error_ms=round(error_ms, 3))

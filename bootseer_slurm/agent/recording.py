@@ -103,6 +103,12 @@ class Recording:
             fields: dict[str, Any] = {"class": self._class, "blob": part.trace_key}
             self._publisher.write("trace", trace.encode(), **fields)
 
+    @property
+    def last_new_ns(self) -> int:
+        """When something new was last read, in ns since the epoch; 0 when nothing was."""
+        last_s = max(map(self._last_s, self._parts), default=0.0)
+        return time.time_ns() - int((time.monotonic() - last_s) * 1e9) if last_s else 0
+
     def _watch(self) -> None:
         while not self._over.wait(_LOOK_EVERY_S):
             now_s = time.monotonic()

@@ -18,6 +18,7 @@ from bootseer_slurm.image.reference import parse
 
 _VALUE_LIMIT = 4096
 _TARGET_LIMIT = 16
+_GPU_LIMIT = 64
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://[^\s]+")
 _SWITCHES = ("observe", "writable")
 _PROFILE_KEYS = {"images": "image", "environments": "environment", "checkpoints": "checkpoint"}
@@ -35,6 +36,7 @@ class Job:
     partition: str = ""
     name: str = ""
     account: str = ""
+    gpus: tuple[int, ...] = ()  # of this node, as Slurm numbers them; (): not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +54,15 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """All that one job wishes. observe: only measure. writable: environments get a layer to write to."""
+    """All that one job wishes. observe: only measure. writable: environments get a layer to write to.
+
+    asked: by the job, and not by the site for all.
+    """
 
     observe: bool
     wishes: tuple[Wish, ...] = field(default=())
     writable: bool = False
+    asked: bool = True
 
 
 def parse_job(message: Message) -> Job:
@@ -70,6 +76,7 @@ def parse_job(message: Message) -> Job:
         partition=first(message, "PARTITION")[:256],
         name=first(message, "JOB_NAME")[:256],
         account=first(message, "ACCOUNT")[:256],
+        gpus=_gpus(first(message, "GPUS")),
     )
 
 
@@ -95,6 +102,17 @@ def parse_request(message: Message) -> Request | None:
         with contextlib.suppress(InputError):  # pyxis tells what is wrong with its own option
             wishes.append(image_wish(image))
     return Request(mode == "observe", tuple(dict.fromkeys(wishes))[:_TARGET_LIMIT], writable)
+
+
+def _gpus(text: str) -> tuple[int, ...]:
+    """The GPUs of "0,1,4-7"; none when the text is anything else."""
+    if not re.fullmatch(r"[0-9]{1,3}(-[0-9]{1,3})?(,[0-9]{1,3}(-[0-9]{1,3})?){0,63}", text, re.ASCII):
+        return ()
+    found: list[int] = []
+    for part in text.split(","):
+        low, _, high = part.partition("-")
+        found += range(int(low), int(high or low) + 1)
+    return tuple(found[:_GPU_LIMIT])
 
 
 def _wish(kind: str, key: str, value: str) -> Wish:

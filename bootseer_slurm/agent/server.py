@@ -74,7 +74,9 @@ class Agent:
             min_free_bytes=config.cache.min_free_bytes,
         )
         self._journal = Journal(self._home)
-        self._table = Table(self._session, self._journal)
+        observe_all = config.report.observe == "all"
+        self._table = Table(self._session, self._journal, observe_all=observe_all)
+        self._say_observe_all(observe_all)
         self._room = Room()
         self._slow_s = {
             "attach": config.prefetch.attach_wait_s + _ATTACH_MARGIN_S,
@@ -86,6 +88,11 @@ class Agent:
 
     def _session(self, job: Job, node: str) -> Session:
         return Session(job, node or self._node, self._config, self._shelf, self._journal)
+
+    def _say_observe_all(self, observe_all: bool) -> None:
+        """Have the hook tell every job, or only those that asked."""
+        said = self._home / "observe-all"
+        said.touch() if observe_all else said.unlink(missing_ok=True)
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; then end the sessions. Raises BootseerError."""

@@ -19,6 +19,7 @@ from typing import Any
 from bootseer_slurm.agent.fetcher import Fetcher
 from bootseer_slurm.agent.held import Held
 from bootseer_slurm.agent.journal import Journal
+from bootseer_slurm.agent.measure import Measure
 from bootseer_slurm.agent.prefetch import Prefetch, first_ranges
 from bootseer_slurm.agent.protocol import Message
 from bootseer_slurm.agent.publish import Publisher
@@ -65,6 +66,7 @@ class Session:
         self._fetcher = Fetcher(job.uid, job.gid, config)
         self._prefetch: Prefetch | None = None
         self._observe = False
+        self._by_site = False  # the job did not ask, and may still do so in a step
         self._writable = False
         self._ending_start = False
         no_key = Key(b"", "kernel_mount is off")
@@ -75,6 +77,7 @@ class Session:
         self._recording = Recording(
             job, node, self._class, config.prefetch, publisher=self._publisher, on_over=self._end_start
         )
+        self._measure = Measure(job, self.log, limit_s=config.prefetch.start_cap_s)
 
     def begin(self, request: Request, *, hook_start_ns: int | None) -> None:
         """Start to bring what the job wishes."""
@@ -92,6 +95,7 @@ class Session:
             partition=self.job.partition or None,
             job_name=self.job.name or None,
         )
+        self._measure.begin()
         self._bring_all(request)
 
     def take_up(self, request: Request, notes: list[Message]) -> None:
@@ -106,7 +110,7 @@ class Session:
         self._bring_all(request)
 
     def _bring_all(self, request: Request) -> None:
-        self._observe = request.observe
+        self._observe, self._by_site = request.observe, not request.asked
         self.add(request)
         if not request.observe:
             kinds = {wish.kind for wish in request.wishes}
@@ -118,8 +122,11 @@ class Session:
 
     def add(self, request: Request) -> None:
         """Bring these too; what was asked for already is not asked for twice."""
-        if request.observe or self._observe:
+        if request.observe or (self._observe and not self._by_site):
             return
+        if self._by_site:
+            self._observe = self._by_site = False
+            self.log.emit("session", "mode", mode="prefetch")
         self._writable = self._writable or request.writable
         for wish in sorted(request.wishes, key=lambda wish: wish.kind != "image"):  # environments ask for it
             self._seek(wish, asked=True)
@@ -197,6 +204,7 @@ class Session:
         digest: what the registry says that its tag means now, or "". Waits `hot_wait_s` for the blocks.
         Raises NotFound when the store does not have the image, or has an older one under this tag.
         """
+        self.log.emit("image", "get", target=name, what="image")
         wish = image_wish(name)
         if self._observe:
             raise InputError("this job only wants to be measured")
@@ -261,6 +269,7 @@ class Session:
 
     def _tell_end(self, targets: list[Target], reason: str) -> None:
         """Write what the next start and the report need."""
+        self._measure.over(part for target in targets for part in target.parts)
         for part in (part for target in targets for part in target.parts):
             self.log.emit("access", "summary", **part.summary())
         for wish, sought in self._wanted.asked().items():
@@ -297,6 +306,9 @@ class Session:
 
     def _end_start(self, why: str) -> None:
         """The job trains: what it touched until now was its start, and the rest can wait."""
+        with self._lock:
+            parts = [part for target in self._targets for part in target.parts]
+        self._measure.over(parts, read_ns=self._recording.last_new_ns if why == "quiet" else 0)
         if self._prefetch:
             self._prefetch.start_over()
         self._recording.finish(why)

@@ -57,9 +57,12 @@ class _Entry:
 class Table:
     """The sessions of one node."""
 
-    def __init__(self, make: Callable[[Job, str], Session], journal: Journal) -> None:
-        """make: a session of a job on the node that Slurm calls so."""
+    def __init__(
+        self, make: Callable[[Job, str], Session], journal: Journal, *, observe_all: bool = False
+    ) -> None:
+        """make: a session of a job on the node that Slurm calls so. observe_all: of every job."""
         self._make = make
+        self._observe_all = observe_all
         self._journal = journal
         self._entries: dict[int, _Entry] = {}
         self._endings: list[threading.Thread] = []
@@ -70,13 +73,18 @@ class Table:
 
     def begin(self, message: Message) -> None:
         """A job's prolog: end what an earlier start of it left, and begin when it asks. Raises InputError."""
-        job, request = parse_job(message), parse_request(message)
+        job, request = parse_job(message), self._request(message)
         with self._lock:  # at once: a step that comes in between would begin a session that nobody ends
             self.end(job.job_id, "requeued")  # a session of this job is of an earlier start
             if request is None:
                 return
             session = self._keep(job, message)
         session.begin(request, hook_start_ns=number(message, "HOOK_START_NS", "0"))
+
+    def _request(self, message: Message) -> Request | None:
+        """What a job's prolog asks for, or the site for it."""
+        site = Request(observe=True, asked=False) if self._observe_all else None
+        return parse_request(message) or site
 
     def step(self, message: Message) -> Session | None:
         """The session of a step's job, with what the step asks for added; None when the job is not ours.
@@ -160,7 +168,7 @@ class Table:
                 self._end_in_thread(session, "job ended")
         for job_id, messages in list(self._journal.jobs()):
             try:
-                job, request = parse_job(messages[0]), parse_request(messages[0])
+                job, request = parse_job(messages[0]), self._request(messages[0])
                 if request is None or job.job_id != job_id:
                     continue
                 with self._lock:

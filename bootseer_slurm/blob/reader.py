@@ -62,6 +62,8 @@ class Usage:
     store_bytes: int = 0
     origin_bytes: int = 0
     demand_bytes: int = 0  # of both, what a read waited for
+    fetch_s: float = 0.0  # that reads of sources took, summed over those that ran side by side
+    disk_s: float = 0.0  # and writes into the cache
     pushed_bytes: int = 0  # into the kernel's page cache: reads of these are not seen any more
 
 
@@ -269,10 +271,13 @@ class Reader:
         try:
             sources: tuple[Source, ...] = tuple(self._sources)
             for source in (self._kept, *sources) if unchecked else sources:
+                begin_s = time.monotonic()
                 try:
                     with source.read(offset, size_bytes, demand=demand) as view:
                         self._check(first, count, view, known=source is self._kept)
+                        fetched_s = time.monotonic()
                         kept = source is self._kept or self.blob.write(offset, view)
+                        written_s = time.monotonic()
                         if not kept and unkept is not None:
                             self._put_aside(first, view, unkept)
                         self.blob.settle(first, count, PRESENT if kept else MISSING)
@@ -284,6 +289,9 @@ class Reader:
                     self._tell(name, f"{source.name}: {error.message}")
                     failure = error
                     continue
+                if source is not self._kept:
+                    self.usage.fetch_s += fetched_s - begin_s
+                    self.usage.disk_s += written_s - fetched_s
                 if source.name == "store":
                     self.usage.store_bytes += size_bytes
                 elif source.name == "origin":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -91,7 +92,8 @@ def report(
     job_id: Annotated[
         str, typer.Argument(help="As sacct shows it: 1234, 1234_5 of an array, 1234+1 of a het job.")
     ],
-    format: Annotated[str, typer.Option(help="terminal or json.")] = "terminal",
+    format: Annotated[str, typer.Option(help="terminal, json, csv, parquet, html or perfetto.")] = "terminal",
+    output: Annotated[Path | None, typer.Option(help="Write to this file; parquet needs one.")] = None,
     restart: Annotated[
         int | None, typer.Option(help="Restart count of a requeued job; the last without it.")
     ] = None,
@@ -100,15 +102,30 @@ def report(
     from bootseer_slurm.report import answer
     from bootseer_slurm.report.analyse import analyse
     from bootseer_slurm.report.collect import collect
-    from bootseer_slurm.report.render import to_json, to_terminal
+    from bootseer_slurm.report.formats import FORMATS
+    from bootseer_slurm.report.plain import plain_starts
+    from bootseer_slurm.report.render import to_terminal
+    from bootseer_slurm.report.stored import reader_clock
 
-    result = analyse(collect(job_id, store=answer.events(settings.config()), restart=restart))
-    if format == "json":
-        print(to_json(result))
-    elif format == "terminal":
+    if format not in ("terminal", *FORMATS):
+        raise InputError(f"format {format!r} is not known", hint=f"terminal, {', '.join(FORMATS)}")
+    if format == "parquet" and output is None:
+        raise InputError("format parquet needs a file", hint="name it with --output")
+    if format == "terminal" and output is not None:
+        raise InputError("format terminal is for the screen", hint="choose another one with --format")
+    events = answer.events(settings.config())
+    run = collect(job_id, store=events, restart=restart)
+    run = replace(run, reader_clock=reader_clock(settings.store()))
+    result = analyse(run, plain=plain_starts(run, store=events))
+    if format == "terminal":
         to_terminal(result, Console())
+    elif output is None:
+        sys.stdout.buffer.write(FORMATS[format](result))
     else:
-        raise InputError(f"format {format!r} is not known", hint="terminal or json")
+        try:
+            output.write_bytes(FORMATS[format](result))
+        except OSError as error:
+            raise InputError(f"{output}: cannot be written: {error.strerror}") from error
 
 
 @config_app.command("show")

@@ -40,7 +40,7 @@ from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, Not
 from bootseer_slurm.fetch.original import fingerprint_now, open_original, reason
 from bootseer_slurm.image.reference import registry_reference
 from bootseer_slurm.image.squashfs import head_and_tables
-from bootseer_slurm.store import Entry, ObjectReader, Store, open_store
+from bootseer_slurm.store import Entry, ObjectReader, Store, clock_offset, open_store
 
 _PR_SET_DUMPABLE = 4
 _MESSAGE_BYTES = 64 * 1024
@@ -62,15 +62,14 @@ class Child:
         self._keys: dict[str, tuple[str, Key]] = {}  # of each environment: the job's image, and its key
         self._lock = threading.Lock()
         self._requests: queue.SimpleQueue[tuple[dict[str, Any], list[int]]] = queue.SimpleQueue()
-        self._operations: dict[
-            str, Callable[[dict[str, Any], list[int]], tuple[dict[str, Any], list[int]]]
-        ] = {
+        self._operations: dict[str, Callable[..., tuple[dict[str, Any], list[int]]]] = {
             "resolve": self._resolve,
             "reopen": self._reopen,
             "read": self._read,
             "locate": self._locate,
             "same": self._same,
             "write": self._write,
+            "clock": self._clock,
             "plan": self._plan,
             "trace": self._trace,
             "recall": self._recall,
@@ -286,6 +285,11 @@ class Child:
         """Write a small object of the user, such as events."""
         self._open_store().write(f"{user_folder(os.getuid())}/{request['path']}", _content(received))
         return {}, []
+
+    def _clock(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """How this node's clock differs from the store's."""
+        known = clock_offset(self._open_store(), f"{user_folder(os.getuid())}/{request['path']}")
+        return dict(zip(("offset_s", "error_s"), known, strict=True)), []
 
     def _trace(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Keep a trace of a class and blob, in place of those that no plan needs any more."""

@@ -45,6 +45,14 @@ class NodeEvents:
 
 
 @dataclass(frozen=True, slots=True)
+class Offset:
+    """How far a clock is ahead of that of the store's server, and by how much that may be wrong."""
+
+    ahead_s: float
+    error_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """One run of a job with everything known of it."""
 
@@ -56,6 +64,7 @@ class Run:
     nodes: tuple[NodeEvents, ...]
     silent_nodes: tuple[str, ...]  # belong to the job, but sent nothing
     notes: tuple[str, ...]  # what a reader must know to trust the figures
+    reader_clock: Offset | None = None  # of the machine that gathers this
 
 
 def collect(

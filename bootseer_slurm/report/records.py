@@ -11,7 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from bootseer_slurm.report.analyse import STAGES, NodeStart, Report
+from bootseer_slurm.report.analyse import Report
+from bootseer_slurm.report.stages import STAGES, NodeStart
 
 COMMENT_PREFIX = "bootseer: "
 _MAX_TEXT = 256  # of names that users choose
@@ -87,7 +88,7 @@ def row_of(report: Report) -> dict[str, Any] | None:
         "start_time": _ms(record.start_ns),
         "end_time": _ms(record.end_ns),
         "training_time": _ms(report.training_ns),
-        "training_from": None if waited_s is None else "mark",
+        "training_from": report.training_from,
         "elapsed_s": elapsed_s,
         "queue_s": report.queue_s,
         "start_to_training_s": waited_s,

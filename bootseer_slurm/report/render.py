@@ -1,15 +1,14 @@
-"""Show a report: on a terminal with rich, or as JSON.
+"""Show a report on a terminal, with rich.
 
-Owns the looks and the JSON schema (docs/report.md); every figure comes from analyse. Texts from events, from
+Owns the looks; every figure comes from analyse. Texts from events, from
 accounting and from users are only ever put into rich's Text, which has no markup.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 
 from rich import box
@@ -18,15 +17,16 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from bootseer_slurm.errors import InputError
-from bootseer_slurm.report.analyse import Problem, Report, StageRow, Transfer
-from bootseer_slurm.slurm.hostlist import fold
+from bootseer_slurm.report.analyse import Problem, Report, StageRow
+from bootseer_slurm.report.document import node_names
+from bootseer_slurm.report.figures import TRAINING_SAID, nodes_text
+from bootseer_slurm.report.stragglers import NOTICEABLE_S, SLOW
+from bootseer_slurm.report.transfers import Transfer
 from bootseer_slurm.units import format_bytes, format_duration
 
-JSON_SCHEMA = 1
-# A stage is worth a colour only when the slowest node waits noticeably longer than the others.
-_NOTICEABLE_S = 1.0
-_SLOW, _VERY_SLOW = 1.5, 2.0
+_VERY_SLOW = 2.0
+_SHOWN_STRAGGLERS = 5
+_SOURCES = ("cached_bytes", "store_bytes", "origin_bytes")
 _LEVEL_STYLE = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
@@ -64,11 +64,33 @@ def _print(report: Report, console: Console, signs: _Signs) -> None:
     remarks = Table.grid(padding=(0, 2))
     remarks.add_column(no_wrap=True)
     remarks.add_column(overflow="fold")
+    for straggler in report.stragglers[:_SHOWN_STRAGGLERS]:
+        lost = f"{straggler.stage} {format_duration(straggler.lost_s)} longer than the median"
+        remarks.add_row(
+            Text("slow", style="bold yellow"),
+            Text.assemble(f"{straggler.node}: ", (straggler.cause, "bold"), f" ({lost}); {straggler.detail}"),
+        )
+    if len(report.stragglers) > _SHOWN_STRAGGLERS:
+        rest = [straggler.node for straggler in report.stragglers[_SHOWN_STRAGGLERS:]]
+        remarks.add_row(
+            Text("slow", style="bold yellow"),
+            Text(f"and {_count(len(rest), 'node')} more: {nodes_text(rest)}"),
+        )
     for problem in report.problems:
         remarks.add_row(Text(problem.level, style=_LEVEL_STYLE[problem.level]), _problem_text(problem))
     if report.run.silent_nodes:
         remarks.add_row(
-            Text("silent", style="yellow"), Text(f"{_fold(report.run.silent_nodes)} sent no events")
+            Text("silent", style="yellow"), Text(f"{nodes_text(report.run.silent_nodes)} sent no events")
+        )
+    if report.unended_nodes:
+        remarks.add_row(
+            Text("no end", style="yellow"),
+            Text(f"{nodes_text(report.unended_nodes)}: died, or the epilog still runs"),
+        )
+    if any(row.derived for row in report.stages):
+        remarks.add_row(
+            Text("~", style="dim"),
+            Text("the job does not mark this stage; the nodes saw its image and reads"),
         )
     for note in report.notes:
         remarks.add_row(Text("note", style="dim"), Text(note))
@@ -76,59 +98,10 @@ def _print(report: Report, console: Console, signs: _Signs) -> None:
         console.print(remarks)
 
 
-def to_json(report: Report) -> str:
-    """The report as one JSON object with a stable schema: docs/report.md."""
-    run, record = report.run, report.run.record
-    content = {
-        "schema": JSON_SCHEMA,
-        "job": run.job,
-        "shown_id": record.shown_id if record else str(run.job),
-        "restart": run.restart,
-        "restarts": list(run.restarts),
-        "user": record.user if record else None,
-        "uid": run.uid,
-        "account": record.account if record else None,
-        "partition": record.partition if record else None,
-        "job_name": record.name if record else None,
-        "state": record.state if record else None,
-        "mode": report.mode,
-        "nodes": _node_names(report),
-        "silent_nodes": list(run.silent_nodes),
-        "gpus": report.gpus,
-        "cpus": report.cpus,
-        "queue_s": report.queue_s,
-        "start_ns": report.start_ns,
-        "start_from": "accounting" if record and record.start_ns else "events",
-        "training_ns": report.training_ns,
-        "start_to_training_s": report.start_to_training_s,
-        "lost_gpu_s": report.lost_gpu_s,
-        "lost_cpu_s": report.lost_cpu_s,
-        "stages": [_stage_json(row) for row in report.stages],
-        "total": _stage_json(report.total) if report.total else None,
-        "starts": [asdict(start) | {"total_s": start.total_s} for start in report.starts],
-        "transfers": [asdict(row) | {"bytes_per_s": row.rate} for row in report.transfers],
-        "problems": [asdict(problem) for problem in report.problems],
-        "notes": list(report.notes),
-    }
-    return json.dumps(content, indent=2, allow_nan=False)
-
-
-def _stage_json(row: StageRow) -> dict[str, object]:
-    return asdict(row) | {"slowest_over_median": row.ratio}
-
-
-def _node_names(report: Report) -> list[str]:
-    """All nodes of the job, also those that sent nothing."""
-    record = report.run.record
-    if record and record.nodes:
-        return list(record.nodes)
-    return [*(sent.node for sent in report.run.nodes), *report.run.silent_nodes]
-
-
 def _header(report: Report, signs: _Signs) -> Panel:
     run, record = report.run, report.run.record
-    nodes = _node_names(report)
-    where = f"{_count(len(nodes), 'node')} {_short(_fold(nodes), 40)}".strip()
+    nodes = node_names(report)
+    where = f"{_count(len(nodes), 'node')} {_short(nodes_text(nodes), 40)}".strip()
     if record:
         who = f"{record.user or run.uid} {signs.dot} account {record.account} {signs.dot} {record.partition}"
         lines = [Text(f"{who} {signs.dot} {where}")]
@@ -137,6 +110,8 @@ def _header(report: Report, signs: _Signs) -> Panel:
     facts = [f"state {record.state}"] if record else []
     if report.queue_s is not None:
         facts.append(f"queued {format_duration(report.queue_s)}")
+    if report.wall_s is not None:
+        facts.append(f"wall time {format_duration(report.wall_s)}")
     if report.mode:
         facts.append(f"mode {report.mode}")
     lines += [Text(f" {signs.dot} ".join(facts))] if facts else []
@@ -147,6 +122,7 @@ def _header(report: Report, signs: _Signs) -> Panel:
     else:
         waited = (f"{since} {signs.arrow} training ", (format_duration(waited_s), "bold"))
         lines.append(Text.assemble(*waited, *_lost(report, signs)))
+        lines.append(_training_line(report, signs))
     name = f"{record.name}" if record else ""
     title = f"job {record.shown_id if record else run.job}"
     title += f" restart {run.restart}" if run.restart else ""
@@ -165,6 +141,19 @@ def _lost(report: Report, signs: _Signs) -> list[tuple[str, str]]:
     amount = f"{lost_s:,.0f} {unit}-seconds" if lost_s < 36_000 else f"{lost_s / 3600:,.1f} {unit}-hours"
     detail = f" ({_count(count, unit)})"
     return [(f" {signs.dot} cost ", ""), (amount, "bold"), (detail, "dim")]
+
+
+def _training_line(report: Report, signs: _Signs) -> Text:
+    """What said that training began, and what a plain start of this job class takes."""
+    facts = [TRAINING_SAID[report.training_from or "mark"]]
+    if report.mode != "observe":
+        plain = report.plain
+        facts.append(
+            f"plain {format_duration(plain.median_s)} (median of {plain.count} starts)"
+            if plain
+            else "plain: unknown, no such start was observed"
+        )
+    return Text(f" {signs.dot} ".join(facts))
 
 
 def _stage_table(report: Report, signs: _Signs, width: int) -> Table:
@@ -190,7 +179,7 @@ def _stage_table(report: Report, signs: _Signs, width: int) -> Table:
 def _stage_cells(row: StageRow, signs: _Signs, style: str) -> list[Text]:
     ratio = "" if row.ratio is None or row.node_count < 2 else f"{min(row.ratio, 999):.1f}{signs.times}"
     return [
-        Text(row.stage),
+        Text(f"{row.stage} ~" if row.derived else row.stage),
         Text(format_duration(row.median_s)),
         Text(format_duration(row.slowest_s)),
         Text(_short(row.slowest_node, 18)),
@@ -199,7 +188,7 @@ def _stage_cells(row: StageRow, signs: _Signs, style: str) -> list[Text]:
 
 
 def _stage_style(row: StageRow) -> str:
-    if row.ratio is None or row.slowest_s - row.median_s < _NOTICEABLE_S or row.ratio < _SLOW:
+    if row.ratio is None or row.slowest_s - row.median_s < NOTICEABLE_S or row.ratio < SLOW:
         return ""
     return "red" if row.ratio >= _VERY_SLOW else "yellow"
 
@@ -212,37 +201,46 @@ def _transfer_lines(report: Report, width: int) -> Text:
     groups: dict[tuple[str, str], list[Transfer]] = defaultdict(list)
     for transfer in report.transfers:
         groups[(transfer.what, transfer.target)].append(transfer)
-    heading = ("transfer", "fetched", "cached", "rate", "ready", "hits", "waited")
+    heading = ("transfer", "cache", "store", "original", "rate", "ready", "hits", "missed", "waited")
     rows = [_transfer_cells(what, transfers) for (what, _), transfers in groups.items()]
-    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
-    lines = [Text(_aligned(heading, widths), style="bold")]
-    for (_, target), row in zip(groups, rows, strict=True):
-        figures = _aligned(row, widths)
+    columns = list(zip(heading, *rows, strict=True))
+    if not any(row.origin_bytes for row in report.transfers):
+        columns.pop(heading.index("original"))
+    widths = [max(map(len, column)) for column in columns]
+    gap_width = 2 if sum(widths) + 2 * len(widths) <= width else 1
+    table = [_aligned(cells, widths, gap_width) for cells in zip(*columns, strict=True)]
+    lines = [Text(table[0], style="bold")]
+    for (_, target), figures in zip(groups, table[1:], strict=True):
         gap = "  " if len(figures) + 2 + len(target) <= width else "\n  "
         lines.append(Text.assemble(figures, (gap + target, "dim")))
     return Text("\n", overflow="fold").join(lines)
 
 
 def _transfer_cells(what: str, rows: Sequence[Transfer]) -> tuple[str, ...]:
-    fetched = [row.fetched_bytes for row in rows if row.fetched_bytes is not None]
-    cached = [row.cached_bytes for row in rows if row.cached_bytes is not None]
     rates = [row.rate for row in rows if row.rate is not None]
     hit, miss = sum(row.hit_bytes for row in rows), sum(row.miss_bytes for row in rows)
     was_read = any(row.reads is not None for row in rows)
     return (
         what,
-        format_bytes(sum(fetched)) if fetched else "-",
-        format_bytes(sum(cached)) if cached else "-",
+        *(_sum_text([getattr(row, name) for row in rows]) for name in _SOURCES),
         f"{format_bytes(median(rates))}/s" if rates else "-",
         _ready(rows),
         f"{100 * hit / (hit + miss):.0f} %" if hit + miss else "-",
+        format_bytes(miss) if hit + miss else "-",
         format_duration(max(row.blocked_s for row in rows)) if was_read else "-",
     )
 
 
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+def _sum_text(sizes: Sequence[int | None]) -> str:
+    known = [size_bytes for size_bytes in sizes if size_bytes is not None]
+    return format_bytes(sum(known)) if known else "-"
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int], gap_width: int) -> str:
     first, *rest = cells
-    return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+    return (" " * gap_width).join(
+        [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
+    )
 
 
 def _ready(rows: Sequence[Transfer]) -> str:
@@ -261,14 +259,7 @@ def _ready(rows: Sequence[Transfer]) -> str:
 
 def _problem_text(problem: Problem) -> Text:
     subject = " ".join(part for part in (problem.what, problem.target) if part)
-    return Text(f"{_fold(problem.nodes)}: {subject + ': ' if subject else ''}{problem.message}")
-
-
-def _fold(nodes: Sequence[str]) -> str:
-    try:
-        return fold(nodes)
-    except InputError:
-        return _count(len(nodes), "node")
+    return Text(f"{nodes_text(problem.nodes)}: {subject + ': ' if subject else ''}{problem.message}")
 
 
 def _count(number: int, noun: str) -> str:

@@ -7,12 +7,14 @@ out with a log line: of a job's report the rest is still true, and the nodes con
 from __future__ import annotations
 
 import logging
+import os
 import re
+import secrets
 from collections.abc import Iterator
 
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.report.collect import MAX_TEXT
-from bootseer_slurm.store import Store
+from bootseer_slurm.report.collect import MAX_TEXT, Offset
+from bootseer_slurm.store import Store, clock_offset
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,21 @@ def run_folders(store: Store, uid: int) -> Iterator[tuple[int, int, float]]:
         run = _RUN.fullmatch(entry.name)
         if run:
             yield int(run[1]), int(run[2]), entry.changed_s
+
+
+def reader_clock(store: Store) -> Offset | None:
+    """This machine's clock against the store's server's; None where the store does not tell.
+
+    Asked with a small file in this user's own folder, and only where that is there already.
+    """
+    folder = f"users/{os.geteuid()}/events"
+    try:
+        if not store.list(folder):
+            return None
+        return Offset(*clock_offset(store, f"{folder}/.{secrets.token_hex(6)}.clock"))
+    except BootseerError as error:
+        log.debug("clock not compared: %s", error)
+        return None
 
 
 class StoredEvents:

@@ -114,7 +114,7 @@ def records(job_id: str, *, timeout_s: float = 30.0) -> tuple[JobRecord, ...]:
     Source: sacct(1), --duplicates and --parsable2.
     """
     text = check_job_id(job_id)
-    found = _numbered(_jobs(_ask(text, _FIELDS, timeout_s)))
+    found = _numbered(_jobs(_ask([f"--jobs={text}"], _FIELDS, timeout_s)))
     if not found:
         raise NotFound(
             f"accounting has no job {text}",
@@ -134,7 +134,7 @@ def records_of(numbers: Iterable[int], *, timeout_s: float = 300.0) -> dict[int,
     for start in range(0, len(wanted), _MANY):
         asked = ",".join(map(str, wanted[start : start + _MANY]))
         # The number of an array is that of one of its tasks too, and brings them all.
-        for record in _jobs(_ask(asked, _FIELDS, timeout_s)):
+        for record in _jobs(_ask([f"--jobs={asked}"], _FIELDS, timeout_s)):
             if record.job in known:
                 found.setdefault(record.job, []).append(record)
     return {job: tuple(_numbered(_once(runs))) for job, runs in found.items()}
@@ -149,7 +149,7 @@ def admin_comments(numbers: Iterable[int], *, timeout_s: float = 300.0) -> dict[
     last: dict[int, tuple[tuple[int, int], str]] = {}
     for start in range(0, len(wanted), _MANY):
         asked = ",".join(map(str, wanted[start : start + _MANY]))
-        for row in _ask(asked, _COMMENT_FIELDS, timeout_s):
+        for row in _ask([f"--jobs={asked}"], _COMMENT_FIELDS, timeout_s):
             if row["JobIDRaw"].isdecimal():
                 job, age = int(row["JobIDRaw"]), (_time(row["Submit"]) or 0, _time(row["Start"]) or 1 << 63)
                 if job not in last or age >= last[job][0]:
@@ -191,15 +191,35 @@ def runs_of(found: tuple[JobRecord, ...], job_id: str) -> tuple[JobRecord, ...]:
     return runs
 
 
-def _ask(job_ids: str, fields: Sequence[str], timeout_s: float) -> Iterator[dict[str, str]]:
-    """The rows that sacct has of these jobs and of their steps. Raises AccountingError."""
+def alike(record: JobRecord, *, timeout_s: float = 30.0) -> tuple[JobRecord, ...]:
+    """The runs of a job's class, the same user, account and name, of the last 30 days; the newest first.
+
+    Without their steps. Raises AccountingError.
+    """
+    selection = [
+        f"--uid={record.uid}",
+        f"--accounts={record.account}",
+        "--starttime=now-30days",
+        "--allocations",
+    ]
+    if record.name and "," not in record.name:  # sacct takes a list of names
+        selection.append(f"--name={record.name}")
+    found = _numbered(_jobs(_ask(selection, _FIELDS, timeout_s)))
+    same = [
+        run for run in found if (run.uid, run.account, run.name) == (record.uid, record.account, record.name)
+    ]
+    return tuple(sorted(same, key=lambda run: -(run.start_ns or 0)))
+
+
+def _ask(selection: Sequence[str], fields: Sequence[str], timeout_s: float) -> Iterator[dict[str, str]]:
+    """The rows that sacct has of what is selected. Raises AccountingError."""
     delimiter = f"\x1f{secrets.token_hex(8)}\x1f"
-    return _rows(_sacct(job_ids, fields, delimiter, timeout_s), delimiter, fields)
+    return _rows(_sacct(selection, fields, delimiter, timeout_s), delimiter, fields)
 
 
-def _sacct(job_ids: str, fields: Sequence[str], delimiter: str, timeout_s: float) -> str:
+def _sacct(selection: Sequence[str], fields: Sequence[str], delimiter: str, timeout_s: float) -> str:
     argv = ["sacct", "--duplicates", "--noheader", "--parsable2", f"--delimiter={delimiter}"]
-    argv += [f"--jobs={job_ids}", f"--format={','.join(fields)}"]
+    argv += [*selection, f"--format={','.join(fields)}"]
     # %s makes sacct print seconds since the epoch: no time zone, no hour that comes twice.
     environment = {**os.environ, "SLURM_TIME_FORMAT": "%s", "LC_ALL": "C", "LANG": "C"}
     hint = "the report works without accounting, from the nodes' own events"

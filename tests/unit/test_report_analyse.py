@@ -8,7 +8,8 @@ import pytest
 
 from bootseer_slurm.events import Event, EventLog
 from bootseer_slurm.report.analyse import Report, Transfer, analyse
-from bootseer_slurm.report.collect import NodeEvents, Run
+from bootseer_slurm.report.collect import NodeEvents, Offset, Run
+from bootseer_slurm.report.stages import STAGES
 from bootseer_slurm.slurm.jobs import JobRecord
 from tests.unit.records import RECORD, SECOND, START
 
@@ -37,9 +38,15 @@ class Node:
         return NodeEvents(self.name, tuple(sorted(self.log.events(), key=stamp)), 0)
 
 
-def report_of(*nodes: Node, record: JobRecord | None = RECORD) -> Report:
+def report_of(*nodes: Node, record: JobRecord | None = RECORD, reader: Offset | None = None) -> Report:
     sent = tuple(node.sent() for node in nodes)
-    return analyse(Run(5, 0, (0,), 1000, record, sent, (), ("a note of collect",)))
+    return analyse(Run(5, 0, (0,), 1000, record, sent, (), ("a note of collect",), reader))
+
+
+def read(node: Node, what: str, first_s: float, last_s: float) -> Node:
+    """What the agent tells at the end of the start of the reads of a thing."""
+    stamps = {"first_ns": START + round(first_s * SECOND), "last_ns": START + round(last_s * SECOND)}
+    return node.at(60, "access", "start", what=what, target=f"/{what}", **stamps)
 
 
 def mark(node: Node, t_s: float, name: str, task: int = 0, step: str = "0") -> Node:
@@ -55,20 +62,25 @@ def test_every_stage_ends_at_its_stamp_and_together_they_are_the_whole() -> None
     report = report_of(node)
     start = report.starts[0]
     assert start.stages == pytest.approx(
-        {"prolog": 1.5, "launch": 1, "image": 4, "environment": 2, "checkpoint": 10, "program": 1}
+        {"allocation": 0.5, "prolog": 1.5, "launch": 1, "image": 4, "environment": 2, "checkpoint": 10, "program": 1}
     )
-    assert list(start.stages) == ["prolog", "launch", "image", "environment", "checkpoint", "program"]
+    assert list(start.stages) == list(STAGES)
+    assert start.derived == ()
     assert sum(start.stages.values()) == pytest.approx(start.total_s)
     assert report.start_to_training_s == 20
     assert report.queue_s == 12
     assert report.lost_gpu_s == 24 * 20
     assert report.lost_cpu_s == 48 * 20
-    assert report.notes == ("a note of collect",)
+    assert report.notes == ("a note of collect", "clock offsets unknown: the store's times do not tell them")
+    assert report.wall_s == 1000
+    assert sum(start.stages.values()) + (start.after_s or 0) == pytest.approx(1000)
 
 
 def test_marks_that_were_not_made_collapse_into_program() -> None:
     report = report_of(mark(Node("n1").started(), 20, "training_started"))
-    assert report.starts[0].stages == pytest.approx({"prolog": 1.5, "launch": 1, "program": 17})
+    assert report.starts[0].stages == pytest.approx(
+        {"allocation": 0.5, "prolog": 1.5, "launch": 1, "program": 17}
+    )
 
 
 def test_the_last_task_of_the_slowest_node_counts() -> None:
@@ -77,10 +89,10 @@ def test_the_last_task_of_the_slowest_node_counts() -> None:
         mark(fast, t_s, "training_started", task)
     mark(slow, 30, "training_started", 3)
     report = report_of(fast, slow)
-    assert [start.total_s for start in report.starts] == [13.5, 29.5]
+    assert [start.total_s for start in report.starts] == [14, 30]
     assert report.start_to_training_s == 30
     assert report.total is not None
-    assert (report.total.slowest_node, report.total.slowest_s, report.total.median_s) == ("n2", 29.5, 21.5)
+    assert (report.total.slowest_node, report.total.slowest_s, report.total.median_s) == ("n2", 30, 22)
 
 
 def test_rows_give_median_slowest_and_ratio_over_the_nodes() -> None:
@@ -107,7 +119,7 @@ def test_a_task_that_marks_again_and_a_later_step_do_not_move_the_start() -> Non
 def test_start_not_marked_gives_what_is_known() -> None:
     node = mark(Node("n1").started(), 7, "image_loaded")
     report = report_of(node)
-    assert report.starts[0].stages == pytest.approx({"prolog": 1.5, "launch": 1, "image": 4})
+    assert report.starts[0].stages == pytest.approx({"allocation": 0.5, "prolog": 1.5, "launch": 1, "image": 4})
     assert (report.training_ns, report.start_to_training_s, report.lost_gpu_s, report.total) == (None,) * 4
     assert any("start not marked" in note for note in report.notes)
 
@@ -128,15 +140,15 @@ def test_without_hook_or_steps_the_rest_still_counts() -> None:
     nothing = Node("n3").at(5, "fault", "x", message="broken")
     report = report_of(no_hook, no_plugin, nothing)
     assert {start.node: start.stages for start in report.starts} == {
-        "n1": pytest.approx({"launch": 1, "program": 7}),
-        "n2": pytest.approx({"prolog": 0.1, "program": 9.4}),
+        "n1": pytest.approx({"allocation": 2, "launch": 1, "program": 7}),
+        "n2": pytest.approx({"allocation": 0.5, "prolog": 0.1, "program": 9.4}),
     }
 
 
 def test_the_extern_step_launches_no_task() -> None:
     node = Node("n1").at(0, "hook", "begin").at(1, "step", "attach", step="extern")
     node.at(1.1, "step", "task_start", step="extern").at(5, "step", "task_start", step="0", task=0)
-    assert report_of(node).starts[0].stages == pytest.approx({"prolog": 1, "launch": 4})
+    assert report_of(node).starts[0].stages == pytest.approx({"allocation": 0, "prolog": 1, "launch": 4})
 
 
 def test_stamps_out_of_order_never_give_a_negative_stage() -> None:
@@ -147,7 +159,7 @@ def test_stamps_out_of_order_never_give_a_negative_stage() -> None:
     mark(node, 10, "training_started")
     stages = report_of(node).starts[0].stages
     assert min(stages.values()) >= 0
-    assert sum(stages.values()) == pytest.approx(5)
+    assert sum(stages.values()) == pytest.approx(10)
 
 
 def test_without_accounting_the_first_stamp_stands_for_the_allocation() -> None:
@@ -191,7 +203,7 @@ def test_transfers_join_prefetch_and_reads() -> None:
     node.at(25, "prefetch", "end", bytes=5000, dur_s=23.0, what="checkpoint", target="/ckpt")
     node.at(2, "prefetch", "begin", bytes=7, what="environment", target="/venv")
     image, checkpoint, environment = report_of(node).transfers
-    assert image == Transfer("n1", "image", "/img/a.sqsh", 1000, 600, 400, 4.0, True, 10, 160, 120, 40, 1.0)
+    assert image == Transfer("n1", "image", "/img/a.sqsh", 1000, 600, 400, 4.0, True, 10, 160, 120, 40, 1.0, 0)
     assert image.rate == 150
     assert (checkpoint.in_time, checkpoint.cached_bytes, checkpoint.reads) == (False, 0, None)
     assert environment.in_time is False
@@ -242,3 +254,111 @@ def test_a_run_without_events_has_no_stages() -> None:
     report = report_of()
     assert (report.starts, report.stages, report.total, report.transfers) == ((), (), None, ())
     assert report.queue_s == 12
+
+
+def test_a_container_that_pyxis_imports_has_an_image_stage_without_a_mark() -> None:
+    node = Node("n1").started(task_s=9).at(2.5, "image", "get", what="image", target="docker://x")
+    mark(node, 20, "training_started")
+    (start,) = report_of(node).starts
+    assert start.stages == pytest.approx(
+        {"allocation": 0.5, "prolog": 1.5, "launch": 0.5, "image": 6.5, "program": 11}
+    )
+    assert start.derived == ("image",)
+    marked = Node("n1").started(task_s=9).at(2.5, "image", "get", what="image", target="docker://x")
+    mark(mark(marked, 10, "image_loaded"), 20, "training_started")
+    (start,) = report_of(marked).starts
+    assert (start.stages["image"], start.derived) == (pytest.approx(7.5), ()), "the mark is what counts"
+
+
+def test_what_a_job_reads_gives_its_stages_where_it_marks_none() -> None:
+    node = mark(Node("n1").started(), 40, "training_started")
+    read(node, "image", 3.5, 20)
+    read(node, "environment", 5, 12)
+    read(node, "checkpoint", 15, 30)
+    report = report_of(node)
+    (start,) = report.starts
+    spans = [(span.stage, (span.begin_ns - START) / SECOND, (span.end_ns - START) / SECOND) for span in start.spans]
+    assert spans == [
+        ("allocation", 0, 0.5), ("prolog", 0.5, 2), ("launch", 2, 3), ("program", 3, 3.5),
+        ("image", 3.5, 5), ("environment", 5, 12), ("program", 12, 15), ("checkpoint", 15, 30), ("program", 30, 40),
+    ]  # fmt: skip
+    assert sum(start.stages.values()) == pytest.approx(40)
+    assert {row.stage for row in report.stages if row.derived} == {"image", "environment", "checkpoint"}
+
+
+def test_reads_after_the_start_or_before_the_task_make_no_stage() -> None:
+    node = mark(Node("n1").started(), 20, "training_started")
+    read(node, "checkpoint", 25, 30)
+    read(node, "environment", 0, 0)
+    assert set(report_of(node).starts[0].stages) == {"allocation", "prolog", "launch", "program"}
+    late = mark(Node("n1").started(), 20, "training_started")
+    read(late, "checkpoint", 10, 30)
+    assert report_of(late).starts[0].stages["checkpoint"] == pytest.approx(10), "only until training began"
+
+
+@pytest.mark.parametrize(
+    ("stamps", "source", "training_s"),
+    [
+        ({"mark": 30, "gpu": 20, "io": 10}, "mark", 30),
+        ({"gpu": 20, "io": 10}, "gpu", 20),
+        ({"io": 10}, "io", 10),
+        ({}, None, None),
+    ],
+)
+def test_what_tells_when_training_began(
+    stamps: dict[str, float], source: str | None, training_s: float | None
+) -> None:
+    node = Node("n1").started()
+    for name, t_s in stamps.items():
+        mark(node, t_s, "training_started") if name == "mark" else node.at(t_s, "training", name)
+    report = report_of(node, Node("n2").started())
+    assert (report.training_from, report.start_to_training_s) == (source, training_s)
+    assert any("on 1 of 2 nodes" in note for note in report.notes) is (source is not None)
+
+
+def skewed(name: str, ahead_s: float, error_ms: float) -> Node:
+    """A node that trains at 20 s, by a clock that is ahead and says so."""
+    node = Node(name).started(ahead_s + 0.5, ahead_s + 2, ahead_s + 3)
+    mark(node, ahead_s + 20, "training_started")
+    read(node, "checkpoint", ahead_s + 5, ahead_s + 9)
+    return node.at(ahead_s + 70, "clock", "store", offset_ms=ahead_s * 1e3, error_ms=error_ms)
+
+
+def test_stamps_of_a_clock_that_is_surely_wrong_are_moved() -> None:
+    true, ahead = report_of(skewed("n1", 0, 10), skewed("n2", 7.5, 10)).starts
+    assert true.stages == pytest.approx(ahead.stages)
+    assert ahead.clock is not None
+    assert (ahead.clock.offset_s, ahead.clock.error_s) == pytest.approx((7.5, 0.01))
+    assert any("the stamps of 1 were moved" in note for note in report_of(skewed("n2", 7.5, 10)).notes)
+
+
+def test_an_offset_within_its_error_moves_nothing() -> None:
+    (start,) = report_of(skewed("n1", 0.4, 500)).starts
+    assert start.stages["allocation"] == pytest.approx(0.9)
+
+
+def test_clocks_are_set_against_that_of_the_reader() -> None:
+    """Node and reader are ahead of the store's server by the same: the node is right."""
+    (start,) = report_of(skewed("n1", 0, 10), reader=Offset(0.0, 0.01)).starts
+    assert start.stages["allocation"] == pytest.approx(0.5)
+    node = Node("n1").started().at(70, "clock", "store", offset_ms=5000, error_ms=10)
+    (start,) = report_of(mark(node, 20, "training_started"), reader=Offset(5.0, 0.01)).starts
+    assert start.clock is not None and start.clock.offset_s == pytest.approx(0)
+    assert start.stages["allocation"] == pytest.approx(0.5)
+
+
+def test_a_node_that_told_no_end_is_named() -> None:
+    ended = mark(Node("n1").started(), 20, "training_started").at(900, "session", "end")
+    died = mark(Node("n2").started(), 20, "training_started")
+    report = report_of(ended, died)
+    assert report.unended_nodes == ("n2",)
+    assert len(report.starts) == 2
+    running = report_of(died, record=replace(RECORD, end_ns=None))
+    assert running.unended_nodes == ()
+    assert (running.wall_s, running.starts[0].after_s) == (None, None)
+
+
+def test_the_session_that_turned_from_observe_is_no_plain_start() -> None:
+    node = Node("n1").started().at(0.7, "session", "begin", mode="observe")
+    assert report_of(node).mode == "observe"
+    assert report_of(node.at(2, "session", "mode", mode="prefetch")).mode == "prefetch"

@@ -12,7 +12,8 @@ from rich.console import Console
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.report.analyse import Report, analyse
 from bootseer_slurm.report.collect import NodeEvents, Run
-from bootseer_slurm.report.render import to_json, to_terminal
+from bootseer_slurm.report.document import to_json
+from bootseer_slurm.report.render import to_terminal
 from bootseer_slurm.slurm.jobs import JobRecord
 from tests.unit.records import RECORD as BASE
 from tests.unit.records import SECOND, START
@@ -79,7 +80,7 @@ def test_the_terminal_shows_all_that_matters_at_each_width(width: int) -> None:
         "job 1234 · train-llama", "alice · account ml · gpu · 3 nodes gpu-[01-03]", "queued 12.0 s",
         "allocation → training 52.0 s", "1,248 GPU-seconds", "(24 GPUs)",
         "prolog", "launch", "image", "environment", "program", "total", "gpu-02",
-        "6.0 GiB", "2.0 GiB", "in time", "88 %", "3.00 s",
+        "6.0 GiB", "2.0 GiB", "in time", "88 %", "248 MiB", "3.00 s",
         "warning  gpu-[01-02]: checkpoint /ckpt/step_9000:", "error    gpu-02: cache disk is full",
         "late",
         "/lustre/images/team/nemo-24.07-patched.sqsh",
@@ -154,7 +155,7 @@ def test_long_names_and_many_nodes_fit() -> None:
 
 def test_json_has_the_documented_schema() -> None:
     content = json.loads(to_json(make()))
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert (content["job"], content["restart"], content["user"], content["gpus"]) == (1234, 0, "alice", 24)
     assert content["nodes"] == ["gpu-01", "gpu-02", "gpu-03"]
     assert content["silent_nodes"] == ["gpu-03"]
@@ -167,6 +168,7 @@ def test_json_has_the_documented_schema() -> None:
         "median_s": 8.0,
         "slowest_s": 9.5,
         "slowest_node": "gpu-02",
+        "derived": False,
         "slowest_over_median": 9.5 / 8,
     }
     assert content["starts"][0]["stages"]["environment"] == pytest.approx(6)

@@ -1,0 +1,49 @@
+"""What the report needs of a start on this node: told once, when the start is over.
+
+Owns the look at the GPUs (gpu.py) and at the kernel's pressure figures (pressure.py) while the start goes on.
+Thread-safe.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+from bootseer_slurm.agent.gpu import GpuWatch
+from bootseer_slurm.agent.part import Part
+from bootseer_slurm.agent.pressure import Pressure
+from bootseer_slurm.agent.request import Job
+from bootseer_slurm.events import EventLog
+
+
+class Measure:
+    """The figures of one start."""
+
+    def __init__(self, job: Job, log: EventLog, *, limit_s: float) -> None:
+        """limit_s: how long a start is watched at most."""
+        self._log = log
+        self._pressure = Pressure()
+        self._gpus = GpuWatch(job.gpus, limit_s=limit_s, on_busy=self._busy)
+        self._told = False
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """The session has begun."""
+        self._gpus.start()
+
+    def _busy(self, since_ns: int) -> None:
+        self._log.emit("training", "gpu", t_ns=since_ns)
+
+    def over(self, parts: Iterable[Part], *, read_ns: int = 0) -> None:
+        """The start is over. read_ns: when something new was last read, if that is how it is known."""
+        self._gpus.stop()
+        with self._lock:
+            if self._told:
+                return
+            self._told = True
+        if read_ns:
+            self._log.emit("training", "io", t_ns=read_ns)
+        for part in parts:
+            self._log.emit("access", "start", **part.summary())
+        lasted_s, waited = self._pressure.since()
+        self._log.emit("load", "start", dur_s=lasted_s, **waited)

@@ -6,7 +6,7 @@ Slurm has as Operator or Administrator get all, and these also the events of oth
 owners' rights. Who asks is known from the socket (SO_PEERCRED), never from the request.
 
 systemd listens, and starts one process for each connection, with the socket as its stdin (Accept=yes). It
-reads one line of JSON, answers in frames, and ends after `_LIMIT_S` at the latest.
+reads requests, each a line of JSON, answers in frames, and ends after `_LIMIT_S` at the latest.
 
     {"op": "records", "since_ms": 0}                       frames: the Parquet files that hold such starts
     {"op": "users"}                                        frames: "uid"
@@ -23,6 +23,7 @@ import pwd
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -41,24 +42,27 @@ from bootseer_slurm.store import open_store
 
 _LIMIT_S = 120
 _REQUEST_LIMIT_BYTES = 4096
-_REQUEST_TIMEOUT_S = 5.0
 _CLIENT_TIMEOUT_S = 60.0
 _FILE_LIMIT_BYTES = 1 << 30
 _BUFFER_BYTES = 1 << 20
 
 
 def answer(link: socket.socket, config: Config) -> None:
-    """Answer the one request of a connection. Raises OSError when the client goes away."""
+    """Answer the requests of a connection until it ends. Raises OSError when the client goes away."""
     signal.alarm(_LIMIT_S)  # the default action ends the process
     _, uid, _ = peer(link)
+    sees_all = _sees_all(uid)
     with link.makefile("rb") as reading, link.makefile("wb", buffering=_BUFFER_BYTES) as writing:
-        link.settimeout(_REQUEST_TIMEOUT_S)
-        line = reading.readline(_REQUEST_LIMIT_BYTES)
-        link.settimeout(_CLIENT_TIMEOUT_S)  # for it to take more of the answer
-        write_all(cast(BinaryIO, writing), lambda: _answer(line, uid, config))
+        link.settimeout(_CLIENT_TIMEOUT_S)
+        while line := reading.readline(_REQUEST_LIMIT_BYTES):
+            frames = partial(_answer, line, None if sees_all else uid, config)
+            write_all(cast(BinaryIO, writing), frames)
+            if not line.endswith(b"\n"):
+                break  # too long, or the last
 
 
-def _answer(line: bytes, uid: int, config: Config) -> Iterator[Frame]:
+def _answer(line: bytes, only_uid: int | None, config: Config) -> Iterator[Frame]:
+    """The answer to one request of somebody who may see all, or the starts of one user."""
     try:
         request = json.loads(line)
         op = request["op"]
@@ -66,11 +70,10 @@ def _answer(line: bytes, uid: int, config: Config) -> Iterator[Frame]:
     except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError("not a request") from None
     if op == "records":
-        asked = None if _sees_all(uid) else uid
-        yield from _records(Archive(config.records.path), numbers["since_ms"], asked)
+        yield from _records(Archive(config.records.path), numbers["since_ms"], only_uid)
     elif op not in _NUMBERS:
         raise InputError("not a request")
-    elif not _sees_all(uid):
+    elif only_uid is not None:
         raise InputError("other users' jobs are for Slurm's operators to see")
     else:
         yield from _events(OwnersEvents(config.store.uri), op, numbers)
@@ -123,7 +126,7 @@ def records(config: Config, *, since_ms: int) -> Iterator[Path | pa.Buffer]:
     if os.geteuid() == 0:
         yield from Archive(config.records.path).files(since_ms=since_ms)
     else:
-        for frame in _ask(config.records.socket, {"op": "records", "since_ms": since_ms}):
+        for frame in _Service(config.records.socket).ask({"op": "records", "since_ms": since_ms}):
             yield pa.py_buffer(frame.content)
 
 
@@ -139,11 +142,11 @@ class _Visible:
 
     def __init__(self, config: Config) -> None:
         self._own = StoredEvents(open_store(config.store.uri))
-        self._socket = config.records.socket
+        self._service = _Service(config.records.socket)
 
     def users(self) -> list[int]:
         with contextlib.suppress(BootseerError):
-            return [frame.header["uid"] for frame in _ask(self._socket, {"op": "users"})]
+            return [frame.header["uid"] for frame in self._service.ask({"op": "users"})]
         return [os.geteuid()]
 
     def restarts(self, uid: int, job: int) -> list[int]:
@@ -164,7 +167,7 @@ class _Visible:
 
     def _allowed(self, request: dict[str, Any], value: Callable[[Frame], Any]) -> list[Any]:
         try:
-            return [value(frame) for frame in _ask(self._socket, request)]
+            return [value(frame) for frame in self._service.ask(request)]
         except BootseerError as error:
             raise InputError(
                 f"job {request['job']} is another user's: {error.message}",
@@ -172,17 +175,26 @@ class _Visible:
             ) from error
 
 
-def _ask(path: Path, request: dict[str, Any]) -> Iterator[Frame]:
-    """The service's answer. Raises InputError when nobody answers here, and what it refused."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
-        link.settimeout(_CLIENT_TIMEOUT_S)
+class _Service:
+    """A connection to the service, made when it is first asked. Answers are to be read to their end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._link: socket.socket | None = None
+
+    def ask(self, request: dict[str, Any]) -> Iterator[Frame]:
+        """The answer. Raises what the service refused, InputError when nobody answers here."""
         try:
-            link.connect(str(path))
-            link.sendall(json.dumps(request).encode() + b"\n")
-            with link.makefile("rb", buffering=_BUFFER_BYTES) as reading:
+            if self._link is None:
+                self._link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                self._link.settimeout(_CLIENT_TIMEOUT_S)
+                self._link.connect(str(self._path))
+            self._link.sendall(json.dumps(request).encode() + b"\n")
+            with self._link.makefile("rb", buffering=_BUFFER_BYTES) as reading:
                 yield from read_frames(cast(BinaryIO, reading), limit_bytes=_FILE_LIMIT_BYTES)
         except OSError as error:
+            self._link = None
             raise InputError(
-                f"{path}: nobody answers: {error.strerror or error}",
+                f"{self._path}: nobody answers: {error.strerror or error}",
                 hint="ask on the machine that runs bootseer-answer.socket, see docs/overhead.md",
             ) from error

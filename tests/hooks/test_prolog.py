@@ -120,6 +120,7 @@ def test_prolog_says_all_it_knows(agent: Agent) -> None:
         "SPANK_BOOTSEER_JOB_NAME": "train",
         "SPANK_BOOTSEER_UNHEARD_OF": "x",
         "SLURM_JOB_END_TIME": "1900000000",
+        "SLURM_JOB_GPUS": "0,1",
     }
     assert_silent(run_hook(agent.path, PROLOG | extra))
     (request,) = agent.requests
@@ -137,6 +138,7 @@ def test_prolog_says_all_it_knows(agent: Agent) -> None:
         b"PARTITION": b"main",
         b"ACCOUNT": b"research",
         b"WORK_DIR": b"/shared/home/alice",
+        b"GPUS": b"0,1",
         b"JOB_END_NS": b"1900000000000000000",
         b"BOOTSEER": b"1",
         b"PROFILE": b'images = ["/shared/a.sqsh"]\n',
@@ -192,6 +194,22 @@ def test_the_epilog_of_a_job_that_asked_in_a_step_only(
     )
     assert_silent(done)
     assert [request[b"JOB_ID"] for request in agent.requests] == ([b"42"] if told else [])
+
+
+@pytest.mark.parametrize("observed", [True, False])
+def test_where_the_agent_observes_all_every_job_is_told(agent: Agent, tmp_path: Path, observed: bool) -> None:
+    if observed:
+        (tmp_path / "observe-all").touch()
+    hook = tmp_path / "50-bootseer"
+    hook.write_text(HOOK.read_text().replace("/run/bootseer/observe-all", f"{tmp_path}/observe-all"))
+    hook.chmod(0o755)
+    env = {key: value for key, value in PROLOG.items() if key != "SPANK_BOOTSEER_MODE"}
+    done = subprocess.run(
+        [hook, agent.path], env=env, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert_silent(done)
+    assert [request[b"JOB_ID"] for request in agent.requests] == ([b"42"] if observed else [])
+    assert all(b"BOOTSEER" not in request for request in agent.requests), "it did not ask"
 
 
 @pytest.mark.parametrize("env", [PROLOG, EPILOG], ids=["prolog", "epilog"])

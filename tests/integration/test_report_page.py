@@ -120,9 +120,9 @@ def test_order_search_and_zoom(browser: Any, tmp_path: Path) -> None:
     assert nodes_shown(page) == "10 of 1000 nodes"
     page.tab.fill("#find", "")
     page.tab.click("#all")
-    height = page.tab.evaluate("document.getElementById('view').scrollHeight")
+    page.tab.wait_for_function("document.getElementById('view').scrollHeight === 1026")
     page.tab.click("#taller")
-    page.tab.wait_for_function(f"document.getElementById('view').scrollHeight > {height} + 900")
+    page.tab.wait_for_function("document.getElementById('view').scrollHeight === 2026")
     before = page.tab.evaluate("document.getElementById('canvas').toDataURL()")
     page.tab.mouse.move(box["x"] + 300, box["y"] + 200)
     page.tab.mouse.down()
@@ -130,7 +130,7 @@ def test_order_search_and_zoom(browser: Any, tmp_path: Path) -> None:
     page.tab.mouse.up()
     page.tab.wait_for_function("before => document.getElementById('canvas').toDataURL() !== before", arg=before)
     page.tab.click("#all")
-    assert page.tab.evaluate("document.getElementById('view').scrollHeight") == height
+    page.tab.wait_for_function("document.getElementById('view').scrollHeight === 1026")
     assert page.complaints == []
     page.tab.close()
 

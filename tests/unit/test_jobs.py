@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -260,3 +261,19 @@ def test_the_comment_of_a_jobs_last_run(sacct: Path) -> None:
         "5~two\nlines~1795429865~1795429869\n5.batch~~1795429865~1795429869\n7~~1795429857~Unknown\n",
     )
     assert jobs.admin_comments([5, 7]) == {5: "two\nlines", 7: ""}
+
+
+def test_the_runs_of_a_class_are_those_with_its_very_name(sacct: Path) -> None:
+    """sacct matches names of its own accord, and takes a list of them."""
+    play(sacct, REQUEUED)
+    _, last = jobs.records("5")
+    play(sacct, REQUEUED + ARRAY)
+    assert [(run.job, run.restart) for run in jobs.alike(last)] == [(5, 1), (5, 0)], "the newest first"
+    called = (sacct / "called").read_text().split("\n")
+    for argument in ("--uid=20001", "--accounts=research", "--name=again", "--allocations"):
+        assert argument in called
+    play(sacct, STEPS)
+    (record,) = jobs.records("1")
+    play(sacct, REQUEUED + STEPS)
+    assert [run.job for run in jobs.alike(replace(record, name="a,b"))] == []
+    assert not any("--name" in argument for argument in (sacct / "called").read_text().split("\n"))

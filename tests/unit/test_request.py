@@ -64,3 +64,14 @@ def test_a_damaged_message_is_refused(content: bytes) -> None:
         protocol.decode(content)
     with pytest.raises(ValueError):
         protocol.encode([("A", "\0")])
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus"),
+    [
+        ("0", (0,)), ("0,2,5-7", (0, 2, 5, 6, 7)), ("", ()), ("all", ()), ("0;reboot", ()), ("3-", ()), ("5-2", ()),
+        ("0-999", tuple(range(64))), ("٣", ()), ("0," * 64 + "0", ()),
+    ],
+)  # fmt: skip
+def test_the_gpus_of_a_job_are_numbers_or_not_known(text: str, gpus: tuple[int, ...]) -> None:
+    assert parse_job([("JOB_ID", "1"), ("UID", "2"), ("GPUS", text)]).gpus == gpus

@@ -106,3 +106,11 @@ def _fault(number: int) -> str:
     if number % 100 == 67:
         return "cold"
     return "cpu" if number % 200 == 112 else ""
+
+
+if __name__ == "__main__":
+    import sys
+
+    from bootseer_slurm.report.html import to_html
+
+    print(to_html(made_report(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)), end="")

@@ -1,4 +1,4 @@
-"""What reports of a whole cluster cost: `overhead` on 1,000,000 records, `collect` on 10,000 new starts."""
+"""What reports cost: `overhead` of 1,000,000 records, `collect` of 10,000 starts, a page of 1,000 nodes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from pathlib import Path
 from statistics import median
 
 from bench import report_inputs
+from bench.made_start import made_report
 from bench.rows import Row
 from cluster.client import Cluster
 from cluster.layout import REPO, ClusterError
 
+from bootseer_slurm.report.html import to_html
+
 RECORDS = 1_000_000
 STARTS = 10_000
+NODES = 1000
 ROUNDS = 5
 FIRST_JOB = 1_000_000
 UID = 20001
@@ -68,7 +72,7 @@ GRACE_S = 31  # what collect waits after a job's end
 
 def run(cluster: Cluster) -> list[Row]:
     """All rows, on a cluster that is up."""
-    return [*overhead_rows(), *collect_rows(cluster)]
+    return [*overhead_rows(), *page_rows(), *collect_rows(cluster)]
 
 
 def overhead_rows() -> list[Row]:
@@ -111,6 +115,47 @@ def measured(argv: list[str]) -> tuple[float, float]:
         raise ClusterError(f"{' '.join(argv[:4])} failed: {done.stderr[-500:]}")
     seconds, peak = json.loads(done.stdout)
     return seconds, peak
+
+
+def page_rows() -> list[Row]:
+    """The HTML of a start on NODES nodes: how large, and how long until a browser has drawn it."""
+    from playwright.sync_api import sync_playwright
+
+    browser_path = subprocess.run([REPO / "scripts" / "browser"], capture_output=True, text=True, check=True)
+    report = made_report(NODES)
+    start_s = time.perf_counter()
+    text = to_html(report)
+    make_s = time.perf_counter() - start_s
+    folder = Path(tempfile.mkdtemp(prefix="bootseer-bench-"))
+    drawn: dict[str, list[float]] = {"report": [], "empty": []}
+    try:
+        (folder / "report.html").write_text(text)
+        (folder / "empty.html").write_text("<!doctype html><body data-drawn>empty")
+        with sync_playwright() as driver:
+            # Chromium's sandbox does not run as root.
+            browser = driver.chromium.launch(
+                executable_path=browser_path.stdout.strip(), args=["--no-sandbox"]
+            )
+            for name in [*drawn] * ROUNDS:
+                tab = browser.new_page(viewport={"width": 1240, "height": 1800})
+                start_s = time.perf_counter()
+                tab.goto((folder / f"{name}.html").as_uri())
+                tab.wait_for_selector("body[data-drawn]")
+                tab.screenshot()  # until then nothing needs to be on the screen
+                drawn[name].append(time.perf_counter() - start_s)
+                tab.close()
+            browser.close()
+    finally:
+        shutil.rmtree(folder)
+    how = f"report --format html of {NODES} nodes, made up (made_start.py)"
+    how_drawn = (
+        f"the same in headless Chromium, with a picture of it, median of {ROUNDS}; limit: empty page"
+    )
+    return [
+        Row("page, size", len(text.encode()) / 2**20, "MiB", 5.0, None, how),
+        Row("page, made", make_s, "s", None, None, how),
+        Row("page, drawn", median(drawn["report"]), "s", 2.0, median(drawn["empty"]), how_drawn),
+    ]
 
 
 def collect_rows(cluster: Cluster) -> list[Row]:

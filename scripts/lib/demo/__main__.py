@@ -44,8 +44,11 @@ class Start:
 
     @property
     def total_s(self) -> float:
-        """From the hook in the prolog until training began, on the slowest node."""
-        return float(self.report["total"]["slowest_s"])
+        """From the hook in the prolog until training began, on the slowest node.
+
+        Accounting has the allocation's start in whole seconds, and so its stage is not counted.
+        """
+        return max(float(start["total_s"] - start["stages"]["allocation"]) for start in self.report["starts"])
 
     def stage_s(self, stage: str) -> float:
         """The median node's time in a stage."""

@@ -27,6 +27,14 @@ _MONTH = re.compile(r"[0-9]{4}-[0-9]{2}")
 _FILE = re.compile(r"([0-9]{1,10})\.parquet")
 
 
+_GROUP_ROWS = 1 << 16  # what a reader has in memory at a time, a few times over
+
+
+def write_rows(rows: pa.Table, path: Path) -> None:
+    """Write rows to a file as they are kept. Raises OSError or ArrowException."""
+    pq.write_table(rows, path, compression="zstd", row_group_size=_GROUP_ROWS)
+
+
 class Archive:
     """The dataset in one folder."""
 
@@ -69,7 +77,7 @@ class Archive:
             new = _merge(pq.read_table(path, schema=SCHEMA, partitioning=None), new)
         temporary = path.with_name(f".{path.name}.new")
         try:
-            pq.write_table(new.sort_by("start_time"), temporary, compression="zstd")
+            write_rows(new.sort_by("start_time"), temporary)
             temporary.chmod(0o600)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())

@@ -27,6 +27,7 @@ _STEP = math.log(1.02)
 _LEAST_S = 0.01
 _MERGE_ROWS = 200_000
 _BATCH_ROWS = 1 << 17
+_READAHEAD = 2  # batches
 _DAYS_BY_DAY = 35
 _COLUMNS = ("shown_id", "restart", "user", "account", "partition", "image", "mode", "nodes", "start_time",
             "elapsed_s", "start_to_training_s", "gpus", "cpus", "lost_gpu_s", "lost_cpu_s")  # fmt: skip
@@ -229,7 +230,10 @@ def _tables(sources: Iterable[Path | pa.Buffer], since_ms: int) -> Iterator[pa.T
 
 
 def _batches(sources: Iterable[Path | pa.Buffer], since_ms: int) -> Iterator[pa.RecordBatch]:
-    parquet, local = ds.ParquetFileFormat(), fs.LocalFileSystem()
+    parquet = ds.ParquetFileFormat(
+        default_fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=False)
+    )
+    local = fs.LocalFileSystem()
     wanted = ds.field("start_time") >= pa.scalar(since_ms, SCHEMA.field("start_time").type)
     for source in sources:
         try:
@@ -238,7 +242,11 @@ def _batches(sources: Iterable[Path | pa.Buffer], since_ms: int) -> Iterator[pa.
             else:
                 fragment = parquet.make_fragment(source)
             scanner = fragment.scanner(
-                schema=SCHEMA, columns=list(_COLUMNS), filter=wanted, batch_size=_BATCH_ROWS
+                schema=SCHEMA,
+                columns=list(_COLUMNS),
+                filter=wanted,
+                batch_size=_BATCH_ROWS,
+                batch_readahead=_READAHEAD,
             )
             yield from (batch for batch in scanner.to_batches() if batch.num_rows)
         except FileNotFoundError:

@@ -50,6 +50,9 @@ def _print(result: Overhead, console: Console) -> None:
     )
     console.print()
     console.print(_histogram(total, console))
+    shares = (("half", 0.5), ("90 %", 0.9), ("99 %", 0.99))
+    within = (f"{name} within {_duration(total.percentile(share))}" for name, share in shares)
+    console.print(f"{', '.join(within)}\n", highlight=False)
     tables = [
         ("By nodes", "nodes", result.sizes),
         ("By mode", "mode", result.modes),
@@ -114,10 +117,6 @@ def _histogram(total: Group, console: Console) -> Table:
         low, high = EDGES_S[place], EDGES_S[place + 1]
         label = f"over {_edge(low)}" if math.isinf(high) else f"{_edge(low)} to {_edge(high)}"
         table.add_row(label, f"{counts[place]}", _bar(counts[place] / max(counts), console))
-    shares = (("half", 0.5), ("90 %", 0.9), ("99 %", 0.99))
-    within = ", ".join(f"{name} within {_duration(total.percentile(share))}" for name, share in shares)
-    table.caption = Text(within)
-    table.caption_justify = "left"
     return table
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from bootseer_slurm.report.archive import write_rows
 from bootseer_slurm.report.records import SCHEMA
 
 USERS, ACCOUNTS, PARTITIONS, IMAGES = 200, 20, 4, 40
@@ -42,7 +42,7 @@ def make(folder: Path, count: int, *, until_s: float, seed: int = 1) -> list[Pat
             rows = of_month.filter(pa.compute.equal(of_month["uid"], 20000 + number))
             if rows.num_rows:
                 files.append(folder / month / f"{20000 + number}.parquet")
-                pq.write_table(rows, files[-1], compression="zstd")
+                write_rows(rows, files[-1])
     return files
 
 

@@ -157,6 +157,9 @@ class _Work:
             yield
         except BootseerError as error:
             self._result.problems.append(f"user {uid}: {error.message}")
+        except Exception as error:  # what one user wrote must not keep others' starts from being counted
+            _log.exception("user %d", uid)
+            self._result.problems.append(f"user {uid}: {type(error).__name__}, see the log")
 
     def _new_runs(self, uid: int) -> list[_Found]:
         """The runs whose folder changed since they were done, the newest first."""

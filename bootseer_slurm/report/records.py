@@ -15,6 +15,7 @@ from bootseer_slurm.report.analyse import Report
 from bootseer_slurm.report.stages import STAGES, NodeStart
 
 COMMENT_PREFIX = "bootseer: "
+_MAX_BYTES = (1 << 63) - 1  # events are the user's, and may say any number
 _MAX_TEXT = 256  # of names that users choose
 _TIME = pa.timestamp("ms", tz="UTC")
 
@@ -140,7 +141,7 @@ def _used(report: Report, kind: str) -> str | None:
 
 def _sum(values: Iterable[int | None]) -> int | None:
     known = [value for value in values if value is not None]
-    return sum(known) if known else None
+    return min(sum(known), _MAX_BYTES) if known else None
 
 
 def _ms(time_ns: int | None) -> int | None:

@@ -228,6 +228,33 @@ def test_rubbish_of_a_user_costs_his_own_figures_only(site: Site) -> None:
     assert result.problems == []
 
 
+def test_numbers_that_are_too_large_are_cut(site: Site) -> None:
+    site.run(ALICE, 7)
+    site.run(BOB, 8)
+    path = site.store / f"users/{ALICE}/events/7.0/n1.jsonl"
+    log = EventLog(7, 0, "n1")
+    for target in "ab":
+        log.emit("prefetch", "end", what="image", target=target, bytes=(1 << 63) - 1, bytes_cached=(1 << 63) - 1, dur_s=1e9)
+    path.write_text(path.read_text() + log.to_jsonl())
+    assert site.harvest().problems == []
+    assert [(row["job"], row["fetched_bytes"]) for row in site.rows()] == [(7, (1 << 63) - 1), (8, None)]
+
+
+def test_a_fault_of_ours_with_one_users_events_holds_up_nobody(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.run(ALICE, 7)
+    site.run(BOB, 8)
+    real = module.row_of
+
+    def fails(report: Any) -> Any:
+        if report.run.uid == ALICE:
+            raise ZeroDivisionError("a bug")
+        return real(report)
+
+    monkeypatch.setattr(module, "row_of", fails)
+    assert site.harvest().problems == [f"user {ALICE}: ZeroDivisionError, see the log"]
+    assert [row["job"] for row in site.rows()] == [8]
+
+
 def test_a_job_that_accounting_never_knew_is_given_up_after_a_day(site: Site) -> None:
     site.put(ALICE, 7)
     assert (site.harvest().waiting, site.harvest().refused) == (1, 0)

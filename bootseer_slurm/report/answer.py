@@ -88,7 +88,7 @@ _NUMBERS = {
 
 
 def _number(value: object) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 48:
+    if type(value) is not int or not 0 <= value < 1 << 47:
         raise ValueError("no number")
     return value
 

@@ -9,6 +9,7 @@ store, and, having changed its uid, cannot be traced by the user's other process
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
 import pwd
@@ -25,6 +26,8 @@ from bootseer_slurm.store import Store, open_store
 
 _TIMEOUT_S = 60.0  # without a byte; a file system may be slow, and one that hangs holds up one user
 _NOBODY = 65534
+_NO_UID = (1 << 32) - 1  # to setresuid(2) it means: stay who you are
+_PR_SET_DUMPABLE = 4
 
 Produce = Callable[[Store], Iterator[Frame]]
 
@@ -35,6 +38,8 @@ def as_owner(uid: int, store_uri: str, produce: Produce, *, timeout_s: float = _
     timeout_s: how long to wait for the next byte. Raises what `produce` raised, and StoreError when the
     process is killed or does not answer.
     """
+    if not 0 <= uid < _NO_UID:
+        raise StoreError(f"user {uid}: there is no such user")
     user = _user(uid)
     reading, writing = os.pipe()
     pid = os.fork()
@@ -107,6 +112,8 @@ def _serve(user: User, store_uri: str, produce: Produce, writing: int) -> None:
         os.setgroups(user.groups)
         os.setresgid(user.gid, user.gid, user.gid)
         os.setresuid(user.uid, user.uid, user.uid)
+        # Where fs.suid_dumpable is 1 the user could else look into this process, a copy of root's.
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
         with contextlib.suppress(KeyError):  # where clients of stores look for the user's credentials
             os.environ["HOME"] = pwd.getpwuid(user.uid).pw_dir
     with os.fdopen(1, "wb", buffering=1 << 20) as pipe:

@@ -155,7 +155,7 @@ def ask(service: Service, request: bytes, uid: int) -> bytes:
 def test_what_is_no_request_gets_one_line_and_nothing_else(service: Service) -> None:
     harvest(service.site.uri, service.site.records)
     for request_ in (
-        b"\n", b"rubbish\n", b"[]\n", b"[" * 5000, b'{"op": "records"}\n', b'{"op": "records", "since_ms": -1}\n',
+        b"\n", b"rubbish\n", b"[]\n", b"[" * 5000, b'{"op": "records"}\n', b'{"op": "records", "since_ms": -1}\n', b'{"op": "records", "since_ms": 281474976710655}\n',
         b'{"op": "records", "since_ms": "0"}\n', b'{"op": ["records"]}\n', b'{"op": "events", "uid": 0}\n',
         b'{"op": "secrets"}\n', b'{"op": "events", "uid": "../../0", "job": 1, "restart": 0}\n', b"\xff\xfe\n",
     ):  # fmt: skip

@@ -189,6 +189,21 @@ def test_reading_is_done_as_the_owner_for_good(site: Site) -> None:
     assert len(frame.header["fds"]) == 4  # three, and the listing's own
 
 
+def test_the_number_that_would_leave_it_root_is_no_user(site: Site) -> None:
+    """setresuid(2) of 2^32 - 1 changes nothing, and anybody can make a folder of that name."""
+    nobody = (1 << 32) - 1
+    site.put(nobody, 7, owner=ALICE)
+    site.accounting.add(7, nobody, start_s=START_S, end_s=START_S + 1000)
+
+    def produce(_: object) -> Iterator[Frame]:
+        yield Frame({"uid": os.geteuid()}, b"")
+
+    for uid in (nobody, nobody + 1, -1):
+        with pytest.raises(BootseerError, match="no such user"):
+            list(as_owner(uid, site.uri, produce))
+    assert (site.harvest().starts, site.rows()) == (0, [])
+
+
 @pytest.mark.parametrize("act", ["os.kill(os.getpid(), 9)", "time.sleep(60)", "os._exit(0)"])
 def test_a_reader_that_dies_or_hangs_is_an_error_of_one_user(site: Site, act: str) -> None:
     def produce(_: object) -> Iterator[Frame]:

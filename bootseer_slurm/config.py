@@ -27,6 +27,10 @@ def _absolute(value: str) -> Path:
     return Path(value)
 
 
+def _absolute_or_none(value: str) -> Path | None:
+    return _absolute(value) if value else None
+
+
 def _uri(value: str) -> str:
     if "://" not in value:
         raise ValueError('must be a URI such as "file:///lustre/bootseer"')
@@ -103,6 +107,9 @@ class AgentConfig:
     log_level: str = _setting(
         "info", _choice("debug", "info", "warning", "error"), "debug, info, warning or error"
     )
+    metrics: Path | None = _setting(
+        "", _absolute_or_none, "a file for node_exporter's textfile collector, …/bootseer.prom; empty: none"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +169,16 @@ class ShadowConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordsConfig:
+    """[records]: what `bootseer collect` gathers of all starts, on one machine."""
+
+    path: Path = _setting("/var/lib/bootseer/records", _absolute, "made 0700, owned by root")
+    socket: Path = _setting(
+        "/run/bootseer-answer.sock", _absolute, "where users ask for theirs, as in bootseer-answer.socket"
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All tables, and where each value came from ("table.key" → "default", a file or a variable)."""
 
@@ -171,6 +188,7 @@ class Config:
     prefetch: PrefetchConfig = field(default_factory=PrefetchConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     shadow: ShadowConfig = field(default_factory=ShadowConfig)
+    records: RecordsConfig = field(default_factory=RecordsConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -182,6 +200,7 @@ _TABLES: dict[str, type] = {
     "prefetch": PrefetchConfig,
     "image": ImageConfig,
     "shadow": ShadowConfig,
+    "records": RecordsConfig,
     "report": ReportConfig,
 }
 

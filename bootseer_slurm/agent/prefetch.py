@@ -153,6 +153,11 @@ class Prefetch:
                 self._changed.wait(min(left_s, _FORECAST_EVERY_S))
             return work is not None and work.hot_there
 
+    def queued(self) -> tuple[int, int]:
+        """How many runs of hot blocks wait, and how many parts that are read whole are not done."""
+        with self._changed:
+            return len(self._hot), sum(self._wants_more(work) for work in self._works)
+
     def start_over(self) -> None:
         """The job trains: all that is left is cold."""
         with self._changed:

@@ -41,6 +41,7 @@ _log = logging.getLogger(__name__)
 
 _REQUEST_TIMEOUT_S = 2.0
 _ACCEPT_PAUSE_S = 0.2  # after an error, which is a lack of descriptors or memory
+_METRICS_END_S = 1.0
 _TEND_EVERY_S = 60.0  # others fill the cache's disk too
 _PACK_TIMEOUT_S = 800.0  # for mksquashfs, after its last byte came
 _SAVE_ROUNDS = 10  # what a crash of the node can cost of the cache, in rounds; syncing is slow
@@ -108,10 +109,25 @@ class Agent:
             threading.Thread(target=self._accept, args=(listener, public), daemon=True).start()
         threading.Thread(target=self._table.reap, args=(self._stop,), daemon=True).start()
         threading.Thread(target=self._tend, daemon=True).start()
+        metrics = self._start_metrics()
         _log.info("agent serves %s", self._config.agent.socket, extra={"node": self._node})
         self._stop.wait()
         self._packer.close()
         self._table.end_all("agent stopped")
+        if metrics is not None:
+            metrics.join(_METRICS_END_S)
+
+    def _start_metrics(self) -> threading.Thread | None:
+        """Have the figures written, where the site wants them."""
+        path = self._config.agent.metrics
+        if path is None:
+            return None
+        from bootseer_slurm.agent.metrics import Metrics  # other agents need not load it
+
+        metrics = Metrics(self._table, self._shelf, self._cache)
+        thread = threading.Thread(target=metrics.keep_written, args=(path, self._stop), daemon=True)
+        thread.start()
+        return thread
 
     def _settle(self) -> None:
         """Let go of what an agent before this one had and nobody took up (a thread of its own)."""

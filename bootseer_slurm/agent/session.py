@@ -217,6 +217,10 @@ class Session:
         job = [("JOB_ID", str(self.job.job_id)), ("UID", str(self.job.uid))]
         self._journal.note(self.job.job_id, [*job, ("BOOTSEER", "1"), ("IMAGE", wish.name)])
 
+    def queued(self) -> tuple[int, int]:
+        """What the prefetch has yet to begin, as Prefetch.queued."""
+        return self._prefetch.queued() if self._prefetch else (0, 0)
+
     def mark(self, name: str, *, t_ns: int, step: str | None, task: int | None) -> None:
         """Record where the job is. Raises InputError when a value is not usable."""
         self.log.emit("mark", name, t_ns=t_ns, step=step, task=task)

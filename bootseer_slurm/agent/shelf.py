@@ -11,12 +11,12 @@ import errno
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from bootseer_slurm.blob.cache import Cache
 from bootseer_slurm.blob.manifest import Layout
-from bootseer_slurm.blob.reader import OnFault, Reader, Source
+from bootseer_slurm.blob.reader import OnFault, Reader, Source, Usage
 from bootseer_slurm.errors import NotFound
 from bootseer_slurm.fuse import Server
 from bootseer_slurm.image.kernel import KernelMount
@@ -49,6 +49,7 @@ class Shelf:
         self._servers = servers
         self._images = images
         self._places: dict[_Key, _Place] = {}
+        self._past = Usage()  # of what is not here any more
         self._lock = threading.Lock()
 
     def take(
@@ -165,6 +166,7 @@ class Shelf:
         def forget() -> None:
             with self._lock:
                 place = self._places.pop((reader.uid, reader.blob.id))
+                _add(self._past, place.reader.usage)
             reader.push = None
             with place.mount_lock:
                 place.gone = True
@@ -173,6 +175,14 @@ class Shelf:
             place.server.remove(_name(reader))
 
         self._cache.release(reader.blob, on_last=forget)
+
+    def usage(self) -> Usage:
+        """What was read and fetched of all blobs since the agent started."""
+        total = Usage()
+        with self._lock:
+            for usage in (self._past, *(place.reader.usage for place in self._places.values())):
+                _add(total, usage)
+        return total
 
     def settle(self) -> None:
         """Sessions of an agent before this one were taken up: what nobody uses of it goes."""
@@ -186,6 +196,12 @@ class Shelf:
 
     def _folder(self, reader: Reader) -> Path:
         return self._images / str(reader.uid) / reader.blob.id
+
+
+def _add(total: Usage, more: Usage) -> None:
+    for each in fields(Usage):
+        if not each.name.endswith("_ns"):  # those are points in time
+            setattr(total, each.name, getattr(total, each.name) + getattr(more, each.name))
 
 
 def _name(reader: Reader) -> str:

@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,6 +66,9 @@ class Table:
         self._journal = journal
         self._entries: dict[int, _Entry] = {}
         self._endings: list[threading.Thread] = []
+        self._ending: list[Session] = []
+        self._past_faults: Counter[str] = Counter()
+        self.begun = 0  # sessions since the agent started
         self._lock = threading.RLock()
 
     def begin(self, message: Message) -> None:
@@ -109,6 +113,16 @@ class Table:
             raise NotFound(f"job {job_id} did not ask for Bootseer on this node")
         return entry.session
 
+    def sessions(self) -> list[Session]:
+        """The sessions of jobs that are not over."""
+        with self._lock:
+            return [entry.session for entry in self._entries.values()]
+
+    def faults(self) -> Counter[str]:
+        """How often each fault was told since the agent started, by its name."""
+        with self._lock:
+            return sum((_faults(each) for each in self.sessions() + self._ending), self._past_faults)
+
     def jobs(self) -> list[Job]:
         """The jobs that have a session."""
         with self._lock:
@@ -125,9 +139,18 @@ class Table:
             self._end_in_thread(entry.session, reason)
 
     def _end_in_thread(self, session: Session, reason: str) -> None:
-        thread = threading.Thread(target=session.end, args=(reason,), daemon=True)
+        thread = threading.Thread(target=self._end, args=(session, reason), daemon=True)
+        self._ending.append(session)
         thread.start()
         self._endings = [each for each in self._endings if each.is_alive()] + [thread]
+
+    def _end(self, session: Session, reason: str) -> None:
+        try:
+            session.end(reason)
+        finally:
+            with self._lock:
+                self._ending.remove(session)
+                self._past_faults += _faults(session)
 
     def end_all(self, reason: str) -> None:
         """End the sessions, all at once, and wait for them and for those that are ending already."""
@@ -182,6 +205,7 @@ class Table:
         """A new session in the table and the journal; the caller holds the lock."""
         session = self._make(job, first(message, "NODENAME"))
         self._entries[job.job_id] = _Entry(session, time.monotonic())
+        self.begun += 1
         self._journal.begin(job.job_id, message)
         return session
 
@@ -197,3 +221,7 @@ class Table:
                 if entry.absent >= 2 and time.monotonic() - entry.begin_s > age_s:
                     over.append(job_id)
         return over
+
+
+def _faults(session: Session) -> Counter[str]:
+    return Counter(event.name for event in session.log.events() if event.kind == "fault")

@@ -18,6 +18,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -37,6 +38,19 @@ _STEPS = 100  # but it takes so many to fill a small cache
 _SLACK = 0.05  # an eviction goes on to this much below the bounds: not every start should have to evict
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """How full the cache is, and what was removed from it since the agent started."""
+
+    blobs: int
+    used_bytes: int
+    max_bytes: int
+    free_bytes: int
+    min_free_bytes: int
+    evicted_blobs: int
+    evicted_bytes: int
+
+
 class Cache:
     """All blobs on this node. Thread-safe."""
 
@@ -48,6 +62,7 @@ class Cache:
         self._min_free_bytes = min_free_bytes
         self._step_bytes = max(1, min(_STEP_BYTES, max_bytes // _STEPS))
         self._blobs: dict[tuple[int, str], CachedBlob] = {}
+        self._evicted_blobs = self._evicted_bytes = 0
         self._lock = threading.Condition()  # notified when a blob was let go
         for folder, hint in ((root, "see [cache] path"), (live, "see [agent] socket")):
             try:
@@ -117,6 +132,19 @@ class Cache:
                 blob.pins += 1
         for blob in blobs:
             self.release(blob)
+
+    def state(self) -> State:
+        """How full it is now. Raises OSError."""
+        sizes = [place.disk_bytes for place in places(self._root, self._live)]
+        return State(
+            blobs=len(sizes),
+            used_bytes=sum(sizes),
+            max_bytes=self._max_bytes,
+            free_bytes=psutil.disk_usage(str(self._root)).free,
+            min_free_bytes=self._min_free_bytes,
+            evicted_blobs=self._evicted_blobs,
+            evicted_bytes=self._evicted_bytes,
+        )
 
     def make_room(self) -> bool:
         """Bring cache and disk back within their bounds; blobs keep blocks again where there is room.
@@ -191,6 +219,8 @@ class Cache:
                 break
             if remove(place):
                 excess_bytes -= size_bytes
+                self._evicted_blobs += 1
+                self._evicted_bytes += size_bytes
                 _log.info("removed unused blob %s", place.id)
         return self._excess_bytes(more_bytes) <= 0
 

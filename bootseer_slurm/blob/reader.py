@@ -61,6 +61,7 @@ class Usage:
     last_ns: int = 0
     store_bytes: int = 0
     origin_bytes: int = 0
+    demand_bytes: int = 0  # of both, what a read waited for
     fetch_s: float = 0.0  # that reads of sources took, summed over those that ran side by side
     disk_s: float = 0.0  # and writes into the cache
     pushed_bytes: int = 0  # into the kernel's page cache: reads of these are not seen any more
@@ -295,6 +296,8 @@ class Reader:
                     self.usage.store_bytes += size_bytes
                 elif source.name == "origin":
                     self.usage.origin_bytes += size_bytes
+                if demand and source is not self._kept:
+                    self.usage.demand_bytes += size_bytes
                 if not kept:
                     self._tell("cache_full", "the cache's disk is full: blocks are served, not kept")
                 return

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from bootseer_slurm import config as configuration
-from bootseer_slurm.cli import doctor, settings
+from bootseer_slurm.cli import doctor, reports, settings
 from bootseer_slurm.cli.cache import app as cache_app
 from bootseer_slurm.cli.checkpoint import app as checkpoint_app
 from bootseer_slurm.cli.env import app as env_app
@@ -32,7 +32,8 @@ for name, group in (("config", config_app), ("env", env_app), ("image", image_ap
                     ("cache", cache_app), ("checkpoint", checkpoint_app), ("store", store_app),
                     ("importer", importer_app)):  # fmt: skip
     app.add_typer(group, name=name)
-app.command()(doctor.doctor)
+for command in (doctor.doctor, reports.collect, reports.overhead, reports.answer):
+    app.command()(command)
 
 
 @app.callback()
@@ -97,12 +98,13 @@ def report(
     ] = None,
 ) -> None:
     """Show what a job's start cost, stage by stage, joined with sacct."""
+    from bootseer_slurm.report import answer
     from bootseer_slurm.report.analyse import analyse
     from bootseer_slurm.report.collect import collect
     from bootseer_slurm.report.formats import FORMATS
     from bootseer_slurm.report.plain import plain_starts
     from bootseer_slurm.report.render import to_terminal
-    from bootseer_slurm.report.stored import StoredEvents, reader_clock
+    from bootseer_slurm.report.stored import reader_clock
 
     if format not in ("terminal", *FORMATS):
         raise InputError(f"format {format!r} is not known", hint=f"terminal, {', '.join(FORMATS)}")
@@ -110,10 +112,9 @@ def report(
         raise InputError("format parquet needs a file", hint="name it with --output")
     if format == "terminal" and output is not None:
         raise InputError("format terminal is for the screen", hint="choose another one with --format")
-    store = settings.store()
-    events = StoredEvents(store)
+    events = answer.events(settings.config())
     run = collect(job_id, store=events, restart=restart)
-    run = replace(run, reader_clock=reader_clock(store))
+    run = replace(run, reader_clock=reader_clock(settings.store()))
     result = analyse(run, plain=plain_starts(run, store=events))
     if format == "terminal":
         to_terminal(result, Console())

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,14 @@ from rich.table import Table
 
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.units import format_duration
 
 # What pyxis has when slurmd was started without PATH; enroot looks for squashfuse there.
 _STEP_PATH = "/usr/local/bin:/usr/bin:/bin"
 _STAND_IN_MARK = b"Stands in for squashfuse"
 _PLUGSTACK = Path("/etc/slurm")
 _STORE_TIMEOUT_S = 5.0
+_COLLECT_LATE_S = 3600.0  # the timer's rounds are ten minutes
 _MKSQUASHFS_VERSION = (4, 5)
 
 
@@ -66,6 +69,7 @@ def findings(config: Config) -> Iterator[Finding]:
     yield _environments(by_kernel[-1].works is True)
     yield from _enroot()
     yield _importer()
+    yield _records(config)
     yield Finding(
         "FUSE passthrough", None, "not needed: a blob that is whole is given to jobs as the plain file it is"
     )
@@ -79,6 +83,23 @@ def _agent(config: Config) -> Finding:
     except BootseerError as error:
         return Finding("node agent", False, f"jobs start without Bootseer: {error.message}")
     return Finding("node agent", True, f"answers at {config.agent.socket}")
+
+
+def _records(config: Config) -> Finding:
+    """Whether this is the machine that collects, and does so."""
+    lock = config.records.path / "lock"
+    try:
+        age_s = time.time() - lock.stat().st_mtime
+    except PermissionError:
+        return Finding("records", None, "root sees whether starts are collected here")
+    except OSError:
+        return Finding(
+            "records", None, "starts are not collected here; one machine does it (docs/overhead.md)"
+        )
+    shown = f"{config.records.path}: `bootseer collect` ran {format_duration(max(0.0, age_s))} ago"
+    if age_s > _COLLECT_LATE_S:
+        return Finding("records", False, f"{shown}: see `systemctl list-timers bootseer-collect.timer`")
+    return Finding("records", True, shown)
 
 
 def _store_and_cache(config: Config) -> Iterator[Finding]:

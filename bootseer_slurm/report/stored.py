@@ -22,6 +22,17 @@ _RUN = re.compile(r"([0-9]{1,10})\.([0-9]{1,7})")
 _SUFFIX = ".jsonl"
 
 
+def run_folders(store: Store, uid: int) -> Iterator[tuple[int, int, float]]:
+    """(job, restart, when it last changed, in seconds since 1970) of each run of which a user has events.
+
+    Raises StoreError.
+    """
+    for entry in store.scan(f"users/{uid}/events"):
+        run = _RUN.fullmatch(entry.name)
+        if run:
+            yield int(run[1]), int(run[2]), entry.changed_s
+
+
 def reader_clock(store: Store) -> Offset | None:
     """This machine's clock against the store's server's; None where the store does not tell.
 

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
@@ -38,6 +38,8 @@ _FIELDS = (
     "AllocTRES",
     "NodeList",
 )
+_COMMENT_FIELDS = ("JobIDRaw", "AdminComment", "Submit", "Start")
+_MANY = 4000  # job ids in one call: an argument of a command may have 128 KiB
 _JOB_ID = re.compile(r"[0-9]{1,10}([_+][0-9]{1,10})?")
 _SHOWN_ID = re.compile(r"([0-9]+)(?:_(?:([0-9]+)|\[[^\]]*\]))?(?:\+([0-9]+))?")
 
@@ -112,15 +114,52 @@ def records(job_id: str, *, timeout_s: float = 30.0) -> tuple[JobRecord, ...]:
     Source: sacct(1), --duplicates and --parsable2.
     """
     text = check_job_id(job_id)
-    delimiter = f"\x1f{secrets.token_hex(8)}\x1f"
-    output = _sacct([f"--jobs={text}"], delimiter, timeout_s)
-    found = _numbered(_jobs(output, delimiter))
+    found = _numbered(_jobs(_ask([f"--jobs={text}"], _FIELDS, timeout_s)))
     if not found:
         raise NotFound(
             f"accounting has no job {text}",
             hint="sacct shows other users' jobs to operators only where PrivateData has jobs",
         )
     return tuple(found)
+
+
+def records_of(numbers: Iterable[int], *, timeout_s: float = 300.0) -> dict[int, tuple[JobRecord, ...]]:
+    """All runs, oldest first, of each of these jobs that accounting knows. Few calls, for any number of jobs.
+
+    numbers: what the jobs themselves have as SLURM_JOB_ID. Raises AccountingError.
+    """
+    wanted = sorted(set(numbers))
+    known = set(wanted)
+    found: dict[int, list[JobRecord]] = {}
+    for start in range(0, len(wanted), _MANY):
+        asked = ",".join(map(str, wanted[start : start + _MANY]))
+        # The number of an array is that of one of its tasks too, and brings them all.
+        for record in _jobs(_ask([f"--jobs={asked}"], _FIELDS, timeout_s)):
+            if record.job in known:
+                found.setdefault(record.job, []).append(record)
+    return {job: tuple(_numbered(_once(runs))) for job, runs in found.items()}
+
+
+def admin_comments(numbers: Iterable[int], *, timeout_s: float = 300.0) -> dict[int, str]:
+    """The AdminComment of the last run of each of these jobs that accounting knows; "" for none.
+
+    Raises AccountingError.
+    """
+    wanted = sorted(set(numbers))
+    last: dict[int, tuple[tuple[int, int], str]] = {}
+    for start in range(0, len(wanted), _MANY):
+        asked = ",".join(map(str, wanted[start : start + _MANY]))
+        for row in _ask([f"--jobs={asked}"], _COMMENT_FIELDS, timeout_s):
+            if row["JobIDRaw"].isdecimal():
+                job, age = int(row["JobIDRaw"]), (_time(row["Submit"]) or 0, _time(row["Start"]) or 1 << 63)
+                if job not in last or age >= last[job][0]:
+                    last[job] = age, row["AdminComment"]
+    return {job: comment for job, (_, comment) in last.items()}
+
+
+def _once(found: Sequence[JobRecord]) -> list[JobRecord]:
+    """Without what was told twice, as when two calls name an array and a task of it."""
+    return list({(record.submit_ns, record.start_ns): record for record in found}.values())
 
 
 def job(job_id: str, *, restart: int | None = None, timeout_s: float = 30.0) -> JobRecord:
@@ -157,7 +196,6 @@ def alike(record: JobRecord, *, timeout_s: float = 30.0) -> tuple[JobRecord, ...
 
     Without their steps. Raises AccountingError.
     """
-    delimiter = f"\x1f{secrets.token_hex(8)}\x1f"
     selection = [
         f"--uid={record.uid}",
         f"--accounts={record.account}",
@@ -166,16 +204,22 @@ def alike(record: JobRecord, *, timeout_s: float = 30.0) -> tuple[JobRecord, ...
     ]
     if record.name and "," not in record.name:  # sacct takes a list of names
         selection.append(f"--name={record.name}")
-    found = _numbered(_jobs(_sacct(selection, delimiter, timeout_s), delimiter))
+    found = _numbered(_jobs(_ask(selection, _FIELDS, timeout_s)))
     same = [
         run for run in found if (run.uid, run.account, run.name) == (record.uid, record.account, record.name)
     ]
     return tuple(sorted(same, key=lambda run: -(run.start_ns or 0)))
 
 
-def _sacct(selection: list[str], delimiter: str, timeout_s: float) -> str:
+def _ask(selection: Sequence[str], fields: Sequence[str], timeout_s: float) -> Iterator[dict[str, str]]:
+    """The rows that sacct has of what is selected. Raises AccountingError."""
+    delimiter = f"\x1f{secrets.token_hex(8)}\x1f"
+    return _rows(_sacct(selection, fields, delimiter, timeout_s), delimiter, fields)
+
+
+def _sacct(selection: Sequence[str], fields: Sequence[str], delimiter: str, timeout_s: float) -> str:
     argv = ["sacct", "--duplicates", "--noheader", "--parsable2", f"--delimiter={delimiter}"]
-    argv += [*selection, f"--format={','.join(_FIELDS)}"]
+    argv += [*selection, f"--format={','.join(fields)}"]
     # %s makes sacct print seconds since the epoch: no time zone, no hour that comes twice.
     environment = {**os.environ, "SLURM_TIME_FORMAT": "%s", "LC_ALL": "C", "LANG": "C"}
     hint = "the report works without accounting, from the nodes' own events"
@@ -207,22 +251,22 @@ def _complaint(stderr: bytes) -> str:
     return "".join(c if c.isprintable() else " " for c in text)[:200]
 
 
-def _rows(output: str, delimiter: str) -> Iterator[dict[str, str]]:
+def _rows(output: str, delimiter: str, fields: Sequence[str]) -> Iterator[dict[str, str]]:
     """The rows of sacct's output. A row ends at the first line end behind its last delimiter."""
     pending = ""
     for line in output.split("\n"):
         pending = f"{pending}\n{line}" if pending else line
         values = pending.split(delimiter)
-        if len(values) >= len(_FIELDS):
-            yield dict(zip(_FIELDS, values, strict=False))
+        if len(values) >= len(fields):
+            yield dict(zip(fields, values, strict=False))
             pending = ""
 
 
-def _jobs(output: str, delimiter: str) -> list[JobRecord]:
+def _jobs(rows: Iterable[dict[str, str]]) -> list[JobRecord]:
     """One record per job row, with the step rows that follow it."""
     found: list[JobRecord] = []
     steps: list[StepRecord] = []
-    for row in _rows(output, delimiter):
+    for row in rows:
         raw_id, _, step = row["JobIDRaw"].partition(".")
         if step:
             if found and raw_id == str(found[-1].job):

@@ -299,8 +299,12 @@ def test_the_low_mark_is_below_the_bound(node: Node) -> None:
     cache = node.cache()
     folders = [stored(cache, seed, used_s=1000 + seed) for seed in range(4)]
     each = (folders[0] / "data").stat().st_blocks * 512
-    assert node.cache(max_bytes=int(3.02 * each)).make_room()
+    cache = node.cache(max_bytes=int(3.02 * each))
+    assert cache.make_room()
     assert [folder.exists() for folder in folders] == [False, False, True, True]
+    state = cache.state()
+    assert (state.blobs, state.evicted_blobs, state.max_bytes) == (2, 2, int(3.02 * each))
+    assert 2 * each <= state.evicted_bytes < 3 * each and state.used_bytes < 3 * each
 
 
 def test_a_live_blob_makes_room_as_it_grows_and_keeps_what_fits_when_it_never_will(node: Node) -> None:

@@ -29,6 +29,8 @@ def config(tmp_path: Path) -> Config:
         socket = "{tmp_path}/agent.sock"
         [image]
         site_key = "{tmp_path}/site.key"
+        [records]
+        path = "{tmp_path}/records"
         """
     )
     (tmp_path / "store").mkdir()
@@ -141,3 +143,15 @@ def test_the_table(
     doctor.doctor()
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("squashfuse_ll") and " no " in line for line in lines)
+
+
+@pytest.mark.usefixtures("bins")
+def test_the_machine_that_collects_is_told_from_others_and_late_ones_from_well_ones(config: Config, tmp_path: Path) -> None:
+    assert _found(config)["records"][0] is None
+    (tmp_path / "records").mkdir()
+    lock = tmp_path / "records" / "lock"
+    lock.touch()
+    assert _found(config)["records"][0] is True
+    os.utime(lock, (1_000_000_000, 1_000_000_000))
+    works, meaning = _found(config)["records"]
+    assert works is False and "bootseer-collect.timer" in meaning

@@ -236,6 +236,33 @@ def test_the_real_sacct_says_that_accounting_is_off(tmp_path: Path, monkeypatch:
         jobs.records("1")
 
 
+def test_many_jobs_in_one_call(sacct: Path) -> None:
+    play(sacct, STEPS + ARRAY + REQUEUED)
+    found = jobs.records_of([5, 6, 1, 4_000_000, 5])
+    assert {job: [record.restart for record in runs] for job, runs in found.items()} == {1: [0], 5: [0, 1], 6: [0]}
+    assert found[6][0].shown_id == "2_1"
+    assert [step.step for step in found[1][0].steps] == ["batch", "0"]
+    assert "--jobs=1,5,6,4000000" in (sacct / "called").read_text()
+    assert found[5] == jobs.records("5")[-2:]
+
+
+def test_thousands_of_jobs_are_asked_for_in_parts_that_fit_a_command(sacct: Path) -> None:
+    play(sacct, REQUEUED)
+    found = jobs.records_of(range(1, 9001))
+    assert [record.restart for record in found[5]] == [0, 1]  # though it was told three times
+    assert "--jobs=8001," in (sacct / "called").read_text()
+    assert jobs.records_of([]) == {}
+
+
+def test_the_comment_of_a_jobs_last_run(sacct: Path) -> None:
+    play(
+        sacct,
+        "5~of the first~1795429857~1795429858\n5.batch~~1795429857~1795429858\n"
+        "5~two\nlines~1795429865~1795429869\n5.batch~~1795429865~1795429869\n7~~1795429857~Unknown\n",
+    )
+    assert jobs.admin_comments([5, 7]) == {5: "two\nlines", 7: ""}
+
+
 def test_the_runs_of_a_class_are_those_with_its_very_name(sacct: Path) -> None:
     """sacct matches names of its own accord, and takes a list of them."""
     play(sacct, REQUEUED)

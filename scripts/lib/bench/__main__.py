@@ -14,15 +14,15 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import checkpoint, env, image, prolog
+from bench import checkpoint, env, image, prolog, report
 from bench.rows import Row
 from cluster.client import Cluster
 from cluster.layout import ClusterError
 
-BENCHMARKS = {"env": env.run, "image": image.run, "prolog": prolog.run}
+BENCHMARKS = {"env": env.run, "image": image.run, "prolog": prolog.run, "report": report.run}
 WITHOUT_CLUSTER = {"checkpoint": checkpoint.run}
 NAMES = [*BENCHMARKS, *WITHOUT_CLUSTER]
-NODES = {"env": 1, "image": 1}  # what one that is started has; three, where nothing is said
+NODES = {"env": 1, "image": 1, "report": 1}  # what one that is started has; three, where nothing is said
 
 console = Console()
 

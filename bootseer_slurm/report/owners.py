@@ -1,0 +1,151 @@
+"""Reading users' event files as root, with the rights of the user whose they are.
+
+A shared file system may squash root, and a folder that bears a user's number may be another's: read as its
+owner, store.py refuses that one. So root never reads there itself: a forked process takes the owner's uid,
+gid and groups for good, and sends what it reads through a pipe. It has lost its root before it touches the
+store, and, having changed its uid, cannot be traced by the user's other processes. One that hangs is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import pwd
+import select
+import signal
+from collections.abc import Callable, Iterator
+
+from bootseer_slurm.errors import BootseerError, StoreError
+from bootseer_slurm.fetch.process import User
+from bootseer_slurm.report.collect import MAX_TEXT
+from bootseer_slurm.report.frames import Frame, read_frames, write_all
+from bootseer_slurm.report.stored import StoredEvents
+from bootseer_slurm.store import Store, open_store
+
+_TIMEOUT_S = 60.0  # without a byte; a file system may be slow, and one that hangs holds up one user
+_NOBODY = 65534
+_NO_UID = (1 << 32) - 1  # to setresuid(2) it means: stay who you are
+_PR_SET_DUMPABLE = 4
+
+Produce = Callable[[Store], Iterator[Frame]]
+
+
+def as_owner(uid: int, store_uri: str, produce: Produce, *, timeout_s: float = _TIMEOUT_S) -> Iterator[Frame]:
+    """What `produce` gives of the store, in a process with the rights of user `uid`. For root.
+
+    timeout_s: how long to wait for the next byte. Raises what `produce` raised, and StoreError when the
+    process is killed or does not answer.
+    """
+    if not 0 <= uid < _NO_UID:
+        raise StoreError(f"user {uid}: there is no such user")
+    user = _user(uid)
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(reading)
+            _serve(user, store_uri, produce, writing)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    try:
+        with io.BufferedReader(_Pipe(reading, timeout_s), 1 << 20) as pipe:
+            yield from read_frames(pipe, limit_bytes=MAX_TEXT)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+class OwnersEvents:
+    """The EventStore for root: each user's files read with that user's rights."""
+
+    def __init__(self, store_uri: str) -> None:
+        self._uri = store_uri
+
+    def users(self) -> list[int]:
+        """The uids that have a folder."""
+
+        def produce(store: Store) -> Iterator[Frame]:
+            yield from (Frame({"uid": uid}, b"") for uid in StoredEvents(store).users())
+
+        return [frame.header["uid"] for frame in as_owner(0, self._uri, produce)]
+
+    def restarts(self, uid: int, job: int) -> list[int]:
+        """The restart counts under which this user's job has events."""
+
+        def produce(store: Store) -> Iterator[Frame]:
+            yield from (Frame({"restart": each}, b"") for each in StoredEvents(store).restarts(uid, job))
+
+        return [frame.header["restart"] for frame in as_owner(uid, self._uri, produce)]
+
+    def event_files(self, uid: int, job: int, restart: int) -> Iterator[tuple[str, str]]:
+        """(node, text of its file) for each node that sent events."""
+        for frame in as_owner(uid, self._uri, lambda store: event_frames(store, uid, job, restart)):
+            yield str(frame.header["node"]), frame.content.decode("utf-8", errors="replace")
+
+
+def event_frames(store: Store, uid: int, job: int, restart: int) -> Iterator[Frame]:
+    """Each node's file of one run."""
+    for node, text in StoredEvents(store).event_files(uid, job, restart):
+        content = text.encode("utf-8", "replace")[:MAX_TEXT]
+        yield Frame({"job": job, "restart": restart, "node": node}, content)
+
+
+def _user(uid: int) -> User:
+    try:
+        return User.of(uid, pwd.getpwuid(uid).pw_gid)
+    except KeyError:  # he is not known on this machine: the folder, which is his alone, asks for no group
+        return User(uid, _NOBODY, ())
+
+
+def _serve(user: User, store_uri: str, produce: Produce, writing: int) -> None:
+    """Become the user and write the frames (the forked process)."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(writing, 1)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    if user.uid:
+        os.setgroups(user.groups)
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+        # Where fs.suid_dumpable is 1 the user could else look into this process, a copy of root's.
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+        with contextlib.suppress(KeyError):  # where clients of stores look for the user's credentials
+            os.environ["HOME"] = pwd.getpwuid(user.uid).pw_dir
+    with os.fdopen(1, "wb", buffering=1 << 20) as pipe:
+        write_all(pipe, lambda: _checked(store_uri, produce))
+    os._exit(0)
+
+
+def _checked(store_uri: str, produce: Produce) -> Iterator[Frame]:
+    try:
+        yield from produce(open_store(store_uri))
+    except (OSError, BootseerError) as error:
+        raise error if isinstance(error, BootseerError) else StoreError(str(error)) from error
+
+
+class _Pipe(io.RawIOBase):
+    """The reading end of a pipe whose writer must not be silent for long."""
+
+    def __init__(self, fd: int, timeout_s: float) -> None:
+        self._fd = fd
+        self._timeout_s = timeout_s
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if not select.select([self._fd], [], [], self._timeout_s)[0]:
+            raise StoreError(f"no answer from the file system in {self._timeout_s:g} s")
+        content = os.read(self._fd, len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._fd)
+        super().close()

@@ -1,0 +1,360 @@
+"""`bootseer collect` with real users' folders: what is new, whose it is, and being killed at any moment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.events import EventLog
+from bootseer_slurm.report import harvest as module
+from bootseer_slurm.report.archive import Archive
+from bootseer_slurm.report.frames import Frame
+from bootseer_slurm.report.harvest import Harvest, harvest
+from bootseer_slurm.report.owners import OwnersEvents, as_owner
+from tests.integration.accounting import Accounting
+from tests.integration.node import ALICE, BOB
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+NOW_S = int(time.time())
+START_S = NOW_S - 7200
+
+
+class Site:
+    """A store, accounting, and the folder of the records."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = folder / "store"
+        self.uri = f"file://{self.store}"
+        self.records = folder / "records"
+        self.accounting = Accounting(folder / "bin")
+        (self.store / "users").mkdir(parents=True)
+        (self.store / "users").chmod(0o1777)
+        self.config = folder / "bootseer.toml"
+        self.config.write_text(f'[store]\nuri = "{self.uri}"\n[records]\npath = "{self.records}"\n')
+
+    def put(self, uid: int, job: int, *, restart: int = 0, start_s: int = START_S, training_s: float = 40,
+            node: str = "n1", owner: int | None = None) -> Path:  # fmt: skip
+        """One node's events in a user's folder."""
+        log = EventLog(job, restart, node)
+        start_ns = start_s * 10**9
+        log.emit("hook", "begin", t_ns=start_ns)
+        log.emit("session", "begin", t_ns=start_ns + 1, mode="prefetch")
+        log.emit("mark", "training_started", t_ns=start_ns + int(training_s * 1e9), step="0", task=0)
+        events = self.store / "users" / str(uid) / "events"
+        path = events / f"{job}.{restart}" / f"{node}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(log.to_jsonl())
+        for each in (events.parent, events, path.parent, path):
+            os.chown(each, uid if owner is None else owner, 0)
+            each.chmod(0o700 if each.is_dir() else 0o600)
+        os.utime(path.parent, (start_s + 60, start_s + 60))
+        return path
+
+    def run(self, uid: int, job: int, **more: Any) -> None:
+        """A job that is over, with its events."""
+        self.put(uid, job, **more)
+        self.accounting.add(job, uid, start_s=START_S, end_s=START_S + 1000)
+
+    def harvest(self) -> Harvest:
+        return harvest(self.uri, self.records)
+
+    def rows(self) -> list[dict[str, Any]]:
+        files = Archive(self.records).files()
+        return sorted((row for path in files for row in pq.read_table(path, partitioning=None).to_pylist()),
+                      key=lambda row: (row["job"], row["restart"]))  # fmt: skip
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    folder = Path(tempfile.mkdtemp(prefix="bootseer-collect-"))
+    folder.chmod(0o755)
+    made = Site(folder)
+    monkeypatch.setenv("PATH", f"{made.accounting.folder}:{os.environ['PATH']}")
+    yield made
+    shutil.rmtree(folder)
+
+
+def test_finished_jobs_get_a_row_and_a_comment_once(site: Site) -> None:
+    site.run(ALICE, 7)
+    site.run(BOB, 8, training_s=80)
+    first = site.harvest()
+    assert (first.starts, first.comments, first.waiting, first.refused, first.problems) == (2, 2, 0, 0, [])
+    assert [(row["job"], row["uid"], row["start_to_training_s"], row["lost_gpu_s"]) for row in site.rows()] == [
+        (7, ALICE, 40.0, 320.0), (8, BOB, 80.0, 640.0)]  # fmt: skip
+    assert site.accounting.comments["7"] == "bootseer: start 40s of 16m40s, 5 gpu-min, program 40s"
+    again = site.harvest()
+    assert (again.starts, again.comments, site.accounting.writes) == (0, 0, 2)
+
+
+def test_a_job_that_runs_waits_and_one_whose_node_was_late_is_counted_again(site: Site) -> None:
+    site.put(ALICE, 7)
+    site.accounting.add(7, ALICE, start_s=START_S, end_s=None)
+    assert (site.harvest().waiting, site.rows()) == (1, [])
+    site.accounting.end(7, START_S + 1000)
+    assert site.harvest().starts == 1
+    path = site.put(ALICE, 7, training_s=100)
+    os.utime(path.parent, (NOW_S - 600, NOW_S - 600))
+    assert site.harvest().starts == 1
+    assert [row["start_to_training_s"] for row in site.rows()] == [100.0]
+    assert "start 1m40s" in site.accounting.comments["7"]
+
+
+def test_a_job_that_has_just_ended_and_a_folder_that_has_just_changed_wait(site: Site) -> None:
+    site.put(ALICE, 7, start_s=NOW_S - 100)
+    site.accounting.add(7, ALICE, start_s=NOW_S - 100, end_s=int(time.time()))
+    site.run(ALICE, 8)
+    os.utime(site.store / f"users/{ALICE}/events/8.0")
+    assert (site.harvest().waiting, site.rows()) == (2, [])
+
+
+def test_somebody_elses_comment_stays(site: Site) -> None:
+    site.run(ALICE, 7)
+    site.run(ALICE, 8)
+    site.accounting.comment("7", "refunded, see ticket 12")
+    site.accounting.comment("8", "bootseer: of an older version")
+    result = site.harvest()
+    assert (result.comments, result.foreign_comments) == (1, 1)
+    assert site.accounting.comments["7"] == "refunded, see ticket 12"
+    assert site.accounting.comments["8"].startswith("bootseer: start 40s")
+
+
+def test_only_the_last_run_of_a_requeued_job_is_commented(site: Site) -> None:
+    site.put(ALICE, 7, training_s=500)
+    site.put(ALICE, 7, restart=1, start_s=START_S + 2000, training_s=20)
+    site.accounting.add(7, ALICE, start_s=START_S, end_s=START_S + 1000, State="REQUEUED")
+    site.accounting.add(7, ALICE, start_s=START_S + 2000, end_s=START_S + 3000)
+    assert site.harvest().starts == 2
+    assert [(row["restart"], row["start_to_training_s"]) for row in site.rows()] == [(0, 500.0), (1, 20.0)]
+    assert site.accounting.comments == {"7": "bootseer: start 20s of 16m40s, 3 gpu-min, program 20s"}
+
+
+def test_a_task_of_an_array_is_commented_by_its_own_name(site: Site) -> None:
+    site.put(ALICE, 7)
+    site.accounting.add(7, ALICE, start_s=START_S, end_s=START_S + 1000, shown_id="5_2")
+    site.harvest()
+    assert list(site.accounting.comments) == ["5_2"]
+
+
+def test_events_of_another_users_job_are_not_believed(site: Site) -> None:
+    site.put(ALICE, 8, training_s=900)  # Alice's folder, Bob's job
+    site.run(BOB, 8)
+    result = site.harvest()
+    assert (result.starts, result.refused) == (1, 1)
+    assert [(row["uid"], row["start_to_training_s"]) for row in site.rows()] == [(BOB, 40.0)]
+    assert site.harvest().refused == 0  # and they are not looked at again
+
+
+def test_a_folder_under_anothers_number_is_not_read(site: Site) -> None:
+    """Anybody can make users/<uid> where there is none yet."""
+    site.accounting.add(8, BOB, start_s=START_S, end_s=START_S + 1000)
+    path = site.put(BOB, 8, owner=ALICE)
+    for each in (path, path.parent, path.parent.parent, path.parent.parent.parent):
+        each.chmod(0o777)
+    result = site.harvest()
+    assert (result.starts, site.rows(), site.accounting.comments) == (0, [], {})
+    assert [f"user {BOB}" in problem and "another user" in problem for problem in result.problems] == [True]
+    assert OwnersEvents(site.uri).restarts(BOB, 8) == []
+
+
+def test_a_link_in_a_users_folder_leads_to_nothing_that_he_may_not_read(site: Site) -> None:
+    secret = site.put(BOB, 8)
+    site.put(ALICE, 7).unlink()
+    (site.store / f"users/{ALICE}/events/7.0/n1.jsonl").symlink_to(secret)
+    assert list(OwnersEvents(site.uri).event_files(ALICE, 7, 0)) == []
+    assert [node for node, _ in OwnersEvents(site.uri).event_files(BOB, 8, 0)] == ["n1"]
+
+
+def test_reading_is_done_as_the_owner_for_good(site: Site) -> None:
+    def produce(_: object) -> Iterator[Frame]:
+        yield Frame({"ids": [*os.getresuid(), *os.getresgid(), *os.getgroups()], "fds": os.listdir("/proc/self/fd")}, b"")
+        with pytest.raises(PermissionError):
+            os.setuid(0)
+
+    with (site.records.parent / "secret").open("w"):
+        (frame,) = as_owner(ALICE, site.uri, produce)
+    assert frame.header["ids"] == [ALICE] * 3 + [65534] * 3
+    assert len(frame.header["fds"]) == 4  # three, and the listing's own
+
+
+def test_the_number_that_would_leave_it_root_is_no_user(site: Site) -> None:
+    """setresuid(2) of 2^32 - 1 changes nothing, and anybody can make a folder of that name."""
+    nobody = (1 << 32) - 1
+    site.put(nobody, 7, owner=ALICE)
+    site.accounting.add(7, nobody, start_s=START_S, end_s=START_S + 1000)
+
+    def produce(_: object) -> Iterator[Frame]:
+        yield Frame({"uid": os.geteuid()}, b"")
+
+    for uid in (nobody, nobody + 1, -1):
+        with pytest.raises(BootseerError, match="no such user"):
+            list(as_owner(uid, site.uri, produce))
+    assert (site.harvest().starts, site.rows()) == (0, [])
+
+
+@pytest.mark.parametrize("act", ["os.kill(os.getpid(), 9)", "time.sleep(60)", "os._exit(0)"])
+def test_a_reader_that_dies_or_hangs_is_an_error_of_one_user(site: Site, act: str) -> None:
+    def produce(_: object) -> Iterator[Frame]:
+        yield Frame({"n": 1}, b"x" * 2_000_000)
+        exec(act)
+        yield Frame({"n": 2}, b"")
+
+    before = {path.name for path in Path("/proc/self/fd").iterdir()}
+    with pytest.raises(BootseerError):
+        list(as_owner(ALICE, site.uri, produce, timeout_s=0.5))
+    assert len({path.name for path in Path("/proc/self/fd").iterdir()} - before) <= 1
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_one_users_unreadable_folder_holds_up_nobody(site: Site) -> None:
+    site.run(ALICE, 7)
+    site.run(BOB, 8)
+    (site.store / f"users/{ALICE}/events").chmod(0)
+    result = site.harvest()
+    assert [row["job"] for row in site.rows()] == [8]
+    assert len(result.problems) == 1 and f"user {ALICE}" in result.problems[0]
+
+
+def test_rubbish_of_a_user_costs_his_own_figures_only(site: Site) -> None:
+    site.run(ALICE, 7)
+    site.run(BOB, 8)
+    folder = site.store / f"users/{ALICE}/events"
+    (folder / "7.0" / "n1.jsonl").write_bytes(b"\0\xff{" * 1000)
+    (folder / "7.0" / "not a node\n.jsonl").write_text("{}")
+    (folder / "99999999999.0").mkdir()
+    (folder / "7").mkdir()
+    os.mkfifo(folder / "7.0" / "n2.jsonl")
+    os.utime(folder / "7.0", (NOW_S - 600, NOW_S - 600))
+    result = site.harvest()
+    assert [(row["job"], row["start_to_training_s"]) for row in site.rows()] == [(7, None), (8, 40.0)]
+    assert result.problems == []
+
+
+def test_numbers_that_are_too_large_are_cut(site: Site) -> None:
+    site.run(ALICE, 7)
+    site.run(BOB, 8)
+    path = site.store / f"users/{ALICE}/events/7.0/n1.jsonl"
+    log = EventLog(7, 0, "n1")
+    for target in "ab":
+        log.emit("prefetch", "end", what="image", target=target, bytes=(1 << 63) - 1, bytes_cached=(1 << 63) - 1, dur_s=1e9)
+    path.write_text(path.read_text() + log.to_jsonl())
+    assert site.harvest().problems == []
+    assert [(row["job"], row["fetched_bytes"]) for row in site.rows()] == [(7, (1 << 63) - 1), (8, None)]
+
+
+def test_a_fault_of_ours_with_one_users_events_holds_up_nobody(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.run(ALICE, 7)
+    site.run(BOB, 8)
+    real = module.row_of
+
+    def fails(report: Any) -> Any:
+        if report.run.uid == ALICE:
+            raise ZeroDivisionError("a bug")
+        return real(report)
+
+    monkeypatch.setattr(module, "row_of", fails)
+    assert site.harvest().problems == [f"user {ALICE}: ZeroDivisionError, see the log"]
+    assert [row["job"] for row in site.rows()] == [8]
+
+
+def test_a_job_that_accounting_never_knew_is_given_up_after_a_day(site: Site) -> None:
+    site.put(ALICE, 7)
+    assert (site.harvest().waiting, site.harvest().refused) == (1, 0)
+    os.utime(site.store / f"users/{ALICE}/events/7.0", (NOW_S - 90_000, NOW_S - 90_000))
+    assert (site.harvest().refused, site.harvest().refused) == (1, 0)
+
+
+def test_comments_wait_while_accounting_does_not_take_them(site: Site) -> None:
+    site.run(ALICE, 7)
+    real = (site.accounting.folder / "sacctmgr").read_text()
+    (site.accounting.folder / "sacctmgr").write_text("#!/bin/sh\necho slurmdbd is down >&2\nexit 2\n")
+    result = site.harvest()
+    assert (result.starts, result.comments) == (1, 0)
+    assert "slurmdbd is down" in result.problems[0]
+    (site.accounting.folder / "sacctmgr").write_text("#!/bin/sh\nexit 0\n")  # says nothing, does nothing
+    assert (site.harvest().comments, site.harvest().comments) == (0, 0)
+    (site.accounting.folder / "sacctmgr").write_text(real)
+    assert site.harvest().comments == 1
+
+
+def test_a_comment_that_is_never_taken_is_given_up(site: Site) -> None:
+    site.run(ALICE, 7)
+    (site.accounting.folder / "sacctmgr").write_text("#!/bin/sh\nexit 0\n")
+    told = [problem for _ in range(7) for problem in site.harvest().problems]
+    assert told == ["AdminComment not taken by accounting, jobs: 1"]
+
+
+def test_rows_that_were_written_but_not_noted_are_not_there_twice(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.run(ALICE, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "comment_of", lambda row: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+        with pytest.raises(KeyboardInterrupt):  # after the dataset, before the note
+            site.harvest()
+    assert len(site.rows()) == 1
+    assert site.harvest().starts == 1
+    assert (len(site.rows()), site.accounting.writes) == (1, 1)
+
+
+def collect_command(site: Site) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "bootseer_slurm", "--config", str(site.config), "collect"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_killed_again_and_again_it_loses_nothing_and_writes_nothing_twice(site: Site) -> None:
+    monkey_s = 0.0
+    for job in range(100, 160):
+        site.run(ALICE if job % 2 else BOB, job)
+    for _ in range(12):
+        process = collect_command(site)
+        monkey_s += 0.08
+        time.sleep(0.2 + monkey_s)
+        process.kill()
+        process.communicate()
+    done = collect_command(site)
+    output, _ = done.communicate()
+    assert done.returncode == 0, output
+    assert [row["job"] for row in site.rows()] == list(range(100, 160))
+    assert set(site.accounting.comments) == {str(job) for job in range(100, 160)}
+
+
+def test_two_at_once_do_not_meet(site: Site) -> None:
+    site.run(ALICE, 7)
+    results: list[Harvest | BootseerError] = []
+
+    def once() -> None:
+        try:
+            results.append(site.harvest())
+        except BootseerError as error:
+            results.append(error)
+
+    with module._opened(site.records):
+        thread = threading.Thread(target=once)
+        thread.start()
+        thread.join()
+    assert isinstance(results[0], BootseerError) and "another collect" in results[0].message
+    assert site.harvest().starts == 1
+
+
+def test_the_command_is_roots_and_says_what_it_did(site: Site) -> None:
+    site.run(ALICE, 7)
+    output, _ = collect_command(site).communicate()
+    assert output.startswith("starts added: 1, ")
+    assert site.records.stat().st_mode & 0o777 == 0o700
+    command = [sys.executable, "-m", "bootseer_slurm", "--config", str(site.config), "collect"]
+    refused = subprocess.run(command, user=ALICE, group=ALICE, extra_groups=[], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "runs as root" in refused.stderr

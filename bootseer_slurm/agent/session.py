@@ -173,9 +173,8 @@ class Session:
             for target in targets
             if target.path is None
         }
-        with_path = [target for target in targets if target.path is not None]
-        with ThreadPoolExecutor(len(with_path) or 1) as pool:  # one that does not answer holds up no other
-            binds = [bind for bind in pool.map(self._bind, with_path) if bind]
+        with ThreadPoolExecutor(len(targets) or 1) as pool:  # one that does not answer holds up no other
+            binds = [bind for bind in pool.map(self._bind, targets) if bind]
         for wish, sought in asked.items():
             if not sought.looked_up.is_set():
                 self._shadow("skipped", wish, "the store had not answered when the step started")
@@ -188,7 +187,8 @@ class Session:
         except Exception as error:  # the binds of others are to be shown, or closed
             self._shadow("skipped", target.wish, str(error))
             return None
-        self._shadow("shown", target.wish, None)
+        if target.path is not None:
+            self._shadow("shown", target.wish, None)
         return bind
 
     def image(self, name: str, digest: str) -> tuple[str, str]:

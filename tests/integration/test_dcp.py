@@ -289,7 +289,8 @@ def test_mapped_files_of_a_job(node: Node) -> None:
     for job, name in enumerate(("model.pt", "model.safetensors"), start=1):
         node.ask("prolog", JOB_ID=job, UID=ALICE, BOOTSEER=1, CHECKPOINT=f"file://{source}/{name}")
         reply, fds = node.request("attach", JOB_ID=job, UID=ALICE, STEP_ID=0)
-        assert not fds
+        for fd in fds:
+            os.close(fd)  # the cache's file, where it came whole already
         values = dict(value.split("=", 1) for key, value in reply if key == "SETENV")
         paths.append(values["BOOTSEER_CHECKPOINT"])
         assert os.stat(paths[-1]).st_dev == os.stat(node.run / "checkpoints").st_dev != os.stat(node.run).st_dev

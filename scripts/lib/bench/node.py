@@ -62,33 +62,31 @@ class Node:
             return True
         return False
 
-    def ask(self, op: str, **fields: object) -> protocol.Message:
-        """The reply to one request of root's. Raises ClusterError."""
+    def ask(self, op: str, **fields: object) -> tuple[protocol.Message, list[int]]:
+        """The reply to one request of root's, and its descriptors. Raises ClusterError."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
             link.settimeout(20)
             link.connect(str(self._socket))
             link.sendall(protocol.encode([("OP", op), *((key, str(value)) for key, value in fields.items())]))
             link.shutdown(socket.SHUT_WR)
             reply, fds = protocol.receive(link)
-        for fd in fds:
-            os.close(fd)
         if ("STATUS", "ok") not in reply:
             raise ClusterError(f"{op}: {reply}")
-        return reply
+        return reply, fds
 
     def begin(self, job: int, checkpoint: str) -> None:
         """As the prolog of a job that names a checkpoint; it is prefetched from now on."""
         self.ask("prolog", JOB_ID=job, UID=USER, BOOTSEER=1, CHECKPOINT=checkpoint)
 
-    def brought(self, job: int) -> Path:
-        """Wait until the checkpoint is there whole; the path that the job's steps are given for it."""
+    def brought(self, job: int) -> tuple[Path, Path]:
+        """Wait until the checkpoint is there whole; its FUSE file, and what a step sees in its place."""
         events = self.run / "events" / f"{job}.0"
         end = '"kind":"prefetch","name":"end"'
         if not poll(lambda: events.exists() and end in events.read_text(), timeout_s=300):
             raise ClusterError(f"not prefetched: {(self.folder / 'log').read_text()}")
-        reply = self.ask("attach", JOB_ID=job, UID=USER, STEP_ID=0)
+        reply, (mount,) = self.ask("attach", JOB_ID=job, UID=USER, STEP_ID=0)
         given = dict(value.split("=", 1) for key, value in reply if key == "SETENV")
-        return Path(given["BOOTSEER_CHECKPOINT"])
+        return Path(given["BOOTSEER_CHECKPOINT"]), Path(f"/proc/{os.getpid()}/fd/{mount}")
 
     @contextlib.contextmanager
     def memory(self) -> Iterator[dict[str, int]]:

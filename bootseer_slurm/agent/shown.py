@@ -30,9 +30,8 @@ class Shown:
         """Fresh mounts for a step (the caller closes them) and its variables, of what is looked up by now."""
         asked = self._wanted.asked()
         targets = [sought.target for sought in asked.values() if sought.target is not None]
-        with_path = [target for target in targets if target.path is not None]
-        with ThreadPoolExecutor(len(with_path) or 1) as pool:  # one that does not answer holds up no other
-            binds = [bind for bind in pool.map(self._bind, with_path) if bind]
+        with ThreadPoolExecutor(len(targets) or 1) as pool:  # one that does not answer holds up no other
+            binds = [bind for bind in pool.map(self._bind, targets) if bind]
         for wish, sought in asked.items():
             if not sought.looked_up.is_set():
                 self._tell("skipped", wish, "the store had not answered when the step started")
@@ -49,7 +48,8 @@ class Shown:
         except Exception as error:  # the binds of others are to be shown, or closed
             self._tell("skipped", target.wish, str(error))
             return None
-        self._tell("shown", target.wish, None)
+        if target.path is not None:
+            self._tell("shown", target.wish, None)
         return bind
 
     def _variables(self, asked: dict[Wish, Sought]) -> dict[str, str]:

@@ -216,13 +216,21 @@ class Target:
         """Where the blob can be opened by its user, for targets that have no path of their own."""
         return self.parts[0].served_path
 
-    def bind(self) -> Bind:
+    def bind(self) -> Bind | None:
         """A fresh mount of the blob for one step; the caller closes its descriptor.
 
+        Of a checkpoint without a path of its own: over its FUSE file, once all of it is in the cache, whose
+        file is read without a detour. None where there is nothing to be shown.
         Raises InputError when the original changed, BootseerError or OSError when it cannot be made.
         """
-        if self.path is None or self._original is None or not self.parts:
-            raise NotFound(f"{self.wish.name}: has no path to be shown at")
+        if not self.parts:
+            raise NotFound(f"{self.wish.name}: the job is over")
+        if self.path is None or self._original is None:
+            path, served = self.parts[0].path, self.served_path()
+            if self.wish.kind != "checkpoint" or path == served:
+                return None
+            status = os.stat(served)
+            return Bind(mounts.bind_clone(path), status.st_dev, status.st_ino, str(served))
         fields: dict[str, Any] = {"kind": self.wish.kind, "name": self.path, "fingerprint": self.fingerprint}
         if not self._process.call("same", timeout_s=_SAME_TIMEOUT_S, **fields).fields.get("same"):
             raise InputError(f"{self.path}: was changed after it was looked up")

@@ -79,10 +79,22 @@ def test_a_striped_file(node: Node) -> None:
     node.start()
     node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=path)
     reply, fds = node.request("attach", JOB_ID=1, UID=ALICE, STEP_ID=0)
-    assert fds == []
-    given = dict(value.split("=", 1) for key, value in reply if key == "SETENV")
-    assert Path(given["BOOTSEER_CHECKPOINT"]).read_bytes() == content
+    for fd in fds:
+        os.close(fd)
+    given = Path(dict(value.split("=", 1) for key, value in reply if key == "SETENV")["BOOTSEER_CHECKPOINT"])
+    assert given.read_bytes() == content
+    kept = node.run / "events" / "1.0"
+    wait_until(lambda: kept.exists() and '"kind":"prefetch","name":"end"' in kept.read_text())
+    (shown,) = attach(node, 1).items()
+    file = Path(f"/proc/self/fd/{shown[1]}")
+    assert shown[0] == str(given), "now that it is whole, its cache file lies over it for the step"
+    assert file.read_bytes() == content
+    assert file.stat().st_dev == (node.folder / "cache").stat().st_dev != given.stat().st_dev
+    with pytest.raises(OSError, match="Read-only"):
+        os.utime(file)
+    os.close(shown[1])
     node.ask("epilog", JOB_ID=1)
+    assert not [event for event in node.events(1) if event["kind"] == "fault"]
 
 
 def test_more_files_than_one_job_may_ask_for(node: Node) -> None:

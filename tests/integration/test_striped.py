@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from pytest_mock import MockerFixture
 
 import bootseer_slurm
 from bootseer_slurm.blob.manifest import CHUNK_BYTES, decode
@@ -74,6 +75,28 @@ def test_any_place_and_any_size(tmp_path: Path) -> None:
         file.close()
         with pytest.raises(ValueError, match="closed"):
             file.read(1)
+
+
+def test_many_ranges_are_read_at_once_and_a_chunk_once(tmp_path: Path, mocker: MockerFixture) -> None:
+    path = tmp_path / "model"
+    write(path)
+    places = [(0, 10), (100, 4), (CHUNK_BYTES - 5, 10), (2 * CHUNK_BYTES, 2 * CHUNK_BYTES), (len(CONTENT) - 7, 7), (5, 0)]
+    buffers = [bytearray(count) for _, count in places]
+    with ParallelFile(str(path)) as file:
+        seen = mocker.spy(file, "_read_once")
+        file.read_ranges((offset, buffer) for (offset, _), buffer in zip(places, buffers, strict=True))
+        assert [bytes(buffer) for buffer in buffers] == [CONTENT[offset : offset + count] for offset, count in places]
+        read = sorted((call.args[0], len(call.args[1])) for call in seen.call_args_list)
+        assert [offset // CHUNK_BYTES for offset, _ in read] == [0, 1, 2, 3, 15]
+        assert [size for _, size in read] == [CHUNK_BYTES, 256 * 1024, CHUNK_BYTES, CHUNK_BYTES, 7], "whole blocks"
+        for offset in (-1, len(CONTENT) - 3):
+            with pytest.raises(ValueError, match="has no bytes"):
+                file.read_ranges([(offset, bytearray(4))])
+        damage(generation(path) / "3", 100)
+        with pytest.raises(IntegrityError, match="block 48"):
+            file.read_ranges([(3 * CHUNK_BYTES + 5, bytearray(5)), (0, bytearray(5))])
+    with pytest.raises(ValueError, match="closed"):
+        file.read_ranges([])
 
 
 def test_many_readers_at_once(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from cluster.layout import ClusterError
 
 BENCHMARKS = {"env": env.run, "image": image.run, "prolog": prolog.run, "report": report.run}
 WITHOUT_CLUSTER = {"checkpoint": checkpoint.run}
+PARTS = {"checkpoint": ("disk", "node", "hdfs")}
 NAMES = [*BENCHMARKS, *WITHOUT_CLUSTER]
 NODES = {"env": 1, "image": 1, "report": 1}  # what one that is started has; three, where nothing is said
 
@@ -46,12 +47,15 @@ def show(rows: list[Row]) -> None:
 def main(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(NAMES)}.")],
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+    only: Annotated[str, typer.Option(help="Measure one part of it: of checkpoint disk, node or hdfs.")] = "",
 ) -> None:
     """Measure, show a table, and write its rows. Exit status 0 when it could measure, targets met or not."""
     if name not in NAMES:
         raise typer.BadParameter(f"{name!r} is none of: {', '.join(NAMES)}")
+    if only and only not in PARTS.get(name, ()):
+        raise typer.BadParameter(f"{only!r} is no part of {name}")
     try:
-        rows = WITHOUT_CLUSTER[name]() if name in WITHOUT_CLUSTER else on_cluster(name)
+        rows = WITHOUT_CLUSTER[name](only) if name in WITHOUT_CLUSTER else on_cluster(name)
     except ClusterError as error:
         console.print(f"scripts/bench: {error}", style="red", markup=False)
         raise typer.Exit(1) from None

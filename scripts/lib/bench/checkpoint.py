@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
+from bench import checkpoint_load
 from bench.rows import Row
 from cluster.layout import REPO, ClusterError, Layout, State
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -55,22 +56,28 @@ while True:
 Times = dict[str, list[float]]
 
 
-def run() -> list[Row]:
-    """All rows."""
+def run(only: str = "") -> list[Row]:
+    """All rows. only: "disk", "node" or "hdfs", where not all of these are to be measured."""
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         task = progress.add_task("inputs", total=None)
 
         def step(text: str) -> None:
             progress.update(task, description=text)
 
+        rows = checkpoint_load.run_node(step) if only in ("", "node") else []
+        if only == "node":
+            return rows
         FOLDER.mkdir(exist_ok=True)
         source = FOLDER / "model.bin"
         try:
             make(source)
-            rows = local_rows(source, step)
-            step("HDFS")
-            hdfs("up", "--datanodes", str(DATANODES))
-            return rows + hdfs_rows(source, step)
+            if only in ("", "disk"):
+                rows += local_rows(source, step)
+            if only in ("", "hdfs"):
+                step("HDFS")
+                hdfs("up", "--datanodes", str(DATANODES))
+                rows += hdfs_rows(source, step)
+            return rows
         finally:
             hdfs("down")
             source.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bootseer_slurm.agent.held import note_of
 from bootseer_slurm.agent.protocol import Message
@@ -42,10 +42,20 @@ class Content:
     signature: str = ""
 
 
+class Place(NamedTuple):
+    """What a file of a checkpoint is to this node, whatever step that is of.
+
+    key: the same at the next start. shared: the job has other nodes, which may read other parts of it.
+    """
+
+    key: str
+    shared: bool
+
+
 class Part:
     """A blob in use. path and fingerprint: of the original. label: what events call it.
 
-    place: of a file of a checkpoint, what it is to this node, whatever step the checkpoint is of.
+    place: of a checkpoint.
     """
 
     def __init__(
@@ -59,7 +69,7 @@ class Part:
         label: str,
         path: str,
         fingerprint: str,
-        place: str,
+        place: Place | None,
         mtime_ns: int,
         on_fault: OnFault,
     ) -> None:
@@ -68,7 +78,8 @@ class Part:
         self.label = label
         self.folder = content.folder
         self.plan = Plan()
-        self.is_settled = False  # what it says is all that a start touches
+        self.is_settled = False  # the plan says all that a start touches
+        self._is_watched = place is not None and place.shared
         self.recorder: Recorder | None = None
         self._job = job
         self._content = content
@@ -106,7 +117,7 @@ class Part:
         Of checkpoints each start has a new one, and each node its own part of it.
         """
         if self._place:
-            return "place-" + hashlib.sha256(self._place.encode(errors="replace")).hexdigest()
+            return "place-" + hashlib.sha256(self._place.key.encode(errors="replace")).hexdigest()
         if not self.reader.blob.adopted:
             return self.reader.blob.id
         return "file-" + hashlib.sha256(f"{self._path}\0{self._fingerprint}".encode()).hexdigest()
@@ -168,12 +179,13 @@ class Part:
                 os.close(fd)
 
     def _use_plan(self, plan: Plan) -> None:
-        self.is_settled = plan.full_starts >= SETTLED_STARTS
-        if self.wish.kind == "checkpoint":
-            is_whole = len(plan.blocks) >= _WHOLE * self.reader.blob.layout.blocks
-            if is_whole or not plan.full_starts:  # nothing but a plan is brought: it must know all
-                return
-        self.plan = plan
+        if self.wish.kind != "checkpoint":
+            self.is_settled = plan.full_starts >= SETTLED_STARTS
+            self.plan = plan
+        elif plan.full_starts:  # nothing but a plan is brought: it must know all
+            self.is_settled, self._is_watched = True, False
+            if len(plan.blocks) < _WHOLE * self.reader.blob.layout.blocks:
+                self.plan = plan
 
     def push(self) -> None:
         """Have what is prefetched of it given to the kernel."""
@@ -209,9 +221,9 @@ class Part:
     def path(self) -> Path:
         """Where the blob can be bound from: its cache file once it is complete, before that the FUSE file.
 
-        A checkpoint's stays the FUSE file until it is known what of it a start reads, for that is seen there.
+        A checkpoint's stays the FUSE file until it is known what this node reads of it, which is seen there.
         """
-        if self.wish.kind == "checkpoint" and not self.is_settled:
+        if self._is_watched:
             return self.served_path
         return self._shelf.path(self.reader)
 

@@ -39,13 +39,13 @@ class Job:
     account: str = ""
     gpus: tuple[int, ...] = ()  # of this node, as Slurm numbers them; (): not known
 
-    def rank(self, node: str) -> str:
-        """Which of the job's nodes this is, and of how many; the node's name where that is not known."""
+    def rank(self, node: str) -> tuple[str, int]:
+        """Which of the job's nodes this is, and of how many; the node's name, and 1, where that is not known."""
         try:
             nodes = expand(self.nodelist)
-            return f"{nodes.index(node)}/{len(nodes)}"
+            return f"{nodes.index(node)}/{len(nodes)}", len(nodes)
         except (InputError, ValueError):  # the prolog's message was lost, or the list is too long for it
-            return node
+            return node, 1
 
 
 @dataclass(frozen=True, slots=True)

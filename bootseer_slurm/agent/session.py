@@ -22,6 +22,7 @@ from bootseer_slurm.agent.journal import Journal
 from bootseer_slurm.agent.measure import Measure
 from bootseer_slurm.agent.memory import Memory
 from bootseer_slurm.agent.named import Named
+from bootseer_slurm.agent.part import Part, Place
 from bootseer_slurm.agent.prefetch import Prefetch
 from bootseer_slurm.agent.protocol import Message
 from bootseer_slurm.agent.publish import Publisher
@@ -77,7 +78,7 @@ class Session:
         no_key = Key(b"", "kernel_mount is off")
         self._key = no_key if config.image.kernel_mount == "off" else read_key(config.image.site_key)
         self._class = job_class(job.uid, job.account, job.name)
-        self._rank = job.rank(node)
+        self._rank, self._nodes = job.rank(node)
         self._publisher = Publisher(job, self._fetcher)
         self._saving = Saving(job, self.log, config)
         self._recording = Recording(
@@ -184,7 +185,9 @@ class Session:
         self.log.emit("step", "attach", step=step)
         self._recording.step()
         self.wait_looked_up(time.monotonic() + self._config.prefetch.attach_wait_s)
-        return self._shown.to_step()
+        shown = self._shown.to_step()
+        self._measure.step(self._parts())
+        return shown
 
     def image(self, name: str, digest: str) -> tuple[str, str]:
         """Where the job's user can open an image, once what its start needs is there, and its fingerprint.
@@ -296,11 +299,14 @@ class Session:
             with self._lock:
                 self._ending_start = False
 
+    def _parts(self) -> list[Part]:
+        """All blobs that are looked up by now."""
+        with self._lock:
+            return [part for target in self._targets for part in target.parts]
+
     def _end_start(self, why: str) -> None:
         """The job trains: what it touched until now was its start, and the rest can wait."""
-        with self._lock:
-            parts = [part for target in self._targets for part in target.parts]
-        self._measure.over(parts, read_ns=self._recording.last_new_ns if why == "quiet" else 0)
+        self._measure.over(self._parts(), read_ns=self._recording.last_new_ns if why == "quiet" else 0)
         if self._prefetch:
             self._prefetch.start_over()
         self._recording.finish(why)
@@ -331,7 +337,8 @@ class Session:
             self._wanted.count_look_up(wish)
             if wish.kind == "checkpoint" and not sought.located and self._locate(wish, sought):
                 return None
-            target = self._look_up(wish, digest, sought.place)
+            place = Place(f"{sought.place}\0{self._rank}", self._nodes > 1) if sought.place else None
+            target = self._look_up(wish, digest, place)
             with self._lock:
                 over = self._over.is_set()
                 if not over:
@@ -359,9 +366,7 @@ class Session:
     def _locate(self, wish: Wish, sought: Sought) -> bool:
         """See whether a checkpoint is a folder; then each file of the newest in it is a wish of its own."""
         fields = self._fetcher().call("locate", name=wish.name, limit=_FILES).fields
-        found = {
-            str(name): (f"{place}\0{self._rank}", str(within)) for name, place, within in fields["files"]
-        }
+        found = {str(name): (str(place), str(within)) for name, place, within in fields["files"]}
         if list(found) == [wish.name]:
             sought.place, _ = found[wish.name]
             return False
@@ -387,7 +392,7 @@ class Session:
             part.take_plan(self._class)
             # Blocks that are pushed are read unseen: of every few starts, one is recorded whole.
             kind, size_bytes = target.wish.kind, part.reader.size_bytes
-            if part.is_settled and kind != "checkpoint" and self.job.job_id % _WHOLE_TRACE_EVERY:
+            if part.is_settled and self.job.job_id % _WHOLE_TRACE_EVERY:
                 part.push()
             first = first_ranges(target.first, size_bytes) if kind == "image" else ()
             ends = both_ends(size_bytes) if kind == "checkpoint" else ()
@@ -399,7 +404,7 @@ class Session:
                     self._fault("kernel_mount_failed", error.message)
                 self._recording.mounted(part)
 
-    def _look_up(self, wish: Wish, digest: str, place: str) -> Target:
+    def _look_up(self, wish: Wish, digest: str, place: Place | None) -> Target:
         target = Target(
             wish,
             self.job,

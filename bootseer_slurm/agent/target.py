@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bootseer_slurm import mounts
-from bootseer_slurm.agent.part import Content, Part, original_source, stored_content
+from bootseer_slurm.agent.part import Content, Part, Place, original_source, stored_content
 from bootseer_slurm.agent.request import Job, Wish
 from bootseer_slurm.agent.saving import View
 from bootseer_slurm.agent.shelf import Shelf
@@ -61,7 +61,7 @@ class Target:
         *,
         roots: tuple[Path, ...],
         digest: str = "",
-        place: str = "",
+        place: Place | None = None,
         use: Use = Use(),
         allow: Callable[[int], None],
         on_fault: OnFault,

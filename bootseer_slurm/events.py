@@ -20,7 +20,7 @@ plan      learned                   target, what: asked for by the last start of
           located                   target, what; message: the newest checkpoint in that folder, and why
 snapshot  saved, failed             target, what, dur_s; message
 shadow    shown, skipped, failed    target, what; message = why
-image     get                       target, what: pyxis's importer asked for a container's image
+image     get                       target, what: pyxis's importer first asked for a container's image
 access    summary                   target, what, reads, reads_blocked, read_bytes, hit_bytes,
                                     miss_bytes, pushed_bytes,
                                     blocked_s = time that readers waited for the store, first_ns, last_ns,
@@ -159,7 +159,7 @@ class EventLog:
 
     # A job may mark as often as it likes; the rest comes a bounded number of times.
     MAX_USER_EVENTS = 20_000
-    _USER_KINDS = frozenset({"mark", "step", "image"})
+    _USER_KINDS = frozenset({"mark", "step"})
 
     def __init__(self, job: int, restart: int, node: str, *, path: Path | None = None) -> None:
         self.job = job

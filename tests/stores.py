@@ -14,7 +14,7 @@ from bootseer_slurm.checkpoint.file import ParallelFile
 from bootseer_slurm.checkpoint.striped import split
 from bootseer_slurm.checkpoint.writer import StripedWriter
 from bootseer_slurm.errors import NotFound, StoreError
-from bootseer_slurm.store import open_store
+from bootseer_slurm.store import clock_offset, open_store
 
 CONTENT = os.urandom(3 * CHUNK_BYTES) * 3 + b"the end"
 
@@ -95,3 +95,11 @@ def check_fsspec(url: str) -> None:
     assert fs.cat_file(f"{path}/step_1/a") == b"two" and not fs.exists(f"{path}/step_1/b")
     fs.rm(f"{path}/step_1", recursive=True)
     assert not fs.exists(f"{path}/step_1/a")
+
+
+def check_clock(uri: str) -> None:
+    """This machine's clock and its server's are the same one."""
+    store = open_store(uri)
+    offset_s, error_s = clock_offset(store, "users/7/.x.clock")
+    assert abs(offset_s) <= error_s < 3
+    assert [entry.name for entry in store.scan("users/7")] == []

@@ -24,7 +24,7 @@ class Measure:
         self._log = log
         self._pressure = Pressure()
         self._gpus = GpuWatch(job.gpus, limit_s=limit_s, on_busy=self._busy)
-        self._told = False
+        self._told = self._image_told = False
         self._lock = threading.Lock()
 
     def begin(self) -> None:
@@ -33,6 +33,14 @@ class Measure:
 
     def _busy(self, since_ns: int) -> None:
         self._log.emit("training", "gpu", t_ns=since_ns)
+
+    def image_asked(self, name: str) -> None:
+        """An importer wants an image. The first of them is told: a job may ask as often as it likes."""
+        with self._lock:
+            if self._image_told:
+                return
+            self._image_told = True
+        self._log.emit("image", "get", target=name, what="image")
 
     def over(self, parts: Iterable[Part], *, read_ns: int = 0) -> None:
         """The start is over. read_ns: when something new was last read, if that is how it is known."""

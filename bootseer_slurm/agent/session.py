@@ -204,7 +204,7 @@ class Session:
         digest: what the registry says that its tag means now, or "". Waits `hot_wait_s` for the blocks.
         Raises NotFound when the store does not have the image, or has an older one under this tag.
         """
-        self.log.emit("image", "get", target=name, what="image")
+        self._measure.image_asked(name)
         wish = image_wish(name)
         if self._observe:
             raise InputError("this job only wants to be measured")

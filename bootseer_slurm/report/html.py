@@ -26,7 +26,7 @@ from bootseer_slurm.report.stragglers import NOTICEABLE_S, SLOW, figures_of
 from bootseer_slurm.units import format_bytes, format_duration
 
 _VERY_SLOW = 2.0
-_ROWS = 50  # of stragglers and problems
+_ROWS = 50  # of stragglers, transfers and problems
 _BAR = 1000  # units of the bars' coordinates
 
 
@@ -169,13 +169,17 @@ def _stragglers(report: Report) -> _Html:
             _el("td", format_duration(each.lost_s), cls="n"), _el("td", each.detail))
         for each in report.stragglers[:_ROWS]
     ]  # fmt: skip
-    more = len(report.stragglers) - _ROWS
     return _el(
         "section",
         _el("h2", "Nodes that held the start up"),
         _table(("node", "likely cause", "in stage", "over the median", "because"), rows, (3,)),
-        _el("p", f"and {more} more", cls="dim") if more > 0 else _Html(""),
+        _more(len(report.stragglers)),
     )
+
+
+def _more(count: int) -> _Html:
+    """How many rows a table has not."""
+    return _el("p", f"and {count - _ROWS:,} more", cls="dim") if count > _ROWS else _Html("")
 
 
 def _transfers(report: Report) -> _Html:
@@ -185,7 +189,7 @@ def _transfers(report: Report) -> _Html:
     if not groups:
         return _Html("")
     lines = []
-    for (what, target), rows in groups.items():
+    for (what, target), rows in list(groups.items())[:_ROWS]:
         rates = [row.rate for row in rows if row.rate]
         hit, miss = sum(row.hit_bytes for row in rows), sum(row.miss_bytes for row in rows)
         in_time = [row.in_time for row in rows if row.in_time is not None]
@@ -216,10 +220,9 @@ def _transfers(report: Report) -> _Html:
         "section",
         _el("h2", "What was brought to the nodes"),
         _table(heading, lines, range(2, 10)),
+        _more(len(groups)),
         _el(
-            "p",
-            "Bytes are sums over the nodes; the rate is the median node's, the wait the longest.",
-            cls="dim",
+            "p", "Bytes: sums over the nodes; the rate: the median node's; the wait: the longest.", cls="dim"
         ),
     )
 
@@ -238,7 +241,8 @@ def _remarks(report: Report) -> _Html:
     if not lines:
         return _Html("")
     rows = [_el("tr", _el("td", level, cls=level), _el("td", text)) for level, text in lines]
-    return _el("section", _el("h2", "Remarks"), _Html(f"<table>{''.join(rows)}</table>"))
+    table = _Html(f"<table>{''.join(rows)}</table>")
+    return _el("section", _el("h2", "Remarks"), table, _more(len(report.problems)))
 
 
 def _data(report: Report) -> dict[str, Any]:

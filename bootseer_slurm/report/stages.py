@@ -132,18 +132,20 @@ def _load(
     """From the first step on: launch, then what is loaded, as far as it is known."""
     marks = {stage: mark_ns(events, name, until_ns=limit_ns) for stage, name in _MARKS.items()}
     reads = _reads(events, limit_ns)
-    get_ns = _image_get(events, reads, attach_ns, task_ns)
-    if get_ns is None:
+    container = _container(events, reads)
+    if container is not None and task_ns is not None and container[0] < task_ns:
+        line.until("launch", container[0])
+    else:
         line.until("launch", task_ns or attach_ns)
-    else:  # pyxis brings the image before it starts the task
-        line.until("launch", get_ns)
-        if marks["image"] is None:
-            line.until("image", task_ns, derived=True)
+    if container is not None and marks["image"] is None:
+        if container[0] > line.at_ns:  # the batch script was at work
+            line.until("program", container[0], derived=True)
+        line.until("image", container[1], derived=True)
     for stage, marked_ns in marks.items():
         if marked_ns is not None:
             line.until(stage, marked_ns)
             continue
-        if stage not in reads or (stage == "image" and get_ns is not None):
+        if stage not in reads or (stage == "image" and container is not None):
             continue
         first_ns, last_ns = reads[stage]
         # What is read goes on being read a little: a stage ends where the next thing is begun.
@@ -155,18 +157,21 @@ def _load(
             line.until(stage, end_ns, derived=True)
 
 
-def _image_get(
-    events: Sequence[Event],
-    reads: dict[str, tuple[int, int]],
-    attach_ns: int | None,
-    task_ns: int | None,
-) -> int | None:
-    """When a container's image was first asked for, if that was before the first task."""
-    asked_ns = first(events, "image", "get")
+def _container(events: Sequence[Event], reads: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """When pyxis began to bring a container's image to a step, and when that step's task started.
+
+    It does so between the step's attach and its first task; the importer asks for the image, or squashfuse
+    reads it.
+    """
+    steps = [event for event in events if event.kind == "step" and event.step != "extern"]
     read_ns = reads["image"][0] if "image" in reads else None
-    for stamp_ns in (asked_ns, read_ns):
-        if stamp_ns is not None and task_ns is not None and (attach_ns or 0) <= stamp_ns < task_ns:
-            return stamp_ns
+    for stamp_ns in (first(events, "image", "get"), read_ns):
+        if stamp_ns is None:
+            continue
+        before = [event.name for event in steps if event.t_ns <= stamp_ns]
+        after = [event.t_ns for event in steps if event.t_ns > stamp_ns and event.name == "task_start"]
+        if before[-1:] == ["attach"] and after:
+            return stamp_ns, after[0]
     return None
 
 

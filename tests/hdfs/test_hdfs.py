@@ -15,7 +15,7 @@ from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.store import open_store
 from tests.hdfs.conftest import NODES, Hdfs
 from tests.integration.node import wait_until
-from tests.stores import check_fsspec, check_objects, check_striped
+from tests.stores import check_clock, check_fsspec, check_objects, check_striped
 
 CONTENT = os.urandom(2**24) * 4
 
@@ -29,6 +29,10 @@ def write(hdfs: Hdfs, name: str) -> str:
 
 def test_objects(hdfs: Hdfs) -> None:
     check_objects(f"{hdfs.uri}/objects")
+
+
+def test_clock(hdfs: Hdfs) -> None:
+    check_clock(f"{hdfs.uri}/clock")
 
 
 def test_striped(hdfs: Hdfs) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from bootseer_slurm.errors import StoreError
 from bootseer_slurm.store import open_store
-from tests.stores import check_fsspec, check_objects, check_striped
+from tests.stores import check_clock, check_fsspec, check_objects, check_striped
 
 SERVER = Path("/var/tmp/bootseer-versitygw-v1.8.0/versitygw")  # scripts/s3
 s3_server = [pytest.mark.s3, pytest.mark.skipif(not SERVER.exists(), reason="needs scripts/s3")]
@@ -61,6 +61,9 @@ class TestS3:
 
     def test_objects(self, s3: str) -> None:
         check_objects(f"s3://bucket/objects{s3}")
+
+    def test_clock(self, s3: str) -> None:
+        check_clock(f"s3://bucket/clock{s3}")
 
     def test_striped(self, s3: str) -> None:
         check_striped(f"s3://bucket/striped/model.pt{s3}")

@@ -191,6 +191,36 @@ def test_the_task_of_an_array_and_a_part_of_a_heterogeneous_job(reports: Reports
         assert sum(start["stages"].values()) + start["after_s"] == pytest.approx(document["wall_s"], abs=1)
 
 
+def test_each_run_of_a_requeued_job_adds_up_to_its_own_wall_time(reports: Reports) -> None:
+    cluster = reports.cluster
+    flag = cluster.shared / "home/alice/report/first"
+    flag.unlink(missing_ok=True)
+    script = JOB + f'[ "$SLURM_RESTART_COUNT" = 1 ] || {{ touch {HOME}/first; sleep 60; }}\n'
+    job_id = cluster.sbatch(script, "--requeue", *WISH)
+    deadline = time.monotonic() + 60
+    while not flag.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert cluster.exec("login", "scontrol", "requeue", str(job_id)).returncode == 0
+    while cluster.exec("login", "squeue", "-hj", str(job_id), "-o", "%T").stdout.strip() == "RUNNING":
+        time.sleep(0.2)
+    cluster.exec("login", "scontrol", "update", f"JobId={job_id}", "StartTime=now+2")
+    assert cluster.wait(job_id, 200) == "COMPLETED"
+    reports.told(job_id, 3)
+    folder = cluster.shared / f"bootseer/users/20001/events/{job_id}.1"
+    while sum('"session","name":"end"' in path.read_text() for path in folder.glob("*.jsonl")) < 3:
+        assert time.monotonic() < deadline + 200
+        time.sleep(0.2)
+    done = cluster.exec("login", "sacct", "-nPXD", "-j", str(job_id), "-o", "ElapsedRaw")
+    for restart, elapsed in enumerate(done.stdout.split()):
+        document = json.loads(reports.report(job_id, "--format", "json", "--restart", str(restart)))
+        assert (document["restart"], document["restarts"]) == (restart, [0, 1])
+        assert len(document["starts"]) == 3
+        for start in document["starts"]:
+            assert sum(start["stages"].values()) + start["after_s"] == pytest.approx(int(elapsed), abs=1)
+            assert start["stages"]["allocation"] < 3, "from this run's own allocation on"
+
+
 def test_where_the_site_observes_all_a_job_that_did_not_ask_has_a_report(reports: Reports) -> None:
     cluster = reports.cluster
     config = cluster.state_dir / "etc" / "bootseer" / "bootseer.toml"

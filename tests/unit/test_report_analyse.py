@@ -270,6 +270,29 @@ def test_a_container_that_pyxis_imports_has_an_image_stage_without_a_mark() -> N
     assert (start.stages["image"], start.derived) == (pytest.approx(7.5), ()), "the mark is what counts"
 
 
+def test_a_container_after_a_batch_script_has_begun() -> None:
+    """The batch script's node has a step more, which starts before the container's."""
+    node = Node("n1").at(0.5, "hook", "begin").at(1, "step", "attach", step="batch")
+    node.at(1.5, "step", "task_start", step="batch", task=0).at(4, "step", "attach", step="0")
+    node.at(5, "image", "get", what="image", target="docker://x").at(9, "step", "task_start", step="0", task=0)
+    (start,) = report_of(mark(node, 20, "training_started")).starts
+    spans = [(span.stage, (span.end_ns - START) / SECOND) for span in start.spans]
+    assert spans == [
+        ("allocation", 0.5), ("prolog", 1), ("launch", 1.5), ("program", 5), ("image", 9), ("program", 20)
+    ]  # fmt: skip
+
+
+def test_an_image_file_that_is_read_before_the_task_is_a_containers() -> None:
+    node = mark(Node("n1").started(task_s=9), 20, "training_started")
+    read(node, "image", 3, 18)
+    (start,) = report_of(node).starts
+    assert (start.stages["launch"], start.stages["image"]) == (pytest.approx(1), pytest.approx(6))
+    mounted = mark(Node("n2").started(task_s=3), 20, "training_started")
+    read(mounted, "image", 1, 8)
+    (start,) = report_of(mounted).starts
+    assert start.stages["image"] == pytest.approx(5), "read in the prolog, to mount it, and by the task"
+
+
 def test_what_a_job_reads_gives_its_stages_where_it_marks_none() -> None:
     node = mark(Node("n1").started(), 40, "training_started")
     read(node, "image", 3.5, 20)

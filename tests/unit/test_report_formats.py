@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -61,3 +63,19 @@ def test_a_run_without_events_is_no_error(name: str) -> None:
 
     empty: Report = analyse(Run(9, 0, (0,), None, None, (), (), ()))
     assert FORMATS[name](empty)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--format", "pdf"), "terminal, json, csv, parquet, html, perfetto"),
+        (("--format", "parquet"), "--output"),
+        (("--output", "x"), "--format"),
+    ],
+)
+def test_a_format_that_cannot_be_written_is_refused_in_one_line(options: tuple[str, ...], said: str) -> None:
+    command = [sys.executable, "-m", "bootseer_slurm", "report", "1", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""

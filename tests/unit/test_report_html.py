@@ -83,3 +83,16 @@ def test_a_start_that_is_not_marked_and_one_without_events_have_a_page() -> None
 
 def test_a_thousand_nodes_are_less_than_half_a_megabyte(made_start: object) -> None:
     assert len(to_html(made_start(1000))) < 500_000  # type: ignore[operator]
+
+
+def test_a_user_who_names_a_thousand_things_gets_no_endless_page() -> None:
+    sent = node_events(1)
+    reads = [event for event in sent.events if event.kind == "access"]
+    faults = [replace(reads[0], kind="fault", name="x", message=f"fault {number}") for number in range(1000)]
+    many = [replace(reads[0], target=f"/t{number}") for number in range(1000)]
+    run = Run(1234, 0, (0,), 1000, RECORD, (replace(sent, events=(*sent.events, *many, *faults)),), (), ())
+    page = to_html(analyse(run))
+    assert "and 952 more" in page, "1,002 things, two of them its image and its checkpoint"
+    assert "/t30<" in page and "/t900<" not in page
+    assert "and 951 more" in page, "1,001 problems"
+    assert len(page) < 120_000

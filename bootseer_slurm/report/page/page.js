@@ -5,7 +5,7 @@
   const canvas = document.getElementById("canvas"), view = document.getElementById("view");
   const spacer = document.getElementById("spacer"), hover = document.getElementById("hover");
   const sort = document.getElementById("sort"), find = document.getElementById("find");
-  const AXIS = 26, RIGHT = 12, MOST = 1020, NAMED = 11;
+  const AXIS = 26, RIGHT = 12, MOST = 1020, NAMED = 9;
   let shown = [], rowHeight = 0, labels = 90, from = 0, until = data.end, drag = null, waiting = false;
 
   const colors = () => {
@@ -89,14 +89,16 @@
   function drawNames(pen, color, first, count, shift) {
     pen.textBaseline = "middle";
     pen.textAlign = "right";
+    const all = rowHeight >= NAMED, apart = all ? 1 : Math.ceil(20 / rowHeight);
+    if (all) pen.font = Math.min(12, rowHeight + 1) + "px system-ui, sans-serif";
     let free = AXIS;
     shown.slice(first, first + count).forEach((node, index) => {
-      const middle = AXIS - shift + (index + 0.5) * rowHeight, step = rowHeight >= NAMED ? 0 : 15;
-      if (middle - 6 < free && step) return;
-      if (step && !node.cause && (first + index) % 20) return;
+      const middle = Math.max(AXIS - shift + (index + 0.5) * rowHeight, all ? 0 : AXIS + 7);
+      // Of rows that are too low for a name each, those of slow nodes have theirs, and some others.
+      if (!all && (middle - 7 < free || !node.cause && (first + index) % apart)) return;
       pen.fillStyle = node.cause ? color.bad : color.dim;
-      pen.fillText(clip(pen, node.name, labels - 12), labels - 8, Math.max(middle, AXIS + 7));
-      free = middle + step - 6;
+      pen.fillText(clip(pen, node.name, labels - 12), labels - 8, middle);
+      free = middle + 7;
     });
   }
 

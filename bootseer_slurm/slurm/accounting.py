@@ -1,8 +1,8 @@
 """Many jobs' rows at once: by pyslurm where it is installed, else by sacct; both give the same.
 
 Owns what pyslurm.db's attributes mean (as of 25.11.2). pyslurm is made for one release of Slurm, so it is an
-extra. It gives the last run of a job only: jobs that were requeued are left to sacct, which gives all runs, as
-are those of which pyslurm says nothing.
+extra. It gives the last run of a job only: jobs that were requeued are left to sacct, which gives all runs,
+and so are those of which pyslurm says nothing.
 """
 
 from __future__ import annotations

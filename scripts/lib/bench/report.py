@@ -190,7 +190,7 @@ def collect_rows(cluster: Cluster) -> list[Row]:
     if "starts added: 0" not in done.stdout:
         raise ClusterError(f"collect added some again: {done.stdout}")
     how = f"bootseer collect, {STARTS} new starts of one user, real slurmdbd; limit: to read and parse them"
-    how_comments = f"bootseer collect, {COMMENTS} comments by the real sacctmgr, {STARTS - COMMENTS} of others"
+    how_comments = f"bootseer collect, {COMMENTS} comments by sacctmgr, {STARTS - COMMENTS} of others left"
     return [
         Row("collect, new starts into the records", add_s, "s", 60.0, limit_s, how),
         Row("collect, comments a second", COMMENTS / comment_s, "1/s", None, None, how_comments, at_least=True),
@@ -199,7 +199,7 @@ def collect_rows(cluster: Cluster) -> list[Row]:
 
 
 def copy_rows(cluster: Cluster, job: int) -> None:
-    """Rows in accounting for STARTS more jobs, of which all but COMMENTS have somebody's AdminComment."""
+    """Rows in accounting for STARTS more jobs, all but COMMENTS with somebody else's comment."""
     last = FIRST_JOB + STARTS - 1
     sql = COPY_ROWS.format(job=job, first=FIRST_JOB, last=last, last_commented=FIRST_JOB + COMMENTS - 1)
     argv = ("mariadb", "--no-defaults", "--socket=/run/mysqld/mysqld.sock", "slurm_acct")

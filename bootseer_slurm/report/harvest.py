@@ -36,7 +36,8 @@ from bootseer_slurm.report.frames import Frame
 from bootseer_slurm.report.owners import OwnersEvents, as_owner, event_frames
 from bootseer_slurm.report.records import COMMENT_PREFIX, Row, comment_of, row_of
 from bootseer_slurm.report.stored import run_folders
-from bootseer_slurm.slurm.jobs import AccountingError, JobRecord, admin_comments, records_of
+from bootseer_slurm.slurm.accounting import records_of
+from bootseer_slurm.slurm.jobs import AccountingError, JobRecord, admin_comments
 from bootseer_slurm.slurm.sacctmgr import set_admin_comments
 from bootseer_slurm.store import Store
 

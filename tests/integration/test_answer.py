@@ -191,3 +191,9 @@ def test_a_process_ends_by_itself(service: Service) -> None:
 def test_stdin_that_is_no_socket_is_said(service: Service) -> None:
     done = service.bootseer(0, "answer")
     assert done.returncode == 2 and "stdin" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--by", "moon"), ("--format", "html"), ("--since", "yesterday")])
+def test_what_overhead_cannot_do_is_said_in_a_line(service: Service, arguments: tuple[str, str]) -> None:
+    done = service.bootseer(ALICE, "overhead", *arguments)
+    assert done.returncode == 2 and arguments[1] in done.stderr and "Traceback" not in done.stderr

@@ -47,3 +47,8 @@ def test_the_shipped_file_is_the_template() -> None:
     shipped = Path(__file__).parents[2] / "conf" / "bootseer.toml"
     assert shipped.read_text() == config.template()
     assert config.load(shipped, environ={}).store == config.load(environ={}).store
+
+
+def test_the_units_socket_is_the_default() -> None:
+    unit = Path(__file__).parents[2] / "conf/systemd/bootseer-answer.socket"
+    assert f"ListenStream={config.RecordsConfig().socket}\n" in unit.read_text()

@@ -40,7 +40,7 @@ class Job:
     gpus: tuple[int, ...] = ()  # of this node, as Slurm numbers them; (): not known
 
     def rank(self, node: str) -> tuple[str, int]:
-        """Which of the job's nodes this is, and of how many; the node's name and 1 where that is not known."""
+        """Which of the job's nodes this is, and of how many; its name and 1 where that is not known."""
         try:
             nodes = expand(self.nodelist)
             return f"{nodes.index(node)}/{len(nodes)}", len(nodes)

@@ -359,3 +359,24 @@ def test_each_node_brings_what_that_of_its_rank_read_of_the_last_checkpoint(inpu
         brought.append([row["fetched_bytes"] for row in transfers if row["what"] == "checkpoint"])
     assert brought[0] == [64_000_000, 64_000_000]
     assert all(32_000_000 <= bytes_ < 40_000_000 for bytes_ in brought[1]), brought  # the kernel reads ahead
+
+
+def test_a_step_that_begins_when_a_striped_checkpoint_is_there_sees_the_caches_own_file(inputs: Inputs) -> None:
+    """Without the FUSE server on the way: the plugin shows it over the FUSE file that BOOTSEER_CHECKPOINT names."""
+    uri = f"file://{HOME}/striped.bin"
+    make = f"{BOOTSEER} checkpoint stripe {HOME}/model.bin {HOME}/striped.bin"
+    assert inputs.cluster.exec("login", "bash", "-c", make, user="alice").returncode == 0
+    script = textwrap.dedent(
+        f"""\
+        #!/bin/bash
+        #SBATCH -N1 -w n1 -o {HOME}/%j.out
+        echo batch $(sha256sum < $BOOTSEER_CHECKPOINT | cut -c1-64) $(stat -fc %T $BOOTSEER_CHECKPOINT)
+        sleep 4
+        srun bash -c 'echo step $(sha256sum < $BOOTSEER_CHECKPOINT | cut -c1-64) $(stat -fc %T $BOOTSEER_CHECKPOINT)'
+        """
+    )
+    inputs.cluster.script("drop-caches", "--bootseer")
+    _, lines = inputs.run("--bootseer", f"--bootseer-checkpoint={uri}", script=script)
+    batch, step = lines
+    assert batch[:2] == ("batch", inputs.model) and step[:2] == ("step", inputs.model)
+    assert "fuse" in batch[2] and "fuse" not in step[2]

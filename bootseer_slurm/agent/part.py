@@ -149,7 +149,9 @@ class Part:
     def take_plan(self, job_class: str) -> None:
         """Learn what earlier starts touched. Without a plan, what is read comes when it is read."""
         layout = self.reader.blob.layout
-        fields: dict[str, Any] = {"class": job_class, "blob": self.trace_key}
+        # Another class may read less of a checkpoint, of which nothing but the plan is brought.
+        any_class = self.wish.kind != "checkpoint"
+        fields: dict[str, Any] = {"class": job_class, "blob": self.trace_key, "any_class": any_class}
         fields |= {"blocks": layout.blocks, "block_bytes": layout.block_bytes}
         try:
             reply = self._process.call("plan", **fields)

@@ -85,7 +85,7 @@ class Recording:
         used = [part for part in parts if self._last_s(part)]
         began_ms = min(map(self._began_ms, used), default=0)
         for part in parts:
-            if not (part in used or self._is_passed_over(part, used)) or _is_cut_off(part, ended):
+            if not (part in used or self._is_passed_over(part, used)) or self._is_cut_off(part, ended):
                 continue
             trace = Trace(
                 blob=part.trace_key,
@@ -93,6 +93,7 @@ class Recording:
                 job=self._job.job_id,
                 restart=self._job.restart,
                 made_ns=time.time_ns(),
+                blocks=part.reader.blob.layout.blocks,
                 block_bytes=part.reader.blob.layout.block_bytes,
                 partial=part.partial,
                 ended=ended,
@@ -136,10 +137,14 @@ class Recording:
             return False
         return any(other.wish.kind == "checkpoint" for other in used)
 
-
-def _is_cut_off(part: Part, ended: str) -> bool:
-    """Whether more of a checkpoint was, or may have been, to be read: nothing but its plan is brought."""
-    return part.wish.kind == "checkpoint" and (ended == "end" or _recorder(part).count >= MAX_TOUCHES)
+    def _is_cut_off(self, part: Part, ended: str) -> bool:
+        """Whether more of a checkpoint was, or may have been, to be read: nothing but its plan is brought."""
+        if part.wish.kind != "checkpoint":
+            return False
+        checkpoints = [each for each in self._parts if each.wish.kind == "checkpoint"]
+        quiet_s = time.monotonic() - max(map(self._last_s, checkpoints))
+        loads = ended == "cap" and quiet_s <= self._config.start_quiet_s
+        return loads or ended == "end" or _recorder(part).count >= MAX_TOUCHES
 
 
 def _recorder(part: Part) -> Recorder:

@@ -44,7 +44,7 @@ def made(job: int, *blocks: int, node: str = "n1", partial: bool = False, **valu
     """A trace that touches these blocks, one every 10 ms."""
     touches = tuple((block, 10 * place) for place, block in enumerate(blocks))
     age_ns = values.pop("age_ns", (100 - job) * 10**9)
-    trace = Trace("b" * 64, node, job, 0, NOW_NS - age_ns, BLOCK_BYTES, partial, "mark", touches)
+    trace = Trace("b" * 64, node, job, 0, NOW_NS - age_ns, 1000, BLOCK_BYTES, partial, "mark", touches)
     return dataclasses.replace(trace, **values)
 
 
@@ -168,6 +168,7 @@ HEADER = {
     "job": 1,
     "restart": 0,
     "made_ns": 1,
+    "blocks": 1,
     "block_bytes": 1,
     "partial": False,
     "ended": "mark",
@@ -386,3 +387,12 @@ def test_what_no_request_may_ask_for_is_left_out() -> None:
     ]
     record = {"version": 1, "made_ns": 1, "wishes": wishes}
     assert decode_wishes(json.dumps(record).encode()) == [("image", "/good")]
+
+
+def test_a_trace_of_a_file_of_quite_another_size_says_nothing() -> None:
+    """A checkpoint's file is another one at each start, and nothing of it is brought but its plan."""
+    for blocks, is_used in ((700, False), (905, True), (1000, True), (1100, True), (1500, False)):
+        assert bool(plan(made(1, 5, blocks=blocks)).blocks) is is_used, blocks
+    small = made(1, 0, blocks=1)
+    assert merge([small], blocks=2, block_bytes=BLOCK_BYTES, now_ns=NOW_NS).blocks == (0,)
+    assert merge([small], blocks=3, block_bytes=BLOCK_BYTES, now_ns=NOW_NS) == Plan()

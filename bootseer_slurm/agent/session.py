@@ -107,7 +107,7 @@ class Session:
     def take_up(self, request: Request, notes: list[Message]) -> None:
         """Go on where an agent was killed. notes: of what it had found (held.py)."""
         self.log.emit("fault", "agent_restarted", level="warning", message="the agent was started again")
-        self._recording.step()  # there may have been one
+        self._recording.resume()
         for note in notes:
             try:
                 self._held.append(Held(note, self.job, self._shelf, self._fetcher, self._fault))
@@ -391,7 +391,7 @@ class Session:
     def _begin_prefetch(self, target: Target) -> None:
         for part in target.parts:
             self._recording.add(part)
-            part.take_plan(self._class)
+            part.take_plan(self._class, allow=self._wanted.allow_plan)
             # Blocks that are pushed are read unseen: of every few starts, one is recorded whole.
             kind, size_bytes = target.wish.kind, part.reader.size_bytes
             if part.is_settled and kind != "checkpoint" and self.job.job_id % _WHOLE_TRACE_EVERY:

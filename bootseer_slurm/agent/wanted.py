@@ -13,6 +13,7 @@ from bootseer_slurm.errors import InputError
 
 _LOOK_UPS = 64  # of one job on one node: each costs the agent memory and a thread
 _DIGESTS_LIMIT_BYTES = 256 * 2**20  # of one job: of blobs of 2 TB
+_PLANNED_LIMIT_BLOCKS = 2**20  # of one job: 256 GiB, and some 250 bytes of memory each
 
 
 @dataclass(slots=True)
@@ -44,6 +45,7 @@ class Wanted:
         self._sought: dict[Wish, Sought] = {}
         self._look_ups = 0
         self._digest_bytes = 0
+        self._planned_blocks = 0
         self._lock = threading.Lock()
 
     def has_new(self, request: Request) -> bool:
@@ -98,6 +100,13 @@ class Wanted:
             self._digest_bytes += size_bytes
             if self._digest_bytes > _DIGESTS_LIMIT_BYTES:
                 raise InputError("this job asked for too much: its blobs have too many blocks")
+
+    def allow_plan(self, blocks: int) -> None:
+        """A plan of so many blocks more. Raises InputError when they are too many."""
+        with self._lock:
+            if self._planned_blocks + blocks > _PLANNED_LIMIT_BLOCKS:
+                raise InputError(f"the plans of this job would have more than {_PLANNED_LIMIT_BLOCKS} blocks")
+            self._planned_blocks += blocks
 
     def all(self) -> dict[Wish, Sought]:
         """All wishes, learned ones too."""

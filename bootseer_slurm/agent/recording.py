@@ -46,6 +46,7 @@ class Recording:
         self._begin_s = time.monotonic()
         self._parts: list[Part] = []
         self._step_s = math.inf
+        self._resumed = False
         self._mounted_s: dict[Part, float] = {}
         self._over = threading.Event()
         self._lock = threading.Lock()
@@ -68,6 +69,11 @@ class Recording:
     def step(self) -> None:
         """A step begins, or wants an image: what is read from now on is the start's."""
         self._step_s = min(self._step_s, time.monotonic())
+
+    def resume(self) -> None:
+        """An agent before this one was killed, and what it saw is lost: traces are partial."""
+        self._resumed = True
+        self.step()  # there may have been one
 
     def mounted(self, part: Part) -> None:
         """What was read of this part until now was for mounting it."""
@@ -95,7 +101,7 @@ class Recording:
                 made_ns=time.time_ns(),
                 blocks=part.reader.blob.layout.blocks,
                 block_bytes=part.reader.blob.layout.block_bytes,
-                partial=part.partial,
+                partial=self._resumed or part.partial,
                 ended=ended,
                 touches=_recorder(part).touches_since(began_ms),
             )
@@ -133,7 +139,7 @@ class Recording:
 
     def _is_passed_over(self, part: Part, used: list[Part]) -> bool:
         """Whether this node read of a checkpoint, but nothing of this file of it."""
-        if part.wish.kind != "checkpoint" or part.partial or part in used:
+        if part.wish.kind != "checkpoint" or self._resumed or part.partial or part in used:
             return False
         return any(other.wish.kind == "checkpoint" for other in used)
 

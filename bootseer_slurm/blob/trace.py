@@ -43,7 +43,7 @@ ENDED = ("mark", "quiet", "cap", "end")
 # 32 GiB of blocks: what touches more reads the blob whole, and needs no plan.
 MAX_TOUCHES = 2**17
 _ALIKE = 0.1  # of its blocks, and one, a file may have more or fewer than what takes its place
-_MAX_AGE_NS = 30 * 24 * 3600 * 10**9
+MAX_AGE_S = 30 * 24 * 3600  # of what a plan is made of
 _HEADER_LIMIT_BYTES = 2048
 _DIGEST_BYTES = 32
 _NUMBER_BYTES = 4
@@ -215,7 +215,7 @@ def merge(traces: Iterable[Trace], *, blocks: int, block_bytes: int, now_ns: int
         for trace in traces
         if trace.block_bytes == block_bytes
         and abs(trace.blocks - blocks) <= 1 + _ALIKE * blocks
-        and now_ns - trace.made_ns <= _MAX_AGE_NS
+        and now_ns - trace.made_ns <= MAX_AGE_S * 10**9
     ]
     full, full_starts = _latest(trace for trace in usable if not trace.partial)
     partial, _ = _latest(trace for trace in usable if trace.partial)

@@ -25,7 +25,8 @@ class Memory:
     def __init__(self) -> None:
         free_bytes = psutil.virtual_memory().available
         self._limit_bytes = free_bytes // _SHARE
-        self._push_left_bytes = free_bytes // _PUSH_SHARE
+        self._push_limit_bytes = free_bytes // _PUSH_SHARE
+        self._pushed_bytes = 0
         self._brought_bytes = 0
         self._beyond: list[tuple[CachedBlob, int, int]] = []
         self._beyond_bytes = 0
@@ -35,14 +36,14 @@ class Memory:
         """Have no more than what Slurm gave the job on this node."""
         with self._lock:
             self._limit_bytes = min(self._limit_bytes, job_bytes)
-            self._push_left_bytes = min(self._push_left_bytes, job_bytes * _SHARE // _PUSH_SHARE)
+            self._push_limit_bytes = min(self._push_limit_bytes, job_bytes * _SHARE // _PUSH_SHARE)
 
     def may_push(self, size_bytes: int) -> bool:
         """Whether the kernel may be given so much; it then counts as given."""
         with self._lock:
-            if self._push_left_bytes < size_bytes:
+            if self._pushed_bytes + size_bytes > self._push_limit_bytes:
                 return False
-            self._push_left_bytes -= size_bytes
+            self._pushed_bytes += size_bytes
             return True
 
     def brought(self, blob: CachedBlob, offset: int, size_bytes: int) -> None:

@@ -9,12 +9,13 @@ Not thread-safe.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from bootseer_slurm.errors import InputError
+from bootseer_slurm.errors import InputError, NotFound
 
 _NAME_LIMIT = 255
 _DEPTH_LIMIT = 8
@@ -27,33 +28,46 @@ class Named:
         """folder: of this job alone; made when first needed."""
         self._folder = folder
         self._shown: dict[str, Path] = {}
+        self._closed = False
 
     def show(self, checkpoint: str, files: Mapping[str, Path]) -> Path:
         """The folder in which the files of a checkpoint have their names; the same one when asked again.
 
         files: where each is served, by its path within the checkpoint, which is its user's. Raises InputError
-        for a name that cannot be, OSError.
+        for a name that cannot be, NotFound once it is closed, OSError; and then leaves nothing behind.
         """
+        if self._closed:
+            raise NotFound("the job is over")
         if checkpoint not in self._shown:
             checked = {_checked(name): path for name, path in files.items()}
             self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)
             place = self._folder / secrets.token_hex(8)
             place.mkdir()
-            for name, path in checked.items():
-                (place / name).parent.mkdir(parents=True, exist_ok=True)
-                (place / name).symlink_to(path)
+            try:
+                for name, path in checked.items():
+                    (place / name).parent.mkdir(parents=True, exist_ok=True)
+                    (place / name).symlink_to(path)
+            except BaseException:
+                shutil.rmtree(place)  # each step would make another one
+                raise
             self._shown[checkpoint] = place
         return self._shown[checkpoint]
 
     def close(self) -> None:
-        """Take the folders away."""
+        """Take the folders away; none is made after this."""
+        self._closed = True
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._folder)
 
 
 def _checked(name: str) -> str:
-    parts = PurePosixPath(name).parts
-    usable = 0 < len(parts) <= _DEPTH_LIMIT and all(len(part.encode()) <= _NAME_LIMIT for part in parts)
+    try:
+        parts = PurePosixPath(name).parts
+        usable = 0 < len(parts) <= _DEPTH_LIMIT and all(
+            len(os.fsencode(part)) <= _NAME_LIMIT for part in parts
+        )
+    except UnicodeEncodeError:  # JSON has characters that no file system has
+        usable = False
     if not usable or "/" in parts or ".." in parts or "\0" in name:
         raise InputError(f"a file of the checkpoint is called {name[:80]!r}")
     return name

@@ -22,7 +22,7 @@ from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
 from bootseer_slurm.blob.reader import OnFault, Source, Usage
 from bootseer_slurm.blob.trace import SETTLED_STARTS, Plan, Recorder, decode_plan
 from bootseer_slurm.env.attach import Snapshot, squashfuse
-from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
+from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, StoreError
 from bootseer_slurm.fetch.process import FetchProcess
 from bootseer_slurm.image.trust import Key, is_signed
 
@@ -157,10 +157,16 @@ class Part:
         blob = self.reader.blob
         return any(is_signed(key, uid, blob.id, self._content.signature) for uid in (blob.uid, 0))
 
-    def take_plan(self, job_class: str) -> None:
-        """Learn what earlier starts touched. Without a plan, what is read comes when it is read."""
+    def take_plan(self, job_class: str, *, allow: Callable[[int], None]) -> None:
+        """Learn what earlier starts touched. Without a plan, what is read comes when it is read.
+
+        allow: asked before a plan of so many blocks is kept in memory; raises InputError when they are too
+        many.
+        """
         layout = self.reader.blob.layout
-        fields: dict[str, Any] = {"class": job_class, "blob": self.trace_key}
+        # Another class may read less of a checkpoint, of which nothing but the plan is brought.
+        any_class = self.wish.kind != "checkpoint"
+        fields: dict[str, Any] = {"class": job_class, "blob": self.trace_key, "any_class": any_class}
         fields |= {"blocks": layout.blocks, "block_bytes": layout.block_bytes}
         try:
             reply = self._process.call("plan", **fields)
@@ -171,21 +177,24 @@ class Part:
             if "warning" in reply.fields:
                 self._on_fault("trace_damaged", str(reply.fields["warning"]))
             content = os.pread(reply.fds[0], trace.LIMIT_BYTES, 0)
-            self._use_plan(decode_plan(content, blocks=layout.blocks))
-        except IntegrityError as error:
+            self._use_plan(decode_plan(content, blocks=layout.blocks), allow)
+        except (IntegrityError, InputError) as error:
             self._on_fault("plan_not_used", error.message)
         finally:
             for fd in reply.fds:
                 os.close(fd)
 
-    def _use_plan(self, plan: Plan) -> None:
+    def _use_plan(self, plan: Plan, allow: Callable[[int], None]) -> None:
         if self.wish.kind != "checkpoint":
             self.is_settled = plan.full_starts >= SETTLED_STARTS
-            self.plan = plan
-        elif plan.full_starts:  # nothing but a plan is brought: it must know all
+        elif not plan.full_starts:  # nothing but a plan is brought: it must know all
+            return
+        else:
             self.is_settled, self._is_watched = True, False
-            if len(plan.blocks) < _WHOLE * self.reader.blob.layout.blocks:
-                self.plan = plan
+            if len(plan.blocks) >= _WHOLE * self.reader.blob.layout.blocks:
+                return
+        allow(len(plan.blocks))
+        self.plan = plan
 
     def push(self) -> None:
         """Have what is prefetched of it given to the kernel."""

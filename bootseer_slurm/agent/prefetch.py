@@ -40,11 +40,6 @@ _ORDER = ("checkpoint", "environment", "image")
 _FORECAST_EVERY_S = 0.05
 _FORECAST_MARGIN = 1.1  # what is late comes as soon as it is asked for: reads go before the prefetch
 _OTHERS_S = 1.0  # a wait for a block that others fetch, before it is looked at again
-_FIRST_LIMIT_BYTES = 64 * 2**20
-_END_BYTES = (
-    2**20
-)  # of a checkpoint: safetensors has its header in front, a zip (.pt) its directory at the end
-_LATE_MS = 2**32  # after what is known to be touched
 _NO_PLAN = Plan()
 
 

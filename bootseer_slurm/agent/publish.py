@@ -74,7 +74,7 @@ class Publisher:
         try:
             fields = self._fetcher().call("clock", path=path, timeout_s=_IMPATIENCE_S).fields
             offset_ms, error_ms = float(fields["offset_s"]) * 1e3, float(fields["error_s"]) * 1e3
-        except (BootseerError, KeyError, TypeError, ValueError) as error:
+        except (BootseerError, LookupError, TypeError, ValueError, OverflowError) as error:
             _log.debug("clock not compared: %s", error, extra={"job": self._job.job_id})
             return
         log.emit("clock", "store", offset_ms=round(offset_ms, 3), error_ms=round(error_ms, 3))

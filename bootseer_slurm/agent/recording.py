@@ -46,6 +46,7 @@ class Recording:
         self._begin_s = time.monotonic()
         self._parts: list[Part] = []
         self._step_s = math.inf
+        self._resumed = False
         self._mounted_s: dict[Part, float] = {}
         self._over = threading.Event()
         self._lock = threading.Lock()
@@ -69,6 +70,11 @@ class Recording:
         """A step begins, or wants an image: what is read from now on is the start's."""
         self._step_s = min(self._step_s, time.monotonic())
 
+    def resume(self) -> None:
+        """An agent before this one was killed, and what it saw is lost: traces are partial."""
+        self._resumed = True
+        self.step()  # there may have been one
+
     def mounted(self, part: Part) -> None:
         """What was read of this part until now was for mounting it."""
         self._mounted_s[part] = time.monotonic()
@@ -85,7 +91,7 @@ class Recording:
         used = [part for part in parts if self._last_s(part)]
         began_ms = min(map(self._began_ms, used), default=0)
         for part in parts:
-            if not (part in used or self._is_passed_over(part, used)) or _is_cut_off(part, ended):
+            if not (part in used or self._is_passed_over(part, used)) or self._is_cut_off(part, ended):
                 continue
             trace = Trace(
                 blob=part.trace_key,
@@ -93,8 +99,9 @@ class Recording:
                 job=self._job.job_id,
                 restart=self._job.restart,
                 made_ns=time.time_ns(),
+                blocks=part.reader.blob.layout.blocks,
                 block_bytes=part.reader.blob.layout.block_bytes,
-                partial=part.partial,
+                partial=self._resumed or part.partial,
                 ended=ended,
                 touches=_recorder(part).touches_since(began_ms),
             )
@@ -132,14 +139,18 @@ class Recording:
 
     def _is_passed_over(self, part: Part, used: list[Part]) -> bool:
         """Whether this node read of a checkpoint, but nothing of this file of it."""
-        if part.wish.kind != "checkpoint" or part.partial or part in used:
+        if part.wish.kind != "checkpoint" or self._resumed or part.partial or part in used:
             return False
         return any(other.wish.kind == "checkpoint" for other in used)
 
-
-def _is_cut_off(part: Part, ended: str) -> bool:
-    """Whether more of a checkpoint was, or may have been, to be read: nothing but its plan is brought."""
-    return part.wish.kind == "checkpoint" and (ended == "end" or _recorder(part).count >= MAX_TOUCHES)
+    def _is_cut_off(self, part: Part, ended: str) -> bool:
+        """Whether more of a checkpoint was, or may have been, to be read: nothing but its plan is brought."""
+        if part.wish.kind != "checkpoint":
+            return False
+        checkpoints = [each for each in self._parts if each.wish.kind == "checkpoint"]
+        quiet_s = time.monotonic() - max(map(self._last_s, checkpoints))
+        loads = ended == "cap" and quiet_s <= self._config.start_quiet_s
+        return loads or ended == "end" or _recorder(part).count >= MAX_TOUCHES
 
 
 def _recorder(part: Part) -> Recorder:

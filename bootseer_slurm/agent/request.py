@@ -9,6 +9,7 @@ import contextlib
 import re
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 import tomli
 
@@ -196,8 +197,10 @@ def number(message: Message, key: str, default: str = "") -> int:
 
 
 def _checked(key: str, value: str) -> str:
+    if value.startswith("file:///"):
+        value = unquote(value.removeprefix("file://"))  # a URI; where it is a path, it is used as one
     if len(value) > _VALUE_LIMIT or any(ord(character) < 32 for character in value):
         raise InputError(f"{key}: too long, or holds a control character")
     if value.startswith("/") or (_URI.fullmatch(value) and key not in ("env", "environments")):
-        return value.removeprefix("file://") if value.startswith("file:///") else value
+        return value
     raise InputError(f"{key}: {value[:80]!r} is neither an absolute path nor a URI")

@@ -108,7 +108,7 @@ class Session:
     def take_up(self, request: Request, notes: list[Message]) -> None:
         """Go on where an agent was killed. notes: of what it had found (held.py)."""
         self.log.emit("fault", "agent_restarted", level="warning", message="the agent was started again")
-        self._recording.step()  # there may have been one
+        self._recording.resume()
         for note in notes:
             try:
                 self._held.append(Held(note, self.job, self._shelf, self._fetcher, self._fault))
@@ -138,8 +138,10 @@ class Session:
         for wish in sorted(request.wishes, key=lambda wish: wish.kind != "image"):  # environments ask for it
             self._seek(wish, asked=True)
 
-    def _seek(self, wish: Wish, *, asked: bool, place: str = "") -> Sought:
-        sought, is_new = self._wanted.seek(wish, asked=asked, place=place)
+    def _seek(
+        self, wish: Wish, *, asked: bool = False, whole: Sought | None = None, place: str = ""
+    ) -> Sought:
+        sought, is_new = self._wanted.seek(wish, asked=asked, whole=whole, place=place)
         if is_new and not self._start_thread(self._bring, wish, sought):
             sought.looked_up.set()
             sought.begun.set()
@@ -335,7 +337,7 @@ class Session:
         """Look one wish up, then have it prefetched; gives None when it cannot be used."""
         try:
             self._wanted.count_look_up(wish)
-            if wish.kind == "checkpoint" and not sought.located and self._locate(wish, sought):
+            if wish.kind == "checkpoint" and sought.whole is None and self._locate(wish, sought):
                 return None
             place = Place(f"{sought.place}\0{self._rank}", self._nodes > 1) if sought.place else None
             target = self._look_up(wish, digest, place)
@@ -366,7 +368,7 @@ class Session:
     def _locate(self, wish: Wish, sought: Sought) -> bool:
         """See whether a checkpoint is a folder; then each file of the newest in it is a wish of its own."""
         fields = self._fetcher().call("locate", name=wish.name, limit=_FILES).fields
-        found = {str(name): (str(place), str(within)) for name, place, within in fields["files"]}
+        found = {str(name): (str(place), str(within)) for name, place, within in fields["files"][:_FILES]}
         if list(found) == [wish.name]:
             sought.place, _ = found[wish.name]
             return False
@@ -379,17 +381,21 @@ class Session:
                     f"checkpoint {wish.name}: more than {_FILES} files that have no path of their own"
                 )
         self.log.emit("plan", "located", target=wish.name, what=wish.kind, message=message or None)
-        for name, (place, within) in found.items():
-            for file in learned_wishes([("checkpoint", name)]):  # as the user's process says
-                if has_no_path:
-                    sought.files[within] = file
-                self._seek(file, asked=sought.asked, place=place)
+        files = {
+            within: (file, place)
+            for name, (place, within) in found.items()
+            for file in learned_wishes([("checkpoint", name)])  # as the user's process says
+        }
+        if has_no_path:
+            sought.files = {within: file for within, (file, _) in files.items()}  # at once: steps look at it
+        for file, place in files.values():
+            self._seek(file, whole=sought, place=place)
         return True
 
     def _begin_prefetch(self, target: Target) -> None:
         for part in target.parts:
             self._recording.add(part)
-            part.take_plan(self._class)
+            part.take_plan(self._class, allow=self._wanted.allow_plan)
             # Blocks that are pushed are read unseen: of every few starts, one is recorded whole.
             kind, size_bytes = target.wish.kind, part.reader.size_bytes
             if part.is_settled and self.job.job_id % _WHOLE_TRACE_EVERY:

@@ -13,7 +13,7 @@ from bootseer_slurm.agent.named import Named
 from bootseer_slurm.agent.request import Wish
 from bootseer_slurm.agent.target import Bind, Target
 from bootseer_slurm.agent.wanted import Sought, Wanted
-from bootseer_slurm.errors import BootseerError, NotFound
+from bootseer_slurm.errors import NotFound
 from bootseer_slurm.events import EventLog
 
 
@@ -40,7 +40,8 @@ class Shown:
 
     def close(self) -> None:
         """Take the folders away."""
-        self._named.close()
+        with self._lock:
+            self._named.close()
 
     def _bind(self, target: Target) -> Bind | None:
         try:
@@ -54,19 +55,16 @@ class Shown:
 
     def _variables(self, asked: dict[Wish, Sought]) -> dict[str, str]:
         in_folders = {file for sought in asked.values() for file in sought.files.values()}
-        variables = {
-            f"BOOTSEER_{wish.kind.upper()}": str(sought.target.served_path())
-            for wish, sought in asked.items()
-            if sought.target is not None and sought.target.path is None and wish not in in_folders
-        }
-        for wish, sought in asked.items():
-            if not sought.files:
-                continue
+        variables: dict[str, str] = {}
+        for wish, sought in sorted(asked.items(), key=lambda each: bool(each[1].files)):  # folders win
             try:
-                files = {name: _served(asked, file) for name, file in sought.files.items()}
-                with self._lock:
-                    variables["BOOTSEER_CHECKPOINT"] = str(self._named.show(wish.name, files))
-            except (BootseerError, OSError) as error:
+                if sought.files:
+                    files = {name: _served(asked, file) for name, file in sought.files.items()}
+                    with self._lock:
+                        variables["BOOTSEER_CHECKPOINT"] = str(self._named.show(wish.name, files))
+                elif sought.target is not None and sought.target.path is None and wish not in in_folders:
+                    variables[f"BOOTSEER_{wish.kind.upper()}"] = str(sought.target.served_path())
+            except Exception as error:  # the binds are to be shown, or closed
                 self._tell("skipped", wish, str(error))
         return variables
 

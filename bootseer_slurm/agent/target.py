@@ -213,7 +213,12 @@ class Target:
         return self._overlay is not None and self._overlay.writable
 
     def served_path(self) -> Path:
-        """Where the blob can be opened by its user, for targets that have no path of their own."""
+        """Where the blob can be opened by its user, for targets that have no path of their own.
+
+        Raises NotFound when it is closed.
+        """
+        if not self.parts:
+            raise NotFound(f"{self.wish.name}: the job is over")
         return self.parts[0].served_path
 
     def bind(self) -> Bind | None:

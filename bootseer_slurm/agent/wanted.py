@@ -13,22 +13,29 @@ from bootseer_slurm.errors import InputError
 
 _LOOK_UPS = 64  # of one job on one node: each costs the agent memory and a thread
 _DIGESTS_LIMIT_BYTES = 256 * 2**20  # of one job: of blobs of 2 TB
+_PLANNED_LIMIT_BLOCKS = 2**20  # of one job: 256 GiB, and some 250 bytes of memory each
 
 
 @dataclass(slots=True)
 class Sought:
-    """One wish. asked: by the job itself, not only learned from its class.
+    """One wish. by_job: asked for by the job itself, not only learned from its class.
 
-    place: of a file of a checkpoint, what it is whatever step that is of. located: as a part of another wish.
+    whole: the wish for a folder that this is a file of. place: of a file of a checkpoint, what it is whatever
+    step that is of.
     """
 
-    asked: bool
-    located: bool = False
+    by_job: bool
+    whole: Sought | None = None
     place: str = ""
     files: dict[str, Wish] = field(default_factory=dict)  # of a checkpoint without paths, by name within it
     looked_up: threading.Event = field(default_factory=threading.Event)
     begun: threading.Event = field(default_factory=threading.Event)  # its prefetch, or it is not used
     target: Target | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether the job asked for it, or for what it is a part of."""
+        return self.by_job or (self.whole is not None and self.whole.by_job)
 
 
 class Wanted:
@@ -38,6 +45,7 @@ class Wanted:
         self._sought: dict[Wish, Sought] = {}
         self._look_ups = 0
         self._digest_bytes = 0
+        self._planned_blocks = 0
         self._lock = threading.Lock()
 
     def has_new(self, request: Request) -> bool:
@@ -45,19 +53,22 @@ class Wanted:
         with self._lock:
             if len(self._sought) >= _LOOK_UPS:
                 return False
-            return any(wish not in self._sought or not self._sought[wish].asked for wish in request.wishes)
+            return any(wish not in self._sought or not self._sought[wish].by_job for wish in request.wishes)
 
-    def seek(self, wish: Wish, *, asked: bool, place: str = "") -> tuple[Sought, bool]:
+    def seek(
+        self, wish: Wish, *, asked: bool = False, whole: Sought | None = None, place: str = ""
+    ) -> tuple[Sought, bool]:
         """What is known of a wish, and whether it is to be looked up: it is new, and there is room for it.
 
-        place: of one that is a part of another.
+        whole, place: of one that is a part of another, see Sought.
         """
         with self._lock:
             sought = self._sought.get(wish)
             if sought is not None:
-                sought.asked = sought.asked or asked
+                sought.by_job = sought.by_job or asked
+                sought.whole = sought.whole or whole
                 return sought, False
-            sought = Sought(asked, bool(place), place)
+            sought = Sought(asked, whole, place)
             if len(self._sought) < _LOOK_UPS:
                 self._sought[wish] = sought
                 return sought, True
@@ -67,7 +78,7 @@ class Wanted:
 
     def remembered(self) -> list[tuple[str, str]]:
         """Of what the job itself asked for, kind and name."""
-        return [(wish.kind, wish.name) for wish, sought in self.asked().items() if not sought.located]
+        return [(wish.kind, wish.name) for wish, sought in self.all().items() if sought.by_job]
 
     def can_come(self, wish: Wish, sought: Sought) -> bool:
         """Whether a wish is there, or may still be looked up."""
@@ -89,6 +100,13 @@ class Wanted:
             self._digest_bytes += size_bytes
             if self._digest_bytes > _DIGESTS_LIMIT_BYTES:
                 raise InputError("this job asked for too much: its blobs have too many blocks")
+
+    def allow_plan(self, blocks: int) -> None:
+        """A plan of so many blocks more. Raises InputError when they are too many."""
+        with self._lock:
+            if self._planned_blocks + blocks > _PLANNED_LIMIT_BLOCKS:
+                raise InputError(f"the plans of this job would have more than {_PLANNED_LIMIT_BLOCKS} blocks")
+            self._planned_blocks += blocks
 
     def all(self) -> dict[Wish, Sought]:
         """All wishes, learned ones too."""

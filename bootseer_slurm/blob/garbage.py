@@ -5,6 +5,8 @@
 A blob without a name is marked first, and removed a day later: jobs that began before may still read it, and
 one that was just stored gets its name last. The store's own times are compared with each other where
 possible; a day is longer than clocks are apart. Runs as the store's user, and may run twice at once.
+
+Each blob, and each rank's part of a checkpoint, has traces of its own: those too old for a plan go too.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import time
 from dataclasses import dataclass, field
 
 from bootseer_slurm.blob.names import list_names, user_folder
+from bootseer_slurm.blob.trace import MAX_AGE_S, traces_folder
 from bootseer_slurm.store import TEMPORARY, Entry, Store
 
 GRACE_S = 86400.0
@@ -33,7 +36,8 @@ class Collected:
 
 
 def collect_garbage(store: Store, uid: int, *, now_s: float | None = None) -> Collected:
-    """Remove blobs that were never completed or lost their names, dead leases and half-written objects.
+    """Remove blobs that were never completed or lost their names, dead leases, old traces and half-written
+    objects.
 
     While a name's record is damaged no complete blob is removed: the record may be of it.
     now_s: seconds since 1970. Raises StoreError.
@@ -50,6 +54,7 @@ def collect_garbage(store: Store, uid: int, *, now_s: float | None = None) -> Co
     for lease in store.scan(f"{root}/leases"):
         if now_s - lease.changed_s > GRACE_S:
             _remove(store, f"{root}/leases/{lease.name}", lease.size_bytes, result)
+    _remove_traces(store, traces_folder(uid), now_s, result)
     _remove_temporary(store, root, now_s, result)
     return result
 
@@ -75,6 +80,25 @@ def _look_at_blob(
         _remove(store, path, size_bytes, result)
     else:
         result.marked.append(path)
+
+
+def _remove_traces(store: Store, root: str, now_s: float, result: Collected) -> None:
+    for job_class in _folders(store, root):
+        path = f"{root}/{job_class.name}"
+        blobs = _folders(store, path)
+        old = []
+        for blob in blobs:
+            traces = store.scan(f"{path}/{blob.name}")
+            if now_s - max(entry.changed_s for entry in (blob, *traces)) > MAX_AGE_S:
+                old.append((f"{path}/{blob.name}", sum(entry.size_bytes for entry in traces)))
+        if len(old) == len(blobs) and now_s - job_class.changed_s > MAX_AGE_S:
+            old = [(path, sum(size_bytes for _, size_bytes in old))]
+        for each in old:
+            _remove(store, *each, result)
+
+
+def _folders(store: Store, path: str) -> list[Entry]:
+    return [entry for entry in store.scan(path) if entry.is_folder]
 
 
 def _remove_temporary(store: Store, folder: str, now_s: float, result: Collected) -> None:

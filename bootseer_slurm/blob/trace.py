@@ -11,7 +11,8 @@ parsed: its user can write it.
 
 A trace is partial when reads may have been answered from the kernel's page cache, which this side never sees:
 on a warm node, or where blocks were pushed ahead of the readers. What it lacks says nothing.
-A trace without touches is of a file of a checkpoint of which its node reads other files only.
+A trace without touches is of a file of a checkpoint of which its node reads other files only. What takes a
+file's place at the next start may be larger or smaller: by much, and it is laid out another way.
 A start is one job.restart; each of its nodes may have written a trace. Does no I/O.
 """
 
@@ -41,7 +42,8 @@ NODES = 4  # traces kept of one start: a thousand nodes of a job touch the same 
 ENDED = ("mark", "quiet", "cap", "end")
 # 32 GiB of blocks: what touches more reads the blob whole, and needs no plan.
 MAX_TOUCHES = 2**17
-_MAX_AGE_NS = 30 * 24 * 3600 * 10**9
+_ALIKE = 0.1  # of its blocks, and one, a file may have more or fewer than what takes its place
+MAX_AGE_S = 30 * 24 * 3600  # of what a plan is made of
 _HEADER_LIMIT_BYTES = 2048
 _DIGEST_BYTES = 32
 _NUMBER_BYTES = 4
@@ -123,7 +125,8 @@ class Recorder:
 class Trace:
     """What one start touched of one blob on one node.
 
-    ended: why recording ended, one of ENDED. touches: (block, ms since the start's first read), by time.
+    blocks: that the blob has. ended: why recording ended, one of ENDED. touches: (block, ms since the start's
+    first read), by time.
     """
 
     blob: str
@@ -131,6 +134,7 @@ class Trace:
     job: int
     restart: int
     made_ns: int
+    blocks: int
     block_bytes: int
     partial: bool
     ended: str
@@ -142,7 +146,7 @@ class Trace:
 
     def encode(self) -> bytes:
         """The trace file's bytes."""
-        names = ("blob", "node", "job", "restart", "made_ns", "block_bytes", "partial", "ended")
+        names = ("blob", "node", "job", "restart", "made_ns", "blocks", "block_bytes", "partial", "ended")
         return _encode(MAGIC, {name: getattr(self, name) for name in names}, self.touches)
 
 
@@ -168,7 +172,7 @@ def decode(content: bytes) -> Trace:
     """The trace in a trace file's bytes. Raises IntegrityError when it is not one, or is not whole."""
     try:
         header, touches = _decode(MAGIC, content)
-        texts, numbers = ("blob", "node"), ("job", "restart", "made_ns", "block_bytes")
+        texts, numbers = ("blob", "node"), ("job", "restart", "made_ns", "blocks", "block_bytes")
         if not all(isinstance(header[key], str) and len(header[key]) <= 256 for key in texts):
             raise ValueError("a name is no text, or too long")
         if not all(type(header[key]) is int and 0 <= header[key] < 2**63 for key in numbers):
@@ -203,12 +207,15 @@ def merge(traces: Iterable[Trace], *, blocks: int, block_bytes: int, now_ns: int
 
     Of the last STARTS starts with full traces, and of as many with partial ones: the blocks in at least half
     of the full traces, and those in at least half of all traces, by the median of their first touch, in full
-    traces where there are any. Traces older than 30 days, or of another block size, are left out.
+    traces where there are any. Traces older than 30 days, of another block size, or of a file of quite
+    another size are left out.
     """
     usable = [
         trace
         for trace in traces
-        if trace.block_bytes == block_bytes and now_ns - trace.made_ns <= _MAX_AGE_NS
+        if trace.block_bytes == block_bytes
+        and abs(trace.blocks - blocks) <= 1 + _ALIKE * blocks
+        and now_ns - trace.made_ns <= MAX_AGE_S * 10**9
     ]
     full, full_starts = _latest(trace for trace in usable if not trace.partial)
     partial, _ = _latest(trace for trace in usable if trace.partial)

@@ -90,7 +90,8 @@ class ParallelReader(FileSystemReader):  # type: ignore[misc]  # torch is not th
         works: list[_Whole | _Straight] = []
         left = []
         with ParallelFile(self.fs.concat_path(self.path, name), streams=streams) as file:
-            saved = _look(file, [place for place in places.values() if place.length > _WHOLE_BYTES])
+            tensors = (places[item.storage_index] for item in items if item.type != LoadItemType.BYTE_IO)
+            saved = _look(file, [place for place in tensors if place.length > _WHOLE_BYTES])
             for item in sorted(items, key=lambda item: places[item.storage_index].offset):
                 place = places[item.storage_index]
                 tensor = saved.get(place.offset)
@@ -230,14 +231,13 @@ def _look(file: ParallelFile, places: list[Any]) -> dict[int, _Saved | None]:
 
 def _saved(length: int, front: bytearray, back: bytearray) -> _Saved | None:
     """What is saved in an archive of which only both ends are known."""
-    with _Sparse(-1, length) as content:
-        content[: len(front)], content[length - len(back) :] = front, back
-        try:
+    try:
+        with _Sparse(-1, length) as content:
+            content[: len(front)], content[length - len(back) :] = front, back
             with zipfile.ZipFile(content) as archive:  # type: ignore[call-overload]  # it is file enough
                 return _saved_in(archive, front)
-        # Whatever it is that was not understood, torch has the last word on it.
-        except (zipfile.BadZipFile, pickle.UnpicklingError, LookupError, TypeError, ValueError, struct.error):
-            return None
+    except Exception:  # whatever it is that was not understood, torch has the last word on it
+        return None
 
 
 class _Sparse(mmap.mmap):

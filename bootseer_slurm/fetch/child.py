@@ -301,11 +301,11 @@ class Child:
         return {}, []
 
     def _plan(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """What earlier starts of this class touched of a blob, or those of any class where it had none."""
+        """What earlier starts of this class touched of a blob; without any, if asked, those of any class."""
         store, reply = self._open_store(), {}
         folder = trace.trace_folder(os.getuid(), request["class"], request["blob"])
         paths = [f"{folder}/{name}" for name in _needed(store, folder)]
-        if not paths:
+        if not paths and request["any_class"]:
             paths = list(self._paths_of_any_class(request["blob"]))
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
             traces = [each for each in pool.map(self._read_trace, paths) if each is not None]

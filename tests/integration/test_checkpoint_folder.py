@@ -8,10 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
+from pytest_mock import MockerFixture
 
 from bootseer_slurm.agent.named import Named
+from bootseer_slurm.agent.request import Wish
+from bootseer_slurm.agent.shown import Shown
+from bootseer_slurm.agent.target import Bind
+from bootseer_slurm.agent.wanted import Wanted
 from bootseer_slurm.checkpoint.writer import StripedWriter
-from bootseer_slurm.errors import InputError
+from bootseer_slurm.errors import InputError, NotFound
+from bootseer_slurm.events import EventLog
 from tests.integration.node import ALICE, Node, node, wait_until
 from tests.integration.test_recovery import attach
 
@@ -135,6 +141,38 @@ def test_striped_files_of_a_folder_have_their_names_in_one_folder(node: Node) ->
     wait_until(lambda: not shown_at.parent.exists())
 
 
+def test_a_folder_with_names_that_are_no_text_and_no_plain_uri(node: Node) -> None:
+    root = node.folder / "data" / "epoch=1, 50%"
+    made = make(root, "step_9/.metadata", os.fsdecode(b"step_9/\xff.bin"))
+    for name in ("__0_0.distcp", "a b.distcp"):
+        path = root / "step_9" / name
+        made[str(path)] = os.urandom(1_000_000)
+        with StripedWriter(str(path)) as file:
+            file.write(made[str(path)])
+    node.start()
+    shown_at = Path(step(node, 1, root))
+    assert shown_at.is_absolute(), [event for event in node.events(1) if event["kind"] == "fault"]
+    found = {str(root / "step_9" / path.name): path.read_bytes() for path in shown_at.iterdir()}
+    assert found == made
+    node.ask("epilog", JOB_ID=1)
+
+
+def test_what_was_learned_is_shown_once_a_step_asks_for_it(node: Node) -> None:
+    root = node.folder / "data" / "ckpt"
+    made = make(root, "step_10/a.safetensors", "step_10/b.safetensors")
+    node.start()
+    assert shown(node, 1, str(root)) == made
+    node.events(1)
+    node.ask("prolog", JOB_ID=2, UID=ALICE, BOOTSEER=1)
+    wait_until(lambda: '"located"' in (node.run / "events" / "2.0").read_text())
+    assert attach(node, 2) == {}
+    reply, fds = node.request("attach", JOB_ID=2, UID=ALICE, STEP_ID=1, BOOTSEER=1, CHECKPOINT=root)
+    for fd in fds:
+        os.close(fd)
+    assert sorted(value.split(":", 3)[3] for key, value in reply if key == "BIND") == sorted(made)
+    node.ask("epilog", JOB_ID=2)
+
+
 def step_again(node: Node, job: int) -> str:
     reply, fds = node.request("attach", JOB_ID=job, UID=ALICE, STEP_ID=1)
     for fd in fds:
@@ -156,8 +194,36 @@ def test_a_folder_of_which_a_striped_file_is_broken_is_not_shown_in_part(node: N
     assert any("stripe 0 is missing" in str(event.get("message")) for event in node.events(1))
 
 
-@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/../../b", "", "x" * 300, "a\0b", "/".join("a" * 20)])
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/../../b", "", "x" * 300, "a\0b", "/".join("a" * 20), "\ud800"])
 def test_a_name_that_leads_elsewhere(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         Named(tmp_path / "job").show("c", {"good": tmp_path, name: tmp_path})
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_folder_that_cannot_be_made_is_not_left_half_made(tmp_path: Path) -> None:
+    named = Named(tmp_path / "job")
+    for _ in range(2):
+        with pytest.raises(OSError):
+            named.show("c", {"a": tmp_path / "none", "a/b": tmp_path / "none"})
+    assert list((tmp_path / "job").iterdir()) == []
+    assert (named.show("c", {"a": tmp_path}) / "a").readlink() == tmp_path
+    named.close()
+    with pytest.raises(NotFound):
+        named.show("d", {"a": tmp_path})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_named_does_not_lose_the_mounts_of_the_rest(mocker: MockerFixture) -> None:
+    """A job that ends while a step begins lets go of its blobs one after the other."""
+    wanted, bind = Wanted(), Bind(7, 1, 2, "/ckpt/a")
+    for name, target in {
+        "/ckpt/a": mocker.Mock(path="/ckpt/a", bind=lambda: bind),
+        "hdfs://nn/b": mocker.Mock(path=None, served_path=mocker.Mock(side_effect=KeyError("gone"))),
+        "s3://bucket/c": mocker.Mock(path=None, served_path=lambda: Path("/run/c")),
+    }.items():
+        target.wish = Wish("checkpoint", name)
+        sought, _ = wanted.seek(target.wish, asked=True)
+        sought.target = target
+    binds, variables = Shown(wanted, mocker.Mock(), EventLog(1, 0, "n1")).to_step()
+    assert binds == [bind] and variables == {"BOOTSEER_CHECKPOINT": "/run/c"}

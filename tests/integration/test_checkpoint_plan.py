@@ -12,7 +12,7 @@ import pytest
 
 from bootseer_slurm.blob.manifest import BLOCK_BYTES
 from bootseer_slurm.blob.trace import Trace, decode
-from tests.integration.node import ALICE, Node, node, wait_until
+from tests.integration.node import ALICE, Node, node, node_of, wait_until
 from tests.integration.test_recovery import attach
 
 __all__ = ["node"]
@@ -50,10 +50,10 @@ def load(node: Node, job: int, folder: Path, *, rank: int = 0, mark: bool = True
     end(node, job, mounts, mark=mark)
 
 
-def begin(node: Node, job: int, *, rank: int = 0) -> dict[str, int]:
+def begin(node: Node, job: int, *, rank: int = 0, job_name: str = "train") -> dict[str, int]:
     node.ask(
         "prolog", JOB_ID=job, UID=ALICE, BOOTSEER=1, CHECKPOINT=node.folder / "data" / "ckpt",
-        JOB_NAME="train", NODELIST="n[1-2]", NODENAME=f"n{rank + 1}",
+        JOB_NAME=job_name, NODELIST="n[1-2]", NODENAME=f"n{rank + 1}",
     )  # fmt: skip
     return attach(node, job)
 
@@ -141,3 +141,30 @@ def test_a_plan_follows_the_step_and_not_the_folder(node: Node) -> None:
     assert set(mounts) == {str(path) for path in again.iterdir()}
     assert fetched(node, 2)["other.distcp"] == 0
     end(node, 2, mounts)
+
+
+def test_what_another_job_read_is_no_plan(node: Node) -> None:
+    """One that evaluates a model reads less of it than the one that trains it."""
+    node.start()
+    load(node, 1, make(node, 1))
+    node.events(1)
+    make(node, 2)
+    mounts = begin(node, 2, job_name="other")
+    assert fetched(node, 2)["other.distcp"] == BLOCKS
+    end(node, 2, mounts)
+
+
+def test_a_start_that_still_reads_at_the_cap_says_nothing() -> None:
+    with node_of('[prefetch]\nstart_cap = "2s"\n') as node:
+        node.start()
+        folder = make(node, 1)
+        mounts = begin(node, 1)
+        fd = os.open(f"/proc/self/fd/{mounts[str(folder / 'half.distcp')]}", os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        for block in range(0, BLOCKS, 4):
+            assert len(os.pread(fd, 100, block * BLOCK_BYTES)) == 100
+            time.sleep(0.1)
+        os.close(fd)
+        end(node, 1, mounts)
+        assert any(event["kind"] == "prefetch" for event in node.events(1))
+        assert traces(node) == []

@@ -10,7 +10,10 @@ import pytest
 from pytest_mock import MockerFixture
 
 from bootseer_slurm import store as stores
+from bootseer_slurm.agent.publish import Publisher
+from bootseer_slurm.agent.request import Job
 from bootseer_slurm.errors import StoreError
+from bootseer_slurm.events import EventLog
 from bootseer_slurm.mounts import mount_of
 from bootseer_slurm.report.stored import reader_clock
 from bootseer_slurm.store import FileStore, clock_offset
@@ -71,3 +74,12 @@ def test_the_mount_of_a_path_is_the_innermost(tmp_path: Path) -> None:
     assert mount_of(tmp_path / "link").fstype == "proc"
     with pytest.raises(FileNotFoundError):
         mount_of(tmp_path / "none")
+
+
+@pytest.mark.parametrize("offset_s", ["x", None, float("nan"), 10**400, [], {}], ids=["text", "none", "nan", "huge", "list", "dict"])
+def test_a_clock_that_is_no_number_does_not_cost_the_events(offset_s: object, mocker: MockerFixture) -> None:
+    """The fetch process is the user's."""
+    process = mocker.Mock()
+    process.call.return_value.fields = {"offset_s": offset_s, "error_s": 1}
+    Publisher(Job(7, 0, 1, 1), lambda: process).write_events(EventLog(7, 0, "n1"))
+    assert [call.args[0] for call in process.call.call_args_list] == ["clock", "write"]

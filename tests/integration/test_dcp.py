@@ -22,6 +22,7 @@ from tests.stores import check_dcp
 torch = pytest.importorskip("torch", reason="needs scripts/torch")
 import safetensors.torch  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner  # noqa: E402
 from torch.distributed.checkpoint.metadata import MetadataIndex  # noqa: E402
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem  # noqa: E402
 
@@ -98,6 +99,15 @@ def test_kinds_that_torch_reads_itself(tmp_path: Path) -> None:
     found = load(tmp_path, empty(state))
     assert same(found["transposed"], state["transposed"]) and same(found["scalar"], state["scalar"])
     assert same(found["float8"].view(torch.uint8), state["float8"].view(torch.uint8))
+
+
+def test_large_objects_that_are_no_tensors(tmp_path: Path) -> None:
+    """A dict that was not flattened is saved by torch.save too, with the tensors in it."""
+    state = {"optimizer": {"steps": 7, "moments": random(*LARGE)}}
+    dcp.save(state, checkpoint_id=tmp_path, planner=DefaultSavePlanner(False, False))
+    found: dict[str, Any] = {"optimizer": {}}
+    dcp.load(found, storage_reader=ParallelReader(tmp_path), planner=DefaultLoadPlanner(False, False))
+    assert found["optimizer"]["steps"] == 7 and same(found["optimizer"]["moments"], state["optimizer"]["moments"])
 
 
 class Places:

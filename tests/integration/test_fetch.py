@@ -152,13 +152,13 @@ def put_trace(
     process: FetchProcess, job: int, *blocks: int, job_class: str = "c1", partial: bool = False
 ) -> None:
     touches = tuple((block, 10 * place) for place, block in enumerate(blocks))
-    trace = Trace("blob1", "n1", job, 0, time.time_ns(), 262144, partial, "mark", touches)
+    trace = Trace("blob1", "n1", job, 0, time.time_ns(), 100, 262144, partial, "mark", touches)
     send(process, "trace", trace.encode(), **{"class": job_class, "blob": "blob1"})
 
 
-def get_plan(process: FetchProcess, job_class: str = "c1") -> tuple[Plan, str | None]:
+def get_plan(process: FetchProcess, job_class: str = "c1", *, any_class: bool = True) -> tuple[Plan, str | None]:
     """The plan, and the warning that came with it."""
-    fields = {"class": job_class, "blob": "blob1", "blocks": 100, "block_bytes": 262144}
+    fields = {"class": job_class, "blob": "blob1", "blocks": 100, "block_bytes": 262144, "any_class": any_class}
     reply = process.call("plan", **fields)
     content = os.pread(reply.fds[0], 2**20, 0)
     close(reply)
@@ -192,6 +192,7 @@ def test_a_new_class_learns_from_the_others(process: FetchProcess) -> None:
     put_trace(process, 1, 5)
     put_trace(process, 2, 5, 6, job_class="c2")
     assert get_plan(process, "c3")[0].blocks == (5, 6)
+    assert get_plan(process, "c3", any_class=False) == (Plan(), None)
     put_trace(process, 3, 9, job_class="c3")
     assert get_plan(process, "c3")[0].blocks == (9,), "its own are better, once there are some"
 

@@ -437,6 +437,10 @@ def test_the_budget_is_a_share_of_what_is_free_and_of_the_job(monkeypatch: pytes
     budget = Memory()
     budget.bound(80)
     assert budget.may_push(20) and not budget.may_push(1)
+    budget = Memory()
+    assert budget.may_push(30)
+    budget.bound(80)
+    assert not budget.may_push(1), "what was given before the job's memory was known counts"
 
 
 def test_a_checkpoint_larger_than_the_budget_lies_on_disk_beyond_it(

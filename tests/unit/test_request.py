@@ -75,3 +75,12 @@ def test_a_damaged_message_is_refused(content: bytes) -> None:
 )  # fmt: skip
 def test_the_gpus_of_a_job_are_numbers_or_not_known(text: str, gpus: tuple[int, ...]) -> None:
     assert parse_job([("JOB_ID", "1"), ("UID", "2"), ("GPUS", text)]).gpus == gpus
+
+
+def test_a_uri_of_a_file_is_its_path() -> None:
+    request = parse_request([("BOOTSEER", "1"), ("CHECKPOINT", "file:///c/a%20b%3D1.pt"), ("IMAGE", "/a%20b.sqsh")])
+    assert request is not None
+    assert set(request.wishes) == {Wish("checkpoint", "/c/a b=1.pt"), Wish("image", "/a%20b.sqsh")}
+    for name in ("file:///c/a%0Ab", "file:///c/a%00b"):
+        with pytest.raises(InputError, match="control character"):
+            parse_request([("BOOTSEER", "1"), ("CHECKPOINT", name)])

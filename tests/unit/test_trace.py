@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bootseer_slurm.agent.wanted import Wanted
+from bootseer_slurm.blob.garbage import collect_garbage
 from bootseer_slurm.blob.jobclass import (
     RECORD_LIMIT_BYTES,
     WISH_LIMIT,
@@ -21,6 +25,7 @@ from bootseer_slurm.blob.jobclass import (
 )
 from bootseer_slurm.blob.trace import (
     MAGIC,
+    MAX_AGE_S,
     MAX_TOUCHES,
     NODES,
     STARTS,
@@ -32,19 +37,22 @@ from bootseer_slurm.blob.trace import (
     merge,
     surplus,
     trace_name,
+    traces_folder,
 )
-from bootseer_slurm.errors import IntegrityError
+from bootseer_slurm.errors import InputError, IntegrityError
+from bootseer_slurm.store import FileStore
 
 NOW_NS = 1_800_000_000 * 10**9
 DAY_NS = 24 * 3600 * 10**9
 BLOCK_BYTES = 256 * 1024
+UID = os.geteuid()
 
 
 def made(job: int, *blocks: int, node: str = "n1", partial: bool = False, **values: Any) -> Trace:
     """A trace that touches these blocks, one every 10 ms."""
     touches = tuple((block, 10 * place) for place, block in enumerate(blocks))
     age_ns = values.pop("age_ns", (100 - job) * 10**9)
-    trace = Trace("b" * 64, node, job, 0, NOW_NS - age_ns, BLOCK_BYTES, partial, "mark", touches)
+    trace = Trace("b" * 64, node, job, 0, NOW_NS - age_ns, 1000, BLOCK_BYTES, partial, "mark", touches)
     return dataclasses.replace(trace, **values)
 
 
@@ -168,6 +176,7 @@ HEADER = {
     "job": 1,
     "restart": 0,
     "made_ns": 1,
+    "blocks": 1,
     "block_bytes": 1,
     "partial": False,
     "ended": "mark",
@@ -386,3 +395,35 @@ def test_what_no_request_may_ask_for_is_left_out() -> None:
     ]
     record = {"version": 1, "made_ns": 1, "wishes": wishes}
     assert decode_wishes(json.dumps(record).encode()) == [("image", "/good")]
+
+
+def test_a_trace_of_a_file_of_quite_another_size_says_nothing() -> None:
+    """A checkpoint's file is another one at each start, and nothing of it is brought but its plan."""
+    for blocks, is_used in ((700, False), (905, True), (1000, True), (1100, True), (1500, False)):
+        assert bool(plan(made(1, 5, blocks=blocks)).blocks) is is_used, blocks
+    small = made(1, 0, blocks=1)
+    assert merge([small], blocks=2, block_bytes=BLOCK_BYTES, now_ns=NOW_NS).blocks == (0,)
+    assert merge([small], blocks=3, block_bytes=BLOCK_BYTES, now_ns=NOW_NS) == Plan()
+
+
+def test_the_plans_of_one_job_are_bounded() -> None:
+    wanted = Wanted()
+    for _ in range(8):
+        wanted.allow_plan(MAX_TOUCHES)
+    for _ in range(2):
+        with pytest.raises(InputError, match="plans of this job"):
+            wanted.allow_plan(1)
+    wanted.allow_plan(0)
+
+
+def test_traces_that_are_too_old_for_a_plan_are_garbage(tmp_path: Path) -> None:
+    store, root = FileStore(tmp_path), traces_folder(UID)
+    for path in ("old/a/1.0.n1", "old/b/2.0.n1", "young/a/3.0.n1", "young/b/4.0.n1", "young/b/5.0.n1"):
+        store.write(f"{root}/{path}", b"12345")
+    past_s = time.time() - MAX_AGE_S - 10
+    for path in ("old", "old/a", "old/a/1.0.n1", "old/b", "old/b/2.0.n1", "young/a", "young/a/3.0.n1", "young/b", "young/b/4.0.n1"):
+        os.utime(tmp_path / root / path, (past_s, past_s))
+    found = collect_garbage(store, UID)
+    assert sorted(found.removed) == [f"{root}/old", f"{root}/young/a"] and found.size_bytes == 15
+    assert {path.name for path in (tmp_path / root).rglob("*")} == {"young", "b", "4.0.n1", "5.0.n1"}
+    assert collect_garbage(store, UID).removed == []

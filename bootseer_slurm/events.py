@@ -108,9 +108,10 @@ class Event:
         return json.dumps(record, separators=(",", ":"), allow_nan=False)
 
     def number(self, key: str) -> float:
-        """The extra field as a number; 0 when it is absent or no number."""
+        """The extra field as a number that fits 64 bits; 0 when it is absent or no number."""
         value = self.extra.get(key, 0)
-        return value if isinstance(value, int | float) else 0
+        # A user may write 1e308: sums of such are no numbers any more.
+        return max(-_MAX_INTEGER, min(value, _MAX_INTEGER)) if isinstance(value, int | float) else 0
 
 
 _FIELDS = tuple(name for name in Event.__slots__ if name != "extra")

@@ -236,12 +236,14 @@ void stepd_attach(spank_t spank)
 	struct agent_reply reply;
 	struct attach_user user;
 	const char *status;
+	bool asked;
 	int error;
 
 	if (options_refused() || !identify_step(spank) || !get_user(spank, &user))
 		return;
 	agent_add(&request, "OP", "attach");
-	if (!add_request(spank, &request) && !is_observed()) {
+	asked = add_request(spank, &request);
+	if (!asked && !is_observed()) {
 		agent_message_free(&request);
 		return;
 	}
@@ -259,7 +261,8 @@ void stepd_attach(spank_t spank)
 	status = agent_reply_get(&reply, "STATUS");
 	if (status != NULL && strcmp(status, "ok") == 0) {
 		step.attached = true;
-		put_libexec_first();
+		if (asked) /* containers of a job that is only observed start as without us */
+			put_libexec_first();
 		set_environment(spank, &reply);
 		show_binds(&reply, &user, agent_now_ns() + (int64_t)plugin_config.timeout_ms * 1000000);
 	} else {

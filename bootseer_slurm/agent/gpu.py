@@ -22,6 +22,7 @@ _EVERY_S = 1.0
 # program does on a GPU while it loads is shorter.
 _BUSY_PERCENT = 50
 _LOOKS = 3
+_ROOM = threading.BoundedSemaphore(64)  # for watches; where the driver hangs none of them ends
 
 
 class GpuWatch:
@@ -39,8 +40,13 @@ class GpuWatch:
 
     def start(self) -> None:
         """Begin to look, where there is something to look at."""
-        if _DRIVER.exists() and importlib.util.find_spec("pynvml") is not None:
-            threading.Thread(target=self._watch, name="gpu", daemon=True).start()
+        if not _DRIVER.exists() or importlib.util.find_spec("pynvml") is None:
+            return
+        if _ROOM.acquire(blocking=False):
+            try:
+                threading.Thread(target=self._watch, name="gpu", daemon=True).start()
+            except RuntimeError:  # no thread can be started now
+                _ROOM.release()
 
     def stop(self) -> None:
         """Look no more. Does not wait."""
@@ -60,6 +66,8 @@ class GpuWatch:
                     pynvml.nvmlShutdown()
         except Exception as error:
             _log.debug("GPUs are not watched: %s: %s", type(error).__name__, error)
+        finally:
+            _ROOM.release()
 
     def _look(self, percent: Callable[[], int]) -> None:
         deadline_s = time.monotonic() + self._limit_s

@@ -48,14 +48,16 @@ class Metrics:
             try:
                 self.write(path)
                 failed = ""
-            except (OSError, BootseerError) as error:
-                if str(error) != failed:
-                    _log.warning("metrics %s: cannot be written: %s", path, error)
-                failed = str(error)
+            except Exception as error:  # figures that stand still would say that all is well
+                text = f"{type(error).__name__}: {error}"
+                if text != failed:
+                    is_ours = not isinstance(error, OSError | BootseerError)
+                    _log.warning("metrics %s: cannot be written: %s", path, text, exc_info=is_ours)
+                failed = text
             if stop.wait(_EVERY_S):
                 break
         with contextlib.suppress(OSError):
-            path.unlink()  # figures that stand still would say that all is well
+            path.unlink()
 
     def write(self, path: Path) -> None:
         """Write the file once; anybody may read it. Raises OSError."""

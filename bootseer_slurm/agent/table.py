@@ -121,7 +121,9 @@ class Table:
     def faults(self) -> Counter[str]:
         """How often each fault was told since the agent started, by its name."""
         with self._lock:
-            return sum((_faults(each) for each in self.sessions() + self._ending), self._past_faults)
+            sessions, past = self.sessions() + self._ending, self._past_faults.copy()
+        # Without the lock, which prologs wait for: a job may have made 20,000 marks.
+        return sum(map(_faults, sessions), past)
 
     def jobs(self) -> list[Job]:
         """The jobs that have a session."""
@@ -148,9 +150,10 @@ class Table:
         try:
             session.end(reason)
         finally:
+            faults = _faults(session)
             with self._lock:
                 self._ending.remove(session)
-                self._past_faults += _faults(session)
+                self._past_faults += faults
 
     def end_all(self, reason: str) -> None:
         """End the sessions, all at once, and wait for them and for those that are ending already."""

@@ -111,6 +111,8 @@ def analyse(run: Run, *, plain: PlainStarts | None = None) -> Report:
     record = run.record
     start_ns, end_ns = (record.start_ns, record.end_ns) if record else (None, None)
     training_from, trained = _training(nodes)
+    if end_ns is not None:  # a mark's stamp is the job's own word
+        trained = {node: stamp and min(stamp, end_ns) for node, stamp in trained.items()}
     stamps = [stamp for stamp in trained.values() if stamp is not None]
     training_ns = max(stamps, default=None)
     begun = (
@@ -211,7 +213,7 @@ def _row(stage: str, durations: Sequence[tuple[float | None, str]]) -> StageRow 
 def _mode(nodes: Sequence[NodeEvents]) -> str | None:
     """What the nodes did; a job that was only observed at first may have asked for more in a step."""
     modes = [event.extra.get("mode") for sent in nodes for event in sent.events if event.kind == "session"]
-    known = {mode for mode in modes if isinstance(mode, str)}
+    known = {mode for mode in modes if mode in ("prefetch", "observe")}
     return "prefetch" if "prefetch" in known else min(known, default=None)
 
 

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,13 +43,14 @@ class Archive:
         self._folder = folder
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Put rows in, in place of those of the same starts. Raises BootseerError."""
-        groups: dict[Path, list[Row]] = defaultdict(list)
+        """Put rows in, in place of those of the same starts; of two the last. Raises BootseerError."""
+        groups: dict[Path, dict[tuple[Any, ...], Row]] = defaultdict(dict)
         for row in rows:
-            groups[self._folder / _month(row["start_time"]) / f"{row['uid']}.parquet"].append(row)
+            path = self._folder / _month(row["start_time"]) / f"{row['uid']}.parquet"
+            groups[path][tuple(row[name] for name in KEY)] = row
         try:
             for path, new in groups.items():
-                self._add(path, table_of(new))
+                self._add(path, table_of(new.values()))
         except (OSError, pa.ArrowException) as error:
             raise BootseerError(f"records {self._folder}: cannot be written: {error}") from error
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 from bootseer_slurm.report.collect import NodeEvents, Offset
 
+_MAX_NS = (1 << 63) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Clock:
@@ -52,10 +54,15 @@ def corrected(sent: NodeEvents, clock: Clock | None) -> NodeEvents:
     moved = []
     for event in sent.events:
         extra = {
-            key: value - shift_ns
+            key: _moved(value, shift_ns)
             if key in ("first_ns", "last_ns") and isinstance(value, int) and value
             else value
             for key, value in event.extra.items()
         }
-        moved.append(replace(event, t_ns=max(0, event.t_ns - shift_ns), extra=extra))
+        moved.append(replace(event, t_ns=_moved(event.t_ns, shift_ns), extra=extra))
     return replace(sent, events=tuple(moved))
+
+
+def _moved(stamp_ns: int, shift_ns: int) -> int:
+    """The user may have written any offset: what is moved out of time stays at its edge."""
+    return max(0, min(stamp_ns - shift_ns, _MAX_NS))

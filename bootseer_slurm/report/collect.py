@@ -100,16 +100,18 @@ def collect(
             hint="was it submitted with --bootseer, and is this its cluster?",
         )
     chosen = _choose(text, restart, known)
-    nodes = _read(store, owner, job, chosen) if owner is not None else ()
+    had = {node for record in records for node in record.nodes}
+    nodes, foreign_count = _read(store, owner, job, chosen, had) if owner is not None else ((), 0)
     record = _match(records, chosen, nodes)
     if len(known) > 1:
         others = ", ".join(str(number) for number in known if number != chosen)
         notes.append(f"restart {chosen}; this job also has restart {others}")
     if record is not None and record.nodes:
-        foreign = [sent.node for sent in nodes if sent.node not in set(record.nodes)]
-        nodes = tuple(sent for sent in nodes if sent.node not in foreign)
-        if foreign:
-            notes.append(f"files left out because the job did not have their nodes: {len(foreign)}")
+        had = set(record.nodes)
+        foreign_count += sum(sent.node not in had for sent in nodes)
+        nodes = tuple(sent for sent in nodes if sent.node in had)
+    if foreign_count:
+        notes.append(f"files left out because the job did not have their nodes: {foreign_count}")
     notes += _notes(nodes, record, chosen)
     return Run(
         job=job,
@@ -166,18 +168,28 @@ def _choose(text: str, asked: int | None, known: Sequence[int]) -> int:
     return asked
 
 
-def _read(store: EventStore, uid: int, job: int, restart: int) -> tuple[NodeEvents, ...]:
-    """The events of each node. The user may put any file there, so its name is checked like its content."""
+def _read(
+    store: EventStore, uid: int, job: int, restart: int, had: set[str]
+) -> tuple[tuple[NodeEvents, ...], int]:
+    """The events of each node, and how many files are of nodes that no run of the job had.
+
+    The user may put any file there, so its name is checked like its content. had: the nodes of all runs;
+    empty when they are not known.
+    """
     nodes = []
+    foreign_count = 0
     for node, text in store.event_files(uid, job, restart):
         if not NODE_NAME.fullmatch(node):
+            continue
+        if had and node not in had:
+            foreign_count += 1
             continue
         events, bad_lines = read_events(text[:MAX_TEXT].split("\n"))
         # The file's place says whose events these are; a line that says something else is not to be believed.
         true = [event for event in events if (event.node, event.job, event.restart) == (node, job, restart)]
         bad_lines += len(events) - len(true)
         nodes.append(NodeEvents(node, tuple(sorted(true, key=lambda event: event.t_ns)), bad_lines))
-    return tuple(sorted(nodes, key=lambda sent: sent.node))
+    return tuple(sorted(nodes, key=lambda sent: sent.node)), foreign_count
 
 
 def _match(records: Sequence[JobRecord], restart: int, nodes: Sequence[NodeEvents]) -> JobRecord | None:

@@ -4,7 +4,8 @@
     csv       one row for each node and stage     parquet   the same rows
     perfetto  a trace that ui.perfetto.dev and chrome://tracing show, with one track for each node
 
-Names come from users: a cell of the CSV that a spreadsheet would take for a formula gets an apostrophe.
+Names come from users: the CSV has no control characters of theirs, and a cell that a spreadsheet would take
+for a formula gets an apostrophe.
 """
 
 from __future__ import annotations
@@ -59,12 +60,13 @@ def to_csv(report: Report) -> bytes:
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     for row in rows(report):
-        writer.writerow(row | {name: _no_formula(row[name]) for name in _TEXTS})
+        writer.writerow(row | {name: _cell(row[name]) for name in _TEXTS})
     return text.getvalue().encode()
 
 
-def _no_formula(text: str) -> str:
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+def _cell(text: str) -> str:
+    clean = "".join(c if c.isprintable() else " " for c in text)
+    return f"'{clean}" if clean.lstrip().startswith(("=", "+", "-", "@")) else clean
 
 
 def to_parquet(report: Report) -> bytes:

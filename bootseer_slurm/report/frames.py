@@ -35,6 +35,7 @@ def write_all(file: BinaryIO, produce: Callable[[], Iterator[Frame]]) -> None:
     try:
         for frame in produce():
             write_frame(file, frame.header, frame.content)
+            file.flush()  # a reader takes silence for a writer that hangs
         write_frame(file, {"end": 1})
     except BootseerError as error:
         text = error.message[:_MESSAGE_LIMIT]

@@ -21,7 +21,6 @@ import logging
 import os
 import sqlite3
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -47,7 +46,8 @@ _GRACE_S = 30.0  # nodes send their events when the job ends; what comes later i
 _SETTLE_S = 5.0  # times of folders may have whole seconds: one that just changed may change unseen
 _FORGET_S = 86400.0  # a job that accounting does not know by then is none
 _USER_LIMIT = 20_000  # runs of one user at a time, the newest
-_RUN_LIMIT_BYTES = 256 << 20  # of one run's files, which its user wrote
+_USER_LIMIT_S = 600.0  # for reading one user's files: the rest is read by the next call
+_ACCOUNTING_TRIES = 3  # users in a row of whom accounting tells nothing, before it counts as down
 _BATCH = 1000  # rows in memory
 _TRIES = 5
 
@@ -129,27 +129,44 @@ class _Work:
 
     def add_new(self) -> None:
         """Put the starts whose jobs are over into the dataset, and note what they are to be said of."""
-        found: list[_Found] = []
+        found: dict[int, list[_Found]] = {}
         for uid in OwnersEvents(self._uri).users():
             with self._for_user(uid):
-                found += self._new_runs(uid)
-        accounting = records_of(run.job for run in found)
-        ready: dict[int, list[_Found]] = defaultdict(list)
+                found[uid] = self._new_runs(uid)
+        unanswered = 0
+        # Any user can name jobs without end: those who name few are not to wait for that.
+        for uid, runs in sorted(found.items(), key=lambda each: len(each[1])):
+            try:
+                accounting = records_of(run.job for run in runs)
+                unanswered = 0
+            except AccountingError as error:
+                self._result.problems.append(f"user {uid}: {error.message}")
+                unanswered += 1
+                if unanswered == _ACCOUNTING_TRIES:
+                    return
+                continue
+            with self._for_user(uid):
+                self._add_new_of(uid, runs, accounting)
+
+    def _add_new_of(
+        self, uid: int, runs: list[_Found], accounting: Mapping[int, tuple[JobRecord, ...]]
+    ) -> None:
+        """Put one user's new starts into the dataset."""
+        ready: list[_Found] = []
         refused: list[_Found] = []
-        for run in found:
+        for run in runs:
             believed = self._is_believed(run, accounting.get(run.job, ()))
             if not believed:
                 refused.append(run)
             elif self._is_over(run, accounting.get(run.job, ())):
-                ready[run.uid].append(run)
+                ready.append(run)
             else:
                 self._result.waiting += 1
         with self._state:
             self._note(refused)
-        for uid, runs in ready.items():
-            for start in range(0, len(runs), _BATCH):
-                with self._for_user(uid):
-                    self._add(uid, runs[start : start + _BATCH], accounting)
+        deadline_s = time.monotonic() + _USER_LIMIT_S
+        for start in range(0, len(ready), _BATCH):
+            self._add(uid, ready[start : start + _BATCH], accounting, deadline_s)
 
     @contextlib.contextmanager
     def _for_user(self, uid: int) -> Iterator[None]:
@@ -180,7 +197,7 @@ class _Work:
         """Whether the job is this user's, or may still turn out to be."""
         if records:
             return records[-1].uid in (None, run.uid)
-        return time.time() - run.changed_s <= _FORGET_S
+        return not _is_old(run)
 
     def _is_over(self, run: _Found, records: tuple[JobRecord, ...]) -> bool:
         """Whether the job ended some time ago, and the folder is at rest."""
@@ -196,8 +213,14 @@ class _Work:
             self._state.execute("INSERT OR REPLACE INTO done VALUES(?, ?, ?, ?)", values)
             self._result.refused += refused
 
-    def _add(self, uid: int, runs: list[_Found], accounting: Mapping[int, tuple[JobRecord, ...]]) -> None:
-        """Put one user's starts into the dataset, then note them."""
+    def _add(
+        self,
+        uid: int,
+        runs: list[_Found],
+        accounting: Mapping[int, tuple[JobRecord, ...]],
+        deadline_s: float,
+    ) -> None:
+        """Put one user's starts into the dataset, then note them. What was read before a failure counts."""
 
         def produce(store: Store) -> Iterator[Frame]:
             for run in runs:
@@ -205,16 +228,45 @@ class _Work:
 
         by_key = {(run.job, run.restart): run for run in runs}
         rows: dict[tuple[int, int], Row | None] = {}
-        sent = groupby(as_owner(uid, self._uri, produce), lambda frame: _key(frame.header))
-        for key, frames in sent:
-            rows[key] = _row(by_key[key], _texts(frames), accounting[key[0]])
+        failure: BootseerError | None = None
+        limit_s = deadline_s - time.monotonic()
+        sent = groupby(as_owner(uid, self._uri, produce, limit_s=limit_s), lambda frame: _key(frame.header))
+        try:
+            for key, frames in sent:
+                rows[key] = self._checked_row(by_key[key], _texts(frames), accounting[key[0]])
+        except BootseerError as error:
+            failure = error
+        else:
+            for key in by_key.keys() - rows.keys():  # without a file
+                rows[key] = self._checked_row(by_key[key], [], accounting[key[0]])
+        self._keep({by_key[key]: row for key, row in rows.items()}, accounting)
+        if failure is not None:
+            raise failure
+
+    def _checked_row(
+        self, run: _Found, files: list[tuple[str, str]], records: tuple[JobRecord, ...]
+    ) -> Row | None:
+        """The row of a run, or None while its end is not known. What is wrong with it costs no other."""
+        try:
+            return _row(run, files, records)
+        except Exception as error:
+            _log.exception("job=%d", run.job)
+            self._result.problems.append(
+                f"user {run.uid}, job {run.job}: {type(error).__name__}, see the log"
+            )
+            return None
+
+    def _keep(
+        self, rows: Mapping[_Found, Row | None], accounting: Mapping[int, tuple[JobRecord, ...]]
+    ) -> None:
+        """Put rows into the dataset, then note their runs."""
         added: list[tuple[_Found, Row]] = []
         over: list[_Found] = []
-        for key, run in by_key.items():
-            row = rows[key] if key in rows else _row(run, [], accounting[run.job])
+        for run in sorted(rows):  # of two that claim to be one run of a job, the later one is believed
+            row = rows[run]
             if row is not None:
                 added.append((run, row))
-            elif time.time() - run.changed_s > _FORGET_S:
+            elif _is_old(run) and all(record.end_ns is not None for record in accounting[run.job]):
                 over.append(run)  # of a run that accounting has forgotten
             else:
                 self._result.waiting += 1
@@ -222,7 +274,8 @@ class _Work:
         with self._state:
             for run, row in added:
                 self._note([run], refused=False)
-                if _is_last(accounting[run.job], row):
+                # "12_[3-5]" are tasks that never ran, whatever their user wrote.
+                if _is_last(accounting[run.job], row) and "[" not in row["shown_id"]:
                     text = comment_of(row)
                     values = (run.job, row["shown_id"], text)
                     self._state.execute("INSERT OR REPLACE INTO comment VALUES(?, ?, ?, 0)", values)
@@ -259,6 +312,11 @@ class _Work:
             self._result.problems.append(f"AdminComment not taken by accounting, jobs: {len(given_up)}")
 
 
+def _is_old(run: _Found) -> bool:
+    """Whether its folder has not changed for a day. Folders in S3 have no time."""
+    return run.changed_s > 0 and time.time() - run.changed_s > _FORGET_S
+
+
 def _is_last(records: Iterable[JobRecord], row: Row) -> bool:
     """Whether a row is of the job's last run, whose AdminComment sacct shows."""
     last = [record.start_ns for record in records if record.start_ns is not None][-1:]
@@ -270,14 +328,8 @@ def _key(header: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _texts(frames: Iterable[Frame]) -> list[tuple[str, str]]:
-    """(node, text) of one run's files; those beyond what a run may cost in memory are left out."""
-    texts: list[tuple[str, str]] = []
-    left_bytes = _RUN_LIMIT_BYTES
-    for frame in frames:
-        left_bytes -= len(frame.content)
-        if left_bytes >= 0:
-            texts.append((str(frame.header["node"]), frame.content.decode("utf-8", errors="replace")))
-    return texts
+    """(node, text) of one run's files."""
+    return [(str(frame.header["node"]), frame.content.decode("utf-8", "replace")) for frame in frames]
 
 
 class _ReadEvents:

@@ -115,16 +115,21 @@ def overhead(sources: Iterable[Path | pa.Buffer], *, since_ms: int, by: str, day
     unit = "day" if days <= _DAYS_BY_DAY else "week"
     dimensions = dict.fromkeys((by, "size", "mode", unit))
     counts = {name: _Counts(name) for name in dimensions}
+    with_gpu = False
     dearest: dict[str, pa.Table] = {}
     for table in _tables(sources, since_ms):
         counted = _derived(table, unit)
+        with_gpu = with_gpu or bool(pc.any(pc.greater(counted["gpu_s"], 0.0)).as_py())
         for each in counts.values():
             each.add(counted)
         for lost in ("lost_gpu_s", "lost_cpu_s"):
             known = [dearest[lost]] if lost in dearest else []
             dearest[lost] = _dearest(pa.concat_tables([*known, table]), lost)
+    if with_gpu:
+        for each in counts.values():
+            each.keep_gpu_jobs()
     total = counts[unit].total()
-    device = "gpu" if total.gpu_s else "cpu"
+    device = "gpu" if with_gpu else "cpu"
     lost = f"lost_{device}_s"
     groups, group_count = counts[by].top(lost)
     return Overhead(
@@ -147,14 +152,19 @@ class _Counts:
 
     def __init__(self, column: str) -> None:
         self._column = column
+        self._by = [column, "class", "has_gpu"]
         self._parts: list[pa.Table] = []
         self._rows = 0
 
+    def keep_gpu_jobs(self) -> None:
+        """Forget the starts of jobs without GPUs."""
+        self._parts = [part.filter(part["has_gpu"]) for part in self._parts]
+
     def add(self, table: pa.Table) -> None:
         wanted = [("starts", "sum"), ("measured", "sum"), *((name, "sum") for name in _SUMS)]
-        grouped = table.group_by([self._column, "class"]).aggregate(wanted)
-        part = grouped.select([self._column, "class", *(f"{name}_sum" for name, _ in wanted)])
-        self._parts.append(part.rename_columns([self._column, "class", *(name for name, _ in wanted)]))
+        grouped = table.group_by(self._by).aggregate(wanted)
+        part = grouped.select([*self._by, *(f"{name}_sum" for name, _ in wanted)])
+        self._parts.append(part.rename_columns([*self._by, *(name for name, _ in wanted)]))
         self._rows += part.num_rows
         if self._rows > _MERGE_ROWS and len(self._parts) > 1:
             self.merged()
@@ -265,6 +275,7 @@ def _derived(table: pa.Table, unit: str) -> pa.Table:
         "class": pc.cast(pc.floor(pc.divide(pc.ln(ratio), _STEP)), pa.int32()),
         "starts": pa.array([1], pa.int64()).take(pa.array([0] * table.num_rows, pa.int32())),
         "measured": pc.cast(measured, pa.int64()),
+        "has_gpu": pc.greater(pc.fill_null(table["gpus"], 0), 0),
         "size": _sizes(table["nodes"]),
         unit: pc.strftime(pc.floor_temporal(table["start_time"], unit=unit), format="%Y-%m-%d"),
     }

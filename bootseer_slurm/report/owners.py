@@ -11,34 +11,45 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import math
 import os
 import pwd
 import select
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.fetch.process import User
 from bootseer_slurm.report.collect import MAX_TEXT
 from bootseer_slurm.report.frames import Frame, read_frames, write_all
-from bootseer_slurm.report.stored import StoredEvents
+from bootseer_slurm.report.stored import NO_UID, StoredEvents, user_folders
 from bootseer_slurm.store import Store, open_store
 
 _TIMEOUT_S = 60.0  # without a byte; a file system may be slow, and one that hangs holds up one user
+_RUN_LIMIT_BYTES = 128 << 20  # of one run's files, which its user wrote; in memory they are six times that
+_KILL_S = 5.0  # what is killed goes at once, but for one that waits for a dead server
 _NOBODY = 65534
-_NO_UID = (1 << 32) - 1  # to setresuid(2) it means: stay who you are
 _PR_SET_DUMPABLE = 4
 
 Produce = Callable[[Store], Iterator[Frame]]
 
 
-def as_owner(uid: int, store_uri: str, produce: Produce, *, timeout_s: float = _TIMEOUT_S) -> Iterator[Frame]:
+def as_owner(
+    uid: int,
+    store_uri: str,
+    produce: Produce,
+    *,
+    timeout_s: float = _TIMEOUT_S,
+    limit_s: float = math.inf,
+) -> Iterator[Frame]:
     """What `produce` gives of the store, in a process with the rights of user `uid`. For root.
 
-    timeout_s: how long to wait for the next byte. Raises what `produce` raised, and StoreError when the
+    timeout_s: how long to wait for the next byte; limit_s: in all, for a user can have a file system of his
+    own, which has a byte now and then. Raises what `produce` raised, and StoreError when the
     process is killed or does not answer.
     """
-    if not 0 <= uid < _NO_UID:
+    if not 0 <= uid < NO_UID:
         raise StoreError(f"user {uid}: there is no such user")
     user = _user(uid)
     reading, writing = os.pipe()
@@ -51,12 +62,19 @@ def as_owner(uid: int, store_uri: str, produce: Produce, *, timeout_s: float = _
             os._exit(1)
     os.close(writing)
     try:
-        with io.BufferedReader(_Pipe(reading, timeout_s), 1 << 20) as pipe:
+        with io.BufferedReader(_Pipe(reading, timeout_s, limit_s), 1 << 20) as pipe:
             yield from read_frames(pipe, limit_bytes=MAX_TEXT)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        _end(pid)
+
+
+def _end(pid: int) -> None:
+    """Kill a child of ours. One that the kernel holds is left to whoever inherits it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    deadline_s = time.monotonic() + _KILL_S
+    while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < deadline_s:
+        time.sleep(0.001)
 
 
 class OwnersEvents:
@@ -66,10 +84,10 @@ class OwnersEvents:
         self._uri = store_uri
 
     def users(self) -> list[int]:
-        """The uids that have a folder."""
+        """The uids that have a folder. Raises StoreError."""
 
         def produce(store: Store) -> Iterator[Frame]:
-            yield from (Frame({"uid": uid}, b"") for uid in StoredEvents(store).users())
+            yield from (Frame({"uid": uid}, b"") for uid in user_folders(store))
 
         return [frame.header["uid"] for frame in as_owner(0, self._uri, produce)]
 
@@ -88,9 +106,13 @@ class OwnersEvents:
 
 
 def event_frames(store: Store, uid: int, job: int, restart: int) -> Iterator[Frame]:
-    """Each node's file of one run."""
+    """Each node's file of one run; those beyond what a run may cost are not read."""
+    left_bytes = _RUN_LIMIT_BYTES
     for node, text in StoredEvents(store).event_files(uid, job, restart):
         content = text.encode("utf-8", "replace")[:MAX_TEXT]
+        left_bytes -= len(content)
+        if left_bytes < 0:
+            return
         yield Frame({"job": job, "restart": restart, "node": node}, content)
 
 
@@ -131,15 +153,21 @@ def _checked(store_uri: str, produce: Produce) -> Iterator[Frame]:
 class _Pipe(io.RawIOBase):
     """The reading end of a pipe whose writer must not be silent for long."""
 
-    def __init__(self, fd: int, timeout_s: float) -> None:
+    def __init__(self, fd: int, timeout_s: float, limit_s: float) -> None:
         self._fd = fd
         self._timeout_s = timeout_s
+        self._limit_s = limit_s
+        self._deadline_s = time.monotonic() + limit_s
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        if not select.select([self._fd], [], [], self._timeout_s)[0]:
+        wait_s = max(0.0, min(self._timeout_s, self._deadline_s - time.monotonic()))
+        ready, _, _ = select.select([self._fd], [], [], wait_s)
+        if time.monotonic() >= self._deadline_s:
+            raise StoreError(f"not read to its end in {self._limit_s:.0f} s")
+        if not ready:
             raise StoreError(f"no answer from the file system in {self._timeout_s:g} s")
         content = os.read(self._fd, len(buffer))
         buffer[: len(content)] = content

@@ -39,9 +39,8 @@ def plain_starts(
         return None
     known: list[float] = []
     for other in others[:_LOOKED_AT]:
-        if other.restart in set(store.restarts(record.uid, other.job)):
-            waited_s = _waited_s(other, store)
-            known += [] if waited_s is None else [waited_s]
+        waited_s = _waited_s(other, store)
+        known += [] if waited_s is None else [waited_s]
         if len(known) == _STARTS:
             break
     return PlainStarts(len(known), median(known)) if known else None

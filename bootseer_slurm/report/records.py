@@ -54,8 +54,9 @@ SCHEMA = pa.schema(
         pa.field("problems", pa.int32()),
     ]
 )
-# What tells one start from another: job ids may be begun anew, and requeues count from 0 again.
-KEY = ("job", "restart", "start_time")
+# What tells one start from another: job ids may be begun anew. Not the restart count: users name folders as
+# they like, and one start of a job would count as often as its user says.
+KEY = ("job", "start_time")
 
 Row = Mapping[str, Any]
 

@@ -108,7 +108,7 @@ def node_start(
     if first_ns is None:
         return None
     begin_ns = first_ns if allocated_ns is None else allocated_ns
-    line = _Timeline(begin_ns, trained_ns)
+    line = _Timeline(begin_ns, end_ns if trained_ns is None else trained_ns)
     if allocated_ns is not None:
         line.until("allocation", first_ns)
     if prolog_ns is not None:

@@ -20,6 +20,14 @@ log = logging.getLogger(__name__)
 
 _RUN = re.compile(r"([0-9]{1,10})\.([0-9]{1,7})")
 _SUFFIX = ".jsonl"
+NO_UID = (1 << 32) - 1  # to setresuid(2) it means: stay who you are
+_JOBS = range(1, 1 << 32)
+
+
+def user_folders(store: Store) -> list[int]:
+    """The uids that have a folder. Raises StoreError."""
+    names = (name for name in store.list("users") if name.isascii() and name.isdecimal())
+    return sorted({int(name) for name in names if str(int(name)) == name and int(name) < NO_UID})
 
 
 def run_folders(store: Store, uid: int) -> Iterator[tuple[int, int, float]]:
@@ -29,7 +37,7 @@ def run_folders(store: Store, uid: int) -> Iterator[tuple[int, int, float]]:
     """
     for entry in store.scan(f"users/{uid}/events"):
         run = _RUN.fullmatch(entry.name)
-        if run:
+        if run and int(run[1]) in _JOBS:  # of another number sacct may tell nothing but an error
             yield int(run[1]), int(run[2]), entry.changed_s
 
 
@@ -56,7 +64,11 @@ class StoredEvents:
 
     def users(self) -> list[int]:
         """The uids that have a folder."""
-        return sorted(int(name) for name in self._list("users") if name.isascii() and name.isdecimal())
+        try:
+            return user_folders(self._store)
+        except BootseerError as error:
+            log.warning("events left out: %s", error)
+            return []
 
     def restarts(self, uid: int, job: int) -> list[int]:
         """The restart counts under which this user's job has events."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from bootseer_slurm.events import Event
 from bootseer_slurm.report.collect import NodeEvents
 
+_LEAST_S = 1e-6  # nothing is fetched in less
+
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
@@ -37,7 +39,7 @@ class Transfer:
     @property
     def rate(self) -> float | None:
         """Bytes a second fetched; None when nothing was."""
-        if not self.fetched_bytes or not self.dur_s:
+        if not self.fetched_bytes or not self.dur_s or self.dur_s < _LEAST_S:
             return None
         return self.fetched_bytes / self.dur_s
 

@@ -219,6 +219,15 @@ def test_a_reader_that_dies_or_hangs_is_an_error_of_one_user(site: Site, act: st
         os.waitpid(-1, os.WNOHANG)
 
 
+def test_a_slow_file_system_is_not_taken_for_one_that_hangs(site: Site) -> None:
+    def produce(_: object) -> Iterator[Frame]:
+        for number in range(4):
+            time.sleep(0.5)
+            yield Frame({"n": number}, b"")
+
+    assert len(list(as_owner(ALICE, site.uri, produce, timeout_s=1.5))) == 4
+
+
 def test_one_users_unreadable_folder_holds_up_nobody(site: Site) -> None:
     site.run(ALICE, 7)
     site.run(BOB, 8)
@@ -255,19 +264,113 @@ def test_numbers_that_are_too_large_are_cut(site: Site) -> None:
     assert [(row["job"], row["fetched_bytes"]) for row in site.rows()] == [(7, (1 << 63) - 1), (8, None)]
 
 
-def test_a_fault_of_ours_with_one_users_events_holds_up_nobody(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_ours_with_one_job_holds_up_no_other(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.run(ALICE, 7)
     site.run(BOB, 8)
+    site.run(ALICE, 9)
     real = module.row_of
 
     def fails(report: Any) -> Any:
-        if report.run.uid == ALICE:
+        if report.run.job == 7:
             raise ZeroDivisionError("a bug")
         return real(report)
 
     monkeypatch.setattr(module, "row_of", fails)
-    assert site.harvest().problems == [f"user {ALICE}: ZeroDivisionError, see the log"]
+    assert site.harvest().problems == [f"user {ALICE}, job 7: ZeroDivisionError, see the log"]
+    assert [row["job"] for row in site.rows()] == [8, 9]
+
+
+def test_one_users_jobs_of_which_sacct_cannot_tell_hold_up_nobody(site: Site) -> None:
+    for job in (666, 7):
+        site.run(ALICE, job)
+    site.run(BOB, 8)
+    real = site.accounting.folder / "sacct"
+    real.rename(real.with_name("real"))
+    real.write_text('#!/bin/sh\ncase "$*" in *666*) echo "sacct: error: too many" >&2; exit 1;; esac\nexec "$(dirname "$0")/real" "$@"\n')
+    real.chmod(0o755)
+    result = site.harvest()
     assert [row["job"] for row in site.rows()] == [8]
+    assert result.problems == [f"user {ALICE}: sacct failed: too many"]
+
+
+def test_a_job_counts_once_however_many_runs_its_user_makes_up(site: Site) -> None:
+    site.run(ALICE, 7)
+    for restart in (3, 9):
+        site.put(ALICE, 7, restart=restart)
+    site.harvest()
+    assert [(row["job"], row["lost_gpu_s"]) for row in site.rows()] == [(7, 320.0)]
+
+
+def test_a_run_that_goes_on_for_days_is_not_given_up(site: Site) -> None:
+    """Its folder is there since its start was over; the job's first run has ended."""
+    site.put(ALICE, 7, start_s=NOW_S - 300_000)
+    site.put(ALICE, 7, restart=1, start_s=NOW_S - 200_000)
+    site.accounting.add(7, ALICE, start_s=NOW_S - 300_000, end_s=NOW_S - 250_000, State="NODE_FAIL")
+    site.accounting.add(7, ALICE, start_s=NOW_S - 200_000, end_s=None)
+    assert (site.harvest().starts, site.harvest().waiting) == (1, 1)
+    site.accounting.end(7, NOW_S - 1000)
+    assert site.harvest().starts == 1
+    assert [row["restart"] for row in site.rows()] == [0, 1]
+
+
+def test_a_folder_without_a_time_waits_for_accounting(site: Site) -> None:
+    """As those of S3."""
+    os.utime(site.put(ALICE, 7).parent, (0, 0))
+    assert (site.harvest().waiting, site.harvest().refused) == (1, 0)
+    site.accounting.add(7, ALICE, start_s=START_S, end_s=START_S + 1000)
+    assert site.harvest().starts == 1
+
+
+def test_what_a_user_calls_the_tasks_that_never_ran_stops_no_comment(site: Site) -> None:
+    site.put(ALICE, 7)
+    site.accounting.add(7, ALICE, start_s=START_S, end_s=START_S + 1000, shown_id="7_[3-5%2]")
+    site.run(BOB, 8)
+    assert site.harvest().problems == []
+    assert list(site.accounting.comments) == ["8"]
+
+
+def test_a_store_that_cannot_be_listed_is_said(site: Site) -> None:
+    (site.store / "users").rmdir()
+    (site.store / "users").touch()
+    with pytest.raises(BootseerError, match="cannot be listed"):
+        site.harvest()
+
+
+def test_numbers_that_are_no_jobs_are_not_asked_for(site: Site) -> None:
+    site.run(ALICE, 7)
+    for name in ("0.0", "4294967296.0", "9999999999.0"):
+        (site.store / f"users/{ALICE}/events" / name).mkdir()
+    result = site.harvest()
+    assert (result.starts, result.waiting, result.refused) == (1, 0, 0)
+
+
+def test_a_user_whose_files_never_end_is_stopped_and_what_was_read_counts(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module.event_frames
+
+    def endless(store: Any, uid: int, job: int, restart: int) -> Iterator[Frame]:
+        yield from real(store, uid, job, restart)
+        while job == 8:
+            yield Frame({"job": job, "restart": restart, "node": "n1"}, b"")
+            time.sleep(0.01)
+
+    monkeypatch.setattr(module, "event_frames", endless)
+    monkeypatch.setattr(module, "_USER_LIMIT_S", 1.0)
+    site.run(ALICE, 8)
+    site.run(ALICE, 7)
+    os.utime(site.store / f"users/{ALICE}/events/7.0", (NOW_S - 60, NOW_S - 60))  # the newest is read first
+    site.run(BOB, 9)
+    result = site.harvest()
+    assert [row["job"] for row in site.rows()] == [7, 9]
+    assert len(result.problems) == 1 and f"user {ALICE}" in result.problems[0] and "in 1 s" in result.problems[0]
+
+
+def test_of_one_run_no_more_is_read_than_it_may_cost(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        site.put(ALICE, 7, node=f"n{number}").write_bytes(b"x" * 1000)
+    monkeypatch.setattr("bootseer_slurm.report.owners._RUN_LIMIT_BYTES", 2500)
+    assert len(list(OwnersEvents(site.uri).event_files(ALICE, 7, 0))) == 2
 
 
 def test_a_job_that_accounting_never_knew_is_given_up_after_a_day(site: Site) -> None:

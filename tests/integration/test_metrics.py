@@ -99,6 +99,24 @@ def test_a_link_where_the_file_is_made_is_not_followed(tmp_path: Path) -> None:
     assert [(path.name, path.is_symlink()) for path in sorted(tmp_path.iterdir())] == [("b.prom", False), ("passwd", False)]
 
 
+def test_a_fault_of_ours_does_not_end_the_writing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stop = threading.Event()
+    looks: list[int] = []
+
+    class Fails:
+        def collect(self) -> Iterator[object]:
+            looks.append(1)
+            stop.set() if len(looks) == 4 else None
+            raise ZeroDivisionError("a bug")
+
+    metrics = Metrics.__new__(Metrics)
+    metrics._registry = CollectorRegistry()
+    metrics._registry._collector_to_names[Fails()] = []  # type: ignore[index]
+    stop.wait = lambda _: stop.is_set()  # type: ignore[assignment, method-assign]
+    metrics.keep_written(tmp_path / "b.prom", stop)
+    assert len(looks) == 4 and caplog.text.count("cannot be written") == 1
+
+
 def test_a_folder_that_is_not_there_costs_a_line_in_the_log_and_nothing_else(node: Node) -> None:
     (node.folder / "out").rmdir()
     node.start(_OFTEN)

@@ -111,6 +111,23 @@ def test_a_driver_that_hangs_holds_up_nobody(mocker: MockerFixture, tmp_path: Pa
     assert ended()
 
 
+def test_a_driver_that_hangs_holds_a_bounded_number_of_threads(mocker: MockerFixture, tmp_path: Path) -> None:
+    mocker.patch.object(gpu, "_ROOM", threading.BoundedSemaphore(3))
+    gpus = Gpus(mocker, tmp_path, [(0, 99)])
+    answers = threading.Event()
+    gpus.init.side_effect = lambda: answers.wait(10)
+    watches = [gpus.watch() for _ in range(5)]
+    assert sum(thread.name == "gpu" for thread in threading.enumerate()) == 3
+    answers.set()
+    for watch in watches:
+        watch.stop()
+    while not ended():
+        pass
+    gpus.watch()
+    assert gpus.busy.wait(5)  # there is room again
+    assert ended()
+
+
 @pytest.mark.parametrize("lacks", ["driver", "library"])
 def test_without_a_gpu_or_the_library_nothing_runs(mocker: MockerFixture, tmp_path: Path, lacks: str) -> None:
     gpus = Gpus(mocker, tmp_path, [(99, 99)])

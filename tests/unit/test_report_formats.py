@@ -30,7 +30,7 @@ def test_csv_has_one_row_for_each_node_and_stage() -> None:
 def test_a_name_is_no_formula_of_a_spreadsheet() -> None:
     text = FORMATS["csv"](make(record=replace(RECORD, name='=cmd|"/c calc"!A1,\n"', user="@alice"))).decode()
     (row, *_) = csv.DictReader(io.StringIO(text))
-    assert (row["job_name"], row["user"]) == ('\'=cmd|"/c calc"!A1,\n"', "'@alice")
+    assert (row["job_name"], row["user"]) == ('\'=cmd|"/c calc"!A1, "', "'@alice")
 
 
 def test_parquet_has_the_same_rows_with_their_types() -> None:

@@ -108,6 +108,21 @@ def test_a_cluster_without_gpus_counts_cpus(tmp_path: Path) -> None:
     assert result.dearest[0].lost_s == 960.0
 
 
+def test_jobs_without_gpus_do_not_count_where_there_are_jobs_with(tmp_path: Path) -> None:
+    many_cpu = [row(job, gpus=0, start_to_training_s=1000.0, user="bob", nodes=64, mode="observe") for job in range(9)]
+    result = overhead(write(tmp_path, [*many_cpu, row(10)]), since_ms=0, by="user", days=7)
+    assert (result.total.starts, result.total.measured) == (1, 1)
+    assert result.total.percentile(0.9) == pytest.approx(10.0, rel=0.01)
+    assert sum(result.total.histogram()) == 1
+    for groups in (result.groups, result.sizes, result.modes, result.trend):
+        assert sum(group.starts for group in groups) == 1
+    assert [each.shown_id for each in result.dearest] == ["10"]
+    # None of those with GPUs was measured: then it is the CPUs, of all.
+    rows = [*many_cpu, row(10, start_to_training_s=None)]
+    result = overhead(write(tmp_path, rows), since_ms=0, by="user", days=7)
+    assert (result.device, result.total.starts, result.total.measured) == ("cpu", 10, 9)
+
+
 def test_bytes_are_as_good_as_a_file_and_rubbish_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path, [row(1)])[0]
     result = overhead([pa.py_buffer(path.read_bytes())], since_ms=0, by="user", days=7)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from bootseer_slurm.errors import StoreError
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.report.analyse import PlainStarts
 from bootseer_slurm.report.collect import Run
@@ -29,11 +30,17 @@ class Starts:
         raise AssertionError("accounting says whose job it is")
 
     def restarts(self, uid: int, job: int) -> list[int]:
+        # Every call lists all runs of the user: not to be done for a job that has nothing to tell.
+        assert job in self.read
         return [0] if uid == 1000 and self._starts[job][0] else []
 
     def event_files(self, uid: int, job: int, restart: int) -> list[tuple[str, str]]:
         self.read.append(job)
         mode, trained_s = self._starts[job]
+        if mode == "refused":
+            raise StoreError("the service went away")
+        if not mode:
+            return []
         log = EventLog(job, restart, "n1")
         log.emit("hook", "begin", t_ns=START + SECOND)
         log.emit("session", "begin", t_ns=START + SECOND, mode=mode)
@@ -53,7 +60,9 @@ def test_the_median_of_the_newest_observed_starts() -> None:
 
 
 @pytest.mark.parametrize(
-    "start", [("prefetch", 10.0), ("observe", None), ("", None)], ids=["prefetched", "not marked", "no events"]
+    "start",
+    [("prefetch", 10.0), ("observe", None), ("", None), ("refused", None)],
+    ids=["prefetched", "not marked", "no events", "not readable"],
 )
 def test_what_is_no_plain_start_does_not_count(start: tuple[str, float | None]) -> None:
     assert plain({9: start, 8: ("observe", 60.0)}) == PlainStarts(1, 60)

@@ -119,12 +119,20 @@ def test_rows_are_kept_by_user_and_month_and_read_by_them(tmp_path: Path) -> Non
 def test_a_row_that_comes_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
     made = row(tmp_path / "store")
     archive = Archive(tmp_path / "records")
-    archive.add([made, made | {"restart": 1}])
+    archive.add([made, made | {"restart": 1, "start_time": made["start_time"] + 1000}])
     archive.add([made | {"start_to_training_s": 50.0}, made | {"job": 6}])
     archive.add([made | {"start_to_training_s": 50.0}, made | {"job": 6}])
     found = read(tmp_path / "records")
     assert sorted((each["job"], each["restart"], each["start_to_training_s"]) for each in found) == [
         (5, 0, 50.0), (5, 1, 43.0), (6, 0, 43.0)]  # fmt: skip
+
+
+def test_a_start_is_one_whatever_its_restart_is_said_to_be(tmp_path: Path) -> None:
+    made = row(tmp_path / "store")
+    archive = Archive(tmp_path / "records")
+    archive.add([made, made | {"restart": 7}])
+    archive.add([made | {"restart": 8}])
+    assert [each["restart"] for each in read(tmp_path / "records")] == [8]
 
 
 def test_a_file_that_cannot_be_written_leaves_the_one_that_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

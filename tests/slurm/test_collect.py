@@ -161,4 +161,4 @@ def test_a_comment_is_of_the_part_that_was_named(cluster: Cluster) -> None:
         earlier = {job: text for (job, _), text in comments(cluster).items()}
         set_comment(cluster, part, f"of {part}")
         later = {job: text for (job, _), text in comments(cluster).items()}
-        assert {job for job in later if later[job] != earlier[job]} == {part}
+        assert {job for job in earlier if later[job] != earlier[job]} == {part}

@@ -19,6 +19,7 @@ from bootseer_slurm.agent.fetcher import Fetcher
 from bootseer_slurm.agent.held import Held
 from bootseer_slurm.agent.hot import both_ends, first_ranges
 from bootseer_slurm.agent.journal import Journal
+from bootseer_slurm.agent.located import FILES, parse_located
 from bootseer_slurm.agent.measure import Measure
 from bootseer_slurm.agent.memory import Memory
 from bootseer_slurm.agent.named import Named
@@ -46,7 +47,6 @@ _PUBLISH_DELAY_S = 2.0  # the other tasks' marks come within it
 _JOIN_S = 5.0  # for threads whose fetch process was killed
 _LOOK_UP_LIMIT_S = 25.0  # for an importer, which waits for one name
 _WHOLE_TRACE_EVERY = 8
-_FILES = 48  # of one checkpoint: each is looked up and mounted for itself
 
 
 class Session:
@@ -367,28 +367,15 @@ class Session:
 
     def _locate(self, wish: Wish, sought: Sought) -> bool:
         """See whether a checkpoint is a folder; then each file of the newest in it is a wish of its own."""
-        fields = self._fetcher().call("locate", name=wish.name, limit=_FILES).fields
-        found = {str(name): (str(place), str(within)) for name, place, within in fields["files"][:_FILES]}
-        if list(found) == [wish.name]:
-            sought.place, _ = found[wish.name]
+        reply = self._fetcher().call("locate", name=wish.name, limit=FILES)
+        located = parse_located(wish.name, reply.fields)
+        if located.place:
+            sought.place = located.place
             return False
-        message = str(fields.get("message", ""))[:1000]
-        has_no_path = len(found) > 1 and any("://" in name for name in found)
-        if fields.get("count", 0) > len(found):
-            message += f"; {len(found)} of its files are brought"
-            if has_no_path:
-                raise InputError(
-                    f"checkpoint {wish.name}: more than {_FILES} files that have no path of their own"
-                )
-        self.log.emit("plan", "located", target=wish.name, what=wish.kind, message=message or None)
-        files = {
-            within: (file, place)
-            for name, (place, within) in found.items()
-            for file in learned_wishes([("checkpoint", name)])  # as the user's process says
-        }
-        if has_no_path:
-            sought.files = {within: file for within, (file, _) in files.items()}  # at once: steps look at it
-        for file, place in files.values():
+        self.log.emit("plan", "located", target=wish.name, what=wish.kind, message=located.message or None)
+        if located.has_no_path:  # at once: steps look at it
+            sought.files = {within: file for within, (file, _) in located.files.items()}
+        for file, place in located.files.values():
             self._seek(file, whole=sought, place=place)
         return True
 

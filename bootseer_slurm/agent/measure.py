@@ -24,7 +24,7 @@ class Measure:
         self._log = log
         self._pressure = Pressure()
         self._gpus = GpuWatch(job.gpus, limit_s=limit_s, on_busy=self._busy)
-        self._told = self._image_told = False
+        self._told = self._image_told = self._step_begun = False
         self._lock = threading.Lock()
 
     def begin(self) -> None:
@@ -33,6 +33,15 @@ class Measure:
 
     def _busy(self, since_ns: int) -> None:
         self._log.emit("training", "gpu", t_ns=since_ns)
+
+    def step(self, parts: Iterable[Part]) -> None:
+        """The first step begins: what was read before was for mounting, and is no read of the start."""
+        with self._lock:
+            if self._step_begun:
+                return
+            self._step_begun = True
+        for part in parts:
+            part.reader.usage.first_ns = 0
 
     def image_asked(self, name: str) -> None:
         """An importer wants an image. The first of them is told: a job may ask as often as it likes."""

@@ -183,6 +183,7 @@ class Session:
         with_path = [target for target in targets if target.path is not None]
         with ThreadPoolExecutor(len(with_path) or 1) as pool:  # one that does not answer holds up no other
             binds = [bind for bind in pool.map(self._bind, with_path) if bind]
+        self._measure.step(part for target in targets for part in target.parts)
         for wish, sought in asked.items():
             if not sought.looked_up.is_set():
                 self._shadow("skipped", wish, "the store had not answered when the step started")

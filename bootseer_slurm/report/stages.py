@@ -149,7 +149,8 @@ def _load(
             continue
         first_ns, last_ns = reads[stage]
         # What is read goes on being read a little: a stage ends where the next thing is begun.
-        later = [begin_ns for begin_ns, _ in reads.values() if first_ns < begin_ns < last_ns]
+        from_ns = max(first_ns, line.at_ns)
+        later = [begin_ns for begin_ns, _ in reads.values() if from_ns < begin_ns < last_ns]
         end_ns = min([last_ns, *later])
         if end_ns > line.at_ns:
             if first_ns > line.at_ns:

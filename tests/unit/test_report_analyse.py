@@ -309,6 +309,17 @@ def test_what_a_job_reads_gives_its_stages_where_it_marks_none() -> None:
     assert {row.stage for row in report.stages if row.derived} == {"image", "environment", "checkpoint"}
 
 
+def test_what_was_read_early_to_mount_it_has_its_stage_all_the_same() -> None:
+    node = mark(Node("n1").started(), 40, "training_started")
+    read(node, "image", 3, 10)
+    read(node, "environment", 1, 15)
+    read(node, "checkpoint", 20, 30)
+    (start,) = report_of(node).starts
+    assert start.stages == pytest.approx(
+        {"allocation": 0.5, "prolog": 1.5, "launch": 1, "image": 7, "environment": 5, "checkpoint": 10, "program": 15}
+    )
+
+
 def test_reads_after_the_start_or_before_the_task_make_no_stage() -> None:
     node = mark(Node("n1").started(), 20, "training_started")
     read(node, "checkpoint", 25, 30)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, as the fetch process found them: its reply is the user's, and is not believed."""
+"""The files of a checkpoint as the fetch process found them: its reply is the user's, and is not believed."""
 
 from __future__ import annotations
 

@@ -46,6 +46,7 @@ _GRACE_S = 30.0  # nodes send their events when the job ends; what comes later i
 _SETTLE_S = 5.0  # times of folders may have whole seconds: one that just changed may change unseen
 _FORGET_S = 86400.0  # a job that accounting does not know by then is none
 _USER_LIMIT = 20_000  # runs of one user at a time, the newest
+_LIST_S = 300.0  # for listing one user's folder, which may have a million runs
 _USER_LIMIT_S = 600.0  # for reading one user's files: the rest is read by the next call
 _ACCOUNTING_TRIES = 3  # users in a row of whom accounting tells nothing, before it counts as down
 _BATCH = 1000  # rows in memory
@@ -195,7 +196,7 @@ class _Work:
             for job, restart in done.keys() - {each[:2] for each in there} if there else ():
                 yield Frame({"job": job, "restart": restart, "gone": 1}, b"")
 
-        found = [frame.header for frame in as_owner(uid, self._uri, produce, limit_s=_USER_LIMIT_S)]
+        found = [frame.header for frame in as_owner(uid, self._uri, produce, timeout_s=_LIST_S)]
         gone = [(uid, each["job"], each["restart"]) for each in found if "gone" in each]
         with self._state:  # else a user could have it grow without end
             self._state.executemany("DELETE FROM done WHERE uid = ? AND job = ? AND restart = ?", gone)

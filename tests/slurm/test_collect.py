@@ -65,7 +65,7 @@ def run(cluster: Cluster, *command: str, user: str | None = None) -> subprocess.
 def comments(cluster: Cluster) -> dict[tuple[str, str], str]:
     """AdminComment of each run: (the id as shown, its state)."""
     done = cluster.exec("login", "sacct", "-nPXD", "-S", "now-1hour", "-a", "-o", "JobID,State,AdminComment")
-    rows = [line.split("|") for line in done.stdout.splitlines()]
+    rows = [line.split("|", 2) for line in done.stdout.splitlines()]
     return {(job, state): comment for job, state, comment in rows}
 
 

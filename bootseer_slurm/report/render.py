@@ -109,7 +109,7 @@ def _header(report: Report, signs: _Signs) -> Panel:
     where = f"{_count(len(nodes), 'node')} {_short(nodes_text(nodes), 40)}".strip()
     if record:
         who = f"{record.user or run.uid} {signs.dot} account {record.account} {signs.dot} {record.partition}"
-        lines = [Text(f"{who} {signs.dot} {where}")]
+        lines = [Text(_one_line(f"{who} {signs.dot} {where}"))]
     else:
         lines = [Text(f"uid {run.uid} {signs.dot} {where}")]
     facts = [f"state {record.state}"] if record else []

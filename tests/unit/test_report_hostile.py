@@ -108,6 +108,14 @@ def test_a_terminal_is_not_flooded() -> None:
     assert "and 950 problems more" in text and "and 950 more" in text
 
 
+def test_nothing_of_accounting_reaches_the_terminal_but_letters() -> None:
+    hostile = "\x1b[2J\x9b5m\u202e\n"
+    names = {"name": hostile, "user": hostile, "account": hostile, "partition": hostile}
+    screen = io.StringIO()
+    to_terminal(report_of(record=replace(RECORD, **names)), Console(file=screen, width=120))
+    assert all(letter.isprintable() or letter == "\n" for letter in screen.getvalue())
+
+
 class Unread(str):
     """A text that is not to be looked into."""
 

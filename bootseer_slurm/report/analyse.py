@@ -219,7 +219,7 @@ def _mode(nodes: Sequence[NodeEvents]) -> str | None:
 
 def _problems(nodes: Sequence[NodeEvents]) -> tuple[Problem, ...]:
     """Faults, and shadows that were not shown; the same one on several nodes is one problem."""
-    found: dict[tuple[str, str, str | None, str | None, str], list[str]] = defaultdict(list)
+    found: dict[tuple[str, str, str | None, str | None, str], dict[str, None]] = defaultdict(dict)
     for sent in nodes:
         for event in sent.events:
             if event.kind == "fault":
@@ -233,8 +233,7 @@ def _problems(nodes: Sequence[NodeEvents]) -> tuple[Problem, ...]:
                 key = (event.level, f"snapshot_{event.name}", event.what, event.target, why)
             else:
                 continue
-            if sent.node not in found[key]:
-                found[key].append(sent.node)
+            found[key][sent.node] = None
     order = ("error", "warning", "info")
     return tuple(
         Problem(*key, nodes=tuple(where))

@@ -5,9 +5,10 @@ One at a time, by a lock; root on one machine of the cluster. Killed at any mome
 rows are put into the dataset before they are noted as done, and to put a row in twice is to put it in once.
 A comment waits in the same file until accounting was seen to have it.
 
-    <folder>/done.sqlite    done(uid, job, restart, changed_s): in the dataset, or not believed
+    <folder>/done.sqlite    done(uid, job, restart, changed_s): in the dataset, or not believed; as long as
+                            its events are in the store
                             comment(job, shown_id, text, tries): to be written
-    <folder>/lock           flock
+    <folder>/lock           flock; its time: when a call last came to its end
 
 A run of a job is looked at when its folder changed since, and its job is over. Whose job it is, accounting
 says: events in another user's folder are left out for good.
@@ -46,6 +47,7 @@ _GRACE_S = 30.0  # nodes send their events when the job ends; what comes later i
 _SETTLE_S = 5.0  # times of folders may have whole seconds: one that just changed may change unseen
 _FORGET_S = 86400.0  # a job that accounting does not know by then is none
 _USER_LIMIT = 20_000  # runs of one user at a time, the newest
+_LIST_S = 300.0  # for listing one user's folder, which may have a million runs
 _USER_LIMIT_S = 600.0  # for reading one user's files: the rest is read by the next call
 _ACCOUNTING_TRIES = 3  # users in a row of whom accounting tells nothing, before it counts as down
 _BATCH = 1000  # rows in memory
@@ -102,11 +104,12 @@ def _opened(folder: Path) -> Iterator[sqlite3.Connection]:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
-        with (folder / "lock").open("w") as lock:
+        with (folder / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.closing(sqlite3.connect(folder / "done.sqlite")) as state:
                 state.executescript(_TABLES)
                 yield state
+            os.utime(folder / "lock")
     except BlockingIOError:
         raise BootseerError(f"records {folder}: another collect is at work") from None
     except (OSError, sqlite3.Error) as error:
@@ -185,13 +188,21 @@ class _Work:
         done = {(job, restart): changed_s for job, restart, changed_s in rows}
 
         def produce(store: Store) -> Iterator[Frame]:
-            new = [each for each in run_folders(store, uid) if done.get(each[:2]) != each[2]]
+            there = list(run_folders(store, uid))
+            new = [each for each in there if done.get(each[:2]) != each[2]]
             new.sort(key=lambda each: each[2], reverse=True)
             for job, restart, changed_s in new[:_USER_LIMIT]:
                 yield Frame({"job": job, "restart": restart, "changed_s": changed_s}, b"")
+            # Where there is none at all, the store may be away.
+            for job, restart in done.keys() - {each[:2] for each in there} if there else ():
+                yield Frame({"job": job, "restart": restart, "gone": 1}, b"")
 
-        found = (frame.header for frame in as_owner(uid, self._uri, produce))
-        return [_Found(each["job"], each["restart"], each["changed_s"], uid) for each in found]
+        found = [frame.header for frame in as_owner(uid, self._uri, produce, timeout_s=_LIST_S)]
+        gone = [(uid, each["job"], each["restart"]) for each in found if "gone" in each]
+        with self._state:  # else a user could have it grow without end
+            self._state.executemany("DELETE FROM done WHERE uid = ? AND job = ? AND restart = ?", gone)
+        new = (each for each in found if "gone" not in each)
+        return [_Found(each["job"], each["restart"], each["changed_s"], uid) for each in new]
 
     def _is_believed(self, run: _Found, records: tuple[JobRecord, ...]) -> bool:
         """Whether the job is this user's, or may still turn out to be."""

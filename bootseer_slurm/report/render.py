@@ -26,6 +26,7 @@ from bootseer_slurm.units import format_bytes, format_duration
 
 _VERY_SLOW = 2.0
 _SHOWN_STRAGGLERS = 5
+_SHOWN_ROWS = 50  # of transfers and problems: a user's own events could have any number
 _SOURCES = ("cached_bytes", "store_bytes", "origin_bytes")
 _LEVEL_STYLE = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
@@ -76,8 +77,12 @@ def _print(report: Report, console: Console, signs: _Signs) -> None:
             Text("slow", style="bold yellow"),
             Text(f"and {_count(len(rest), 'node')} more: {nodes_text(rest)}"),
         )
-    for problem in report.problems:
+    for problem in report.problems[:_SHOWN_ROWS]:
         remarks.add_row(Text(problem.level, style=_LEVEL_STYLE[problem.level]), _problem_text(problem))
+    if len(report.problems) > _SHOWN_ROWS:
+        remarks.add_row(
+            Text("note", style="dim"), Text(f"and {len(report.problems) - _SHOWN_ROWS} problems more")
+        )
     if report.run.silent_nodes:
         remarks.add_row(
             Text("silent", style="yellow"), Text(f"{nodes_text(report.run.silent_nodes)} sent no events")
@@ -104,7 +109,7 @@ def _header(report: Report, signs: _Signs) -> Panel:
     where = f"{_count(len(nodes), 'node')} {_short(nodes_text(nodes), 40)}".strip()
     if record:
         who = f"{record.user or run.uid} {signs.dot} account {record.account} {signs.dot} {record.partition}"
-        lines = [Text(f"{who} {signs.dot} {where}")]
+        lines = [Text(_one_line(f"{who} {signs.dot} {where}"))]
     else:
         lines = [Text(f"uid {run.uid} {signs.dot} {where}")]
     facts = [f"state {record.state}"] if record else []
@@ -201,6 +206,8 @@ def _transfer_lines(report: Report, width: int) -> Text:
     groups: dict[tuple[str, str], list[Transfer]] = defaultdict(list)
     for transfer in report.transfers:
         groups[(transfer.what, transfer.target)].append(transfer)
+    more = len(groups) - _SHOWN_ROWS
+    groups = dict(list(groups.items())[:_SHOWN_ROWS])
     heading = ("transfer", "cache", "store", "original", "rate", "ready", "hits", "missed", "waited")
     rows = [_transfer_cells(what, transfers) for (what, _), transfers in groups.items()]
     columns = list(zip(heading, *rows, strict=True))
@@ -213,6 +220,8 @@ def _transfer_lines(report: Report, width: int) -> Text:
     for (_, target), figures in zip(groups, table[1:], strict=True):
         gap = "  " if len(figures) + 2 + len(target) <= width else "\n  "
         lines.append(Text.assemble(figures, (gap + target, "dim")))
+    if more > 0:
+        lines.append(Text(f"and {more} more", style="dim"))
     return Text("\n", overflow="fold").join(lines)
 
 

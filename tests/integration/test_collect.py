@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -330,10 +331,30 @@ def test_what_a_user_calls_the_tasks_that_never_ran_stops_no_comment(site: Site)
 
 
 def test_a_store_that_cannot_be_listed_is_said(site: Site) -> None:
+    site.harvest()
+    os.utime(site.records / "lock", (NOW_S - 9000, NOW_S - 9000))
     (site.store / "users").rmdir()
     (site.store / "users").touch()
     with pytest.raises(BootseerError, match="cannot be listed"):
         site.harvest()
+    assert (site.records / "lock").stat().st_mtime == NOW_S - 9000  # `bootseer doctor` shows it
+
+
+def test_what_is_known_of_events_goes_with_them(site: Site) -> None:
+    def noted() -> list[tuple[int]]:
+        with sqlite3.connect(site.records / "done.sqlite") as state:
+            return state.execute("SELECT job FROM done ORDER BY job").fetchall()
+
+    for job in (7, 8):
+        site.run(ALICE, job)
+    site.harvest()
+    shutil.rmtree(site.store / f"users/{ALICE}/events/7.0")
+    assert (site.harvest().starts, noted()) == (0, [(8,)])
+    (site.store / f"users/{ALICE}").rename(site.store / "away")  # not all of them are gone at once
+    (site.store / f"users/{ALICE}").mkdir()
+    os.chown(site.store / f"users/{ALICE}", ALICE, 0)
+    assert (site.harvest().problems, noted()) == ([], [(8,)])
+    assert [row["job"] for row in site.rows()] == [7, 8]
 
 
 def test_numbers_that_are_no_jobs_are_not_asked_for(site: Site) -> None:

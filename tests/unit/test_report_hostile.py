@@ -98,6 +98,24 @@ def test_a_table_for_spreadsheets_leaves_the_terminal_alone() -> None:
     assert next(csv.DictReader(io.StringIO(FORMATS["csv"](report).decode())))["job_name"] == "' =1+1"
 
 
+def test_a_terminal_is_not_flooded() -> None:
+    faults = [line("fault", "x", message=f"fault {number}") for number in range(1000)]
+    reads = [line("access", "summary", what="image", target=f"/image{number}") for number in range(1000)]
+    screen = io.StringIO()
+    to_terminal(report_of(*faults, *reads), Console(file=screen, width=120))
+    text = screen.getvalue()
+    assert text.count("\n") < 150 and "fault 49" in text and "/image49" in text
+    assert "and 950 problems more" in text and "and 950 more" in text
+
+
+def test_nothing_of_accounting_reaches_the_terminal_but_letters() -> None:
+    hostile = "\x1b[2J\x9b5m\u202e\n"
+    names = {"name": hostile, "user": hostile, "account": hostile, "partition": hostile}
+    screen = io.StringIO()
+    to_terminal(report_of(record=replace(RECORD, **names)), Console(file=screen, width=120))
+    assert all(letter.isprintable() or letter == "\n" for letter in screen.getvalue())
+
+
 class Unread(str):
     """A text that is not to be looked into."""
 

@@ -50,6 +50,7 @@ class Recording:
         self._mounted_s: dict[Part, float] = {}
         self._over = threading.Event()
         self._lock = threading.Lock()
+        self._finishing = threading.Lock()
         self._watcher: threading.Thread | None = None
 
     def add(self, part: Part) -> None:
@@ -80,12 +81,16 @@ class Recording:
         self._mounted_s[part] = time.monotonic()
 
     def finish(self, ended: str) -> None:
-        """The start is over: write what was recorded. A second call does nothing."""
-        with self._lock:
-            if self._over.is_set():
-                return
-            self._over.set()
-            parts = list(self._parts)
+        """The start is over: write what was recorded. A second call only waits until the first is done."""
+        with self._finishing:
+            with self._lock:
+                if self._over.is_set():
+                    return
+                self._over.set()
+                parts = list(self._parts)
+            self._write(parts, ended)
+
+    def _write(self, parts: list[Part], ended: str) -> None:
         for part in parts:
             part.reader.remove_recorder(_recorder(part))
         used = [part for part in parts if self._last_s(part)]

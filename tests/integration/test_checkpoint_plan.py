@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from pytest_mock import MockerFixture
 
-from bootseer_slurm.blob.manifest import BLOCK_BYTES
+from bootseer_slurm.agent.recording import Recording
+from bootseer_slurm.agent.request import Job, Wish
+from bootseer_slurm.blob.manifest import BLOCK_BYTES, Layout
 from bootseer_slurm.blob.trace import Trace, decode
+from bootseer_slurm.config import PrefetchConfig
 from tests.integration.node import ALICE, Node, node, node_of, wait_until
 from tests.integration.test_recovery import attach
 
@@ -168,3 +173,32 @@ def test_a_start_that_still_reads_at_the_cap_says_nothing() -> None:
         end(node, 1, mounts)
         assert any(event["kind"] == "prefetch" for event in node.events(1))
         assert traces(node) == []
+
+
+def test_a_job_that_ends_while_its_traces_are_written_waits_for_them(mocker: MockerFixture) -> None:
+    """Behind the end the fetch process is killed, which writes them."""
+    writing, written = threading.Event(), threading.Event()
+
+    def write(op: str, content: bytes, **fields: str) -> bool:
+        writing.set()
+        return written.wait(10)
+
+    layout = Layout(BLOCK_BYTES)
+    part = mocker.Mock(wish=Wish("checkpoint", "/c"), trace_key="place-1", partial=False)
+    part.reader.blob.layout, part.reader.waited_s = layout, lambda: 0.0
+    recording = Recording(
+        Job(1, 0, ALICE, ALICE), "n1", "c1", PrefetchConfig(), publisher=mocker.Mock(write=write), on_over=lambda why: None
+    )
+    recording.add(part)
+    recording.step()
+    part.recorder.touch(0, 0)
+    threads = [threading.Thread(target=recording.finish, args=(why,)) for why in ("mark", "end")]
+    threads[0].start()
+    assert writing.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert threads[1].is_alive()
+    written.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()

@@ -16,7 +16,7 @@ from typing import Any
 
 from bootseer_slurm.agent.part import Part
 from bootseer_slurm.agent.publish import Publisher
-from bootseer_slurm.agent.request import Job
+from bootseer_slurm.agent.request import Job, Wish
 from bootseer_slurm.blob.trace import MAX_TOUCHES, Recorder, Trace
 from bootseer_slurm.config import PrefetchConfig
 
@@ -34,14 +34,19 @@ class Recording:
         config: PrefetchConfig,
         *,
         publisher: Publisher,
+        is_asked: Callable[[Wish], bool],
         on_over: Callable[[str], None],
     ) -> None:
-        """on_over: told, by a thread of its own, why the start is over; not when `finish` said so."""
+        """is_asked: whether the job asked for this, and so can have read it.
+
+        on_over: told, by a thread of its own, why the start is over; not when `finish` said so.
+        """
         self._job = job
         self._node = node
         self._class = job_class
         self._config = config
         self._publisher = publisher
+        self._is_asked = is_asked
         self._on_over = on_over
         self._begin_s = time.monotonic()
         self._parts: list[Part] = []
@@ -146,7 +151,7 @@ class Recording:
         """Whether this node read of a checkpoint, but nothing of this file of it."""
         if part.wish.kind != "checkpoint" or self._resumed or part.partial or part in used:
             return False
-        return any(other.wish.kind == "checkpoint" for other in used)
+        return self._is_asked(part.wish) and any(other.wish.kind == "checkpoint" for other in used)
 
     def _is_cut_off(self, part: Part, ended: str) -> bool:
         """Whether more of a checkpoint was, or may have been, to be read: nothing but its plan is brought."""

@@ -159,6 +159,24 @@ def test_what_another_job_read_is_no_plan(node: Node) -> None:
     end(node, 2, mounts)
 
 
+def test_what_was_learned_and_not_asked_for_is_not_passed_over(node: Node) -> None:
+    """A step asks for something else this time: of what it was not shown that says nothing."""
+    node.start()
+    load(node, 1, make(node, 1))
+    node.events(1)
+    other = node.folder / "data" / "other.pt"
+    other.write_bytes(b"x" * BLOCK_BYTES)
+    os.utime(other, (OLD, OLD))
+    node.ask("prolog", JOB_ID=2, UID=ALICE, BOOTSEER=1, JOB_NAME="train", NODELIST="n[1-2]", NODENAME="n1")
+    fetched(node, 2)
+    reply, fds = node.request("attach", JOB_ID=2, UID=ALICE, STEP_ID=0, BOOTSEER=1, CHECKPOINT=other)
+    assert [value.split(":", 3)[3] for key, value in reply if key == "BIND"] == [str(other)]
+    assert Path(f"/proc/self/fd/{fds[0]}").read_bytes() == other.read_bytes()
+    end(node, 2, {str(other): fds[0]})
+    node.events(2)
+    assert [(trace.job, trace.touches) for trace in traces(node) if trace.job == 2] == [(2, ((0, 0),))]
+
+
 def test_a_start_that_still_reads_at_the_cap_says_nothing() -> None:
     with node_of('[prefetch]\nstart_cap = "2s"\n') as node:
         node.start()
@@ -187,7 +205,13 @@ def test_a_job_that_ends_while_its_traces_are_written_waits_for_them(mocker: Moc
     part = mocker.Mock(wish=Wish("checkpoint", "/c"), trace_key="place-1", partial=False)
     part.reader.blob.layout, part.reader.waited_s = layout, lambda: 0.0
     recording = Recording(
-        Job(1, 0, ALICE, ALICE), "n1", "c1", PrefetchConfig(), publisher=mocker.Mock(write=write), on_over=lambda why: None
+        Job(1, 0, ALICE, ALICE),
+        "n1",
+        "c1",
+        PrefetchConfig(),
+        publisher=mocker.Mock(write=write),
+        is_asked=lambda wish: True,
+        on_over=lambda why: None,
     )
     recording.add(part)
     recording.step()

@@ -1,9 +1,9 @@
 """What one start of a job touched: recorded until the start is over, then written as traces.
 
-The start is over at the mark training_started ("mark"), when nothing new was read for `start_quiet_s`
-("quiet"), at `start_cap_s` ("cap"), or with the job ("end"). What mounting an image in the prolog reads is no
-start yet: it does not end in quiet, and leaves no trace. Owns the recorders of the session's parts and one
-thread that watches the time. Thread-safe.
+The start is over at the mark training_started ("mark"), when for `start_quiet_s` nothing new was read and no
+read waited ("quiet"), at `start_cap_s` ("cap"), or with the job ("end"). What mounting an image in the prolog
+reads is no start yet: it does not end in quiet, and leaves no trace. Owns the recorders of the session's
+parts and one thread that watches the time. Thread-safe.
 """
 
 from __future__ import annotations
@@ -125,12 +125,15 @@ class Recording:
         return time.time_ns() - int((time.monotonic() - last_s) * 1e9) if last_s else 0
 
     def _watch(self) -> None:
+        waited_s = 0.0
         while not self._over.wait(_LOOK_EVERY_S):
             now_s = time.monotonic()
+            if any(part.reader.is_waited_for for part in self._parts):
+                waited_s = now_s  # a store that stalls is not quiet
             last_s = max(map(self._last_s, self._parts), default=0.0)
             if now_s - self._begin_s > self._config.start_cap_s:
                 self._on_over("cap")
-            elif last_s and now_s - last_s > self._config.start_quiet_s:
+            elif last_s and now_s - max(last_s, waited_s) > self._config.start_quiet_s:
                 self._on_over("quiet")
 
     def _last_s(self, part: Part) -> float:
@@ -159,8 +162,10 @@ class Recording:
             return False
         checkpoints = [each for each in self._parts if each.wish.kind == "checkpoint"]
         quiet_s = time.monotonic() - max(map(self._last_s, checkpoints))
-        loads = ended == "cap" and quiet_s <= self._config.start_quiet_s
-        return loads or ended == "end" or _recorder(part).count >= MAX_TOUCHES
+        loads = quiet_s <= self._config.start_quiet_s or any(
+            each.reader.is_waited_for for each in checkpoints
+        )
+        return (ended == "cap" and loads) or ended == "end" or _recorder(part).count >= MAX_TOUCHES
 
 
 def _recorder(part: Part) -> Recorder:

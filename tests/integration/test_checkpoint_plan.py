@@ -7,11 +7,14 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from pytest_mock import MockerFixture
 
+from bootseer_slurm.agent import recording as recordings
 from bootseer_slurm.agent.recording import Recording
 from bootseer_slurm.agent.request import Job, Wish
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, Layout
@@ -193,6 +196,38 @@ def test_a_start_that_still_reads_at_the_cap_says_nothing() -> None:
         assert traces(node) == []
 
 
+def recorded(
+    mocker: MockerFixture, write: Callable[..., bool], on_over: Callable[[str], None] = print, **config: float
+) -> tuple[Mock, Recording]:
+    """A file of a checkpoint, and the recording that it is for."""
+    part = mocker.Mock(wish=Wish("checkpoint", "/c"), trace_key="place-1", partial=False)
+    part.reader.blob.layout, part.reader.waited_s, part.reader.is_waited_for = Layout(BLOCK_BYTES), lambda: 0.0, False
+    recording = Recording(
+        Job(1, 0, ALICE, ALICE),
+        "n1",
+        "c1",
+        PrefetchConfig(**config),  # type: ignore[arg-type]
+        publisher=mocker.Mock(write=write),
+        is_asked=lambda wish: True,
+        on_over=on_over,
+    )
+    return part, recording
+
+
+def test_a_start_that_waits_for_the_store_is_not_quiet(mocker: MockerFixture) -> None:
+    mocker.patch.object(recordings, "_LOOK_EVERY_S", 0.01)
+    over = threading.Event()
+    part, recording = recorded(mocker, lambda *_, **__: True, lambda why: over.set(), start_quiet_s=0.1)
+    part.reader.is_waited_for = True
+    recording.step()
+    recording.add(part)
+    part.recorder.touch(0, 0)
+    assert not over.wait(0.5)
+    part.reader.is_waited_for = False
+    assert over.wait(10)
+    recording.finish("quiet")
+
+
 def test_a_job_that_ends_while_its_traces_are_written_waits_for_them(mocker: MockerFixture) -> None:
     """Behind the end the fetch process is killed, which writes them."""
     writing, written = threading.Event(), threading.Event()
@@ -201,18 +236,7 @@ def test_a_job_that_ends_while_its_traces_are_written_waits_for_them(mocker: Moc
         writing.set()
         return written.wait(10)
 
-    layout = Layout(BLOCK_BYTES)
-    part = mocker.Mock(wish=Wish("checkpoint", "/c"), trace_key="place-1", partial=False)
-    part.reader.blob.layout, part.reader.waited_s = layout, lambda: 0.0
-    recording = Recording(
-        Job(1, 0, ALICE, ALICE),
-        "n1",
-        "c1",
-        PrefetchConfig(),
-        publisher=mocker.Mock(write=write),
-        is_asked=lambda wish: True,
-        on_over=lambda why: None,
-    )
+    part, recording = recorded(mocker, write)
     recording.add(part)
     recording.step()
     part.recorder.touch(0, 0)

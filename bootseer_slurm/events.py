@@ -158,9 +158,9 @@ class EventLog:
     Thread-safe. A full disk costs the file, never the caller: events stay in memory, one warning is logged.
     """
 
-    # A job may mark as often as it likes; the rest comes a bounded number of times.
+    # A job may mark, and have steps, as often as it likes; the rest comes a bounded number of times.
     MAX_USER_EVENTS = 20_000
-    _USER_KINDS = frozenset({"mark", "step"})
+    _USER_KINDS = frozenset({"mark", "step", "shadow"})
 
     def __init__(self, job: int, restart: int, node: str, *, path: Path | None = None) -> None:
         self.job = job
@@ -247,7 +247,7 @@ class EventLog:
             "kind": "fault",
             "name": "too_many_events",
             "level": "warning",
-            "message": f"marks and steps after the first {self.MAX_USER_EVENTS} on this node are not kept",
+            "message": f"marks, steps, shadows: of these {self.MAX_USER_EVENTS} are kept of a node",
         }
         self._append(_checked(record))
 

@@ -1,9 +1,9 @@
 """What one start of a job touched: recorded until the start is over, then written as traces.
 
-The start is over at the mark training_started ("mark"), when nothing new was read for `start_quiet_s`
-("quiet"), at `start_cap_s` ("cap"), or with the job ("end"). What mounting an image in the prolog reads is no
-start yet: it does not end in quiet, and leaves no trace. Owns the recorders of the session's parts and one
-thread that watches the time. Thread-safe.
+The start is over at the mark training_started ("mark"), when for `start_quiet_s` nothing new was read and no
+read waited ("quiet"), at `start_cap_s` ("cap"), or with the job ("end"). What mounting an image in the prolog
+reads is no start yet: it does not end in quiet, and leaves no trace. Owns the recorders of the session's
+parts and one thread that watches the time. Thread-safe.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from bootseer_slurm.agent.part import Part
 from bootseer_slurm.agent.publish import Publisher
-from bootseer_slurm.agent.request import Job
+from bootseer_slurm.agent.request import Job, Wish
 from bootseer_slurm.blob.trace import MAX_TOUCHES, Recorder, Trace
 from bootseer_slurm.config import PrefetchConfig
 
@@ -34,14 +34,19 @@ class Recording:
         config: PrefetchConfig,
         *,
         publisher: Publisher,
+        is_asked: Callable[[Wish], bool],
         on_over: Callable[[str], None],
     ) -> None:
-        """on_over: told, by a thread of its own, why the start is over; not when `finish` said so."""
+        """is_asked: whether the job asked for this, and so can have read it.
+
+        on_over: told, by a thread of its own, why the start is over; not when `finish` said so.
+        """
         self._job = job
         self._node = node
         self._class = job_class
         self._config = config
         self._publisher = publisher
+        self._is_asked = is_asked
         self._on_over = on_over
         self._begin_s = time.monotonic()
         self._parts: list[Part] = []
@@ -50,6 +55,7 @@ class Recording:
         self._mounted_s: dict[Part, float] = {}
         self._over = threading.Event()
         self._lock = threading.Lock()
+        self._finishing = threading.Lock()
         self._watcher: threading.Thread | None = None
 
     def add(self, part: Part) -> None:
@@ -80,12 +86,16 @@ class Recording:
         self._mounted_s[part] = time.monotonic()
 
     def finish(self, ended: str) -> None:
-        """The start is over: write what was recorded. A second call does nothing."""
-        with self._lock:
-            if self._over.is_set():
-                return
-            self._over.set()
-            parts = list(self._parts)
+        """The start is over: write what was recorded. A second call only waits until the first is done."""
+        with self._finishing:
+            with self._lock:
+                if self._over.is_set():
+                    return
+                self._over.set()
+                parts = list(self._parts)
+            self._write(parts, ended)
+
+    def _write(self, parts: list[Part], ended: str) -> None:
         for part in parts:
             part.reader.remove_recorder(_recorder(part))
         used = [part for part in parts if self._last_s(part)]
@@ -115,12 +125,15 @@ class Recording:
         return time.time_ns() - int((time.monotonic() - last_s) * 1e9) if last_s else 0
 
     def _watch(self) -> None:
+        waited_s = 0.0
         while not self._over.wait(_LOOK_EVERY_S):
             now_s = time.monotonic()
+            if any(part.reader.is_waited_for for part in self._parts):
+                waited_s = now_s  # a store that stalls is not quiet
             last_s = max(map(self._last_s, self._parts), default=0.0)
             if now_s - self._begin_s > self._config.start_cap_s:
                 self._on_over("cap")
-            elif last_s and now_s - last_s > self._config.start_quiet_s:
+            elif last_s and now_s - max(last_s, waited_s) > self._config.start_quiet_s:
                 self._on_over("quiet")
 
     def _last_s(self, part: Part) -> float:
@@ -141,7 +154,7 @@ class Recording:
         """Whether this node read of a checkpoint, but nothing of this file of it."""
         if part.wish.kind != "checkpoint" or self._resumed or part.partial or part in used:
             return False
-        return any(other.wish.kind == "checkpoint" for other in used)
+        return self._is_asked(part.wish) and any(other.wish.kind == "checkpoint" for other in used)
 
     def _is_cut_off(self, part: Part, ended: str) -> bool:
         """Whether more of a checkpoint was, or may have been, to be read: nothing but its plan is brought."""
@@ -149,8 +162,10 @@ class Recording:
             return False
         checkpoints = [each for each in self._parts if each.wish.kind == "checkpoint"]
         quiet_s = time.monotonic() - max(map(self._last_s, checkpoints))
-        loads = ended == "cap" and quiet_s <= self._config.start_quiet_s
-        return loads or ended == "end" or _recorder(part).count >= MAX_TOUCHES
+        loads = quiet_s <= self._config.start_quiet_s or any(
+            each.reader.is_waited_for for each in checkpoints
+        )
+        return (ended == "cap" and loads) or ended == "end" or _recorder(part).count >= MAX_TOUCHES
 
 
 def _recorder(part: Part) -> Recorder:

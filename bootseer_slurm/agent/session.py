@@ -82,7 +82,13 @@ class Session:
         self._publisher = Publisher(job, self._fetcher)
         self._saving = Saving(job, self.log, config)
         self._recording = Recording(
-            job, node, self._class, config.prefetch, publisher=self._publisher, on_over=self._end_start
+            job,
+            node,
+            self._class,
+            config.prefetch,
+            publisher=self._publisher,
+            is_asked=lambda wish: wish in self._wanted.asked(),
+            on_over=self._end_start,
         )
         self._measure = Measure(job, self.log, limit_s=config.prefetch.start_cap_s)
 

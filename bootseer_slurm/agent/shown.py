@@ -24,6 +24,7 @@ class Shown:
         self._wanted = wanted
         self._named = named
         self._log = log
+        self._told: set[tuple[str, Wish]] = set()
         self._lock = threading.Lock()
 
     def to_step(self) -> tuple[list[Bind], dict[str, str]]:
@@ -69,6 +70,11 @@ class Shown:
         return variables
 
     def _tell(self, name: str, wish: Wish, message: str | None) -> None:
+        """Once for all steps: there may be thousands, with as many files each."""
+        with self._lock:
+            if (name, wish) in self._told:
+                return
+            self._told.add((name, wish))
         level = "info" if name == "shown" else "warning"
         self._log.emit("shadow", name, target=wish.name, what=wish.kind, message=message, level=level)
 

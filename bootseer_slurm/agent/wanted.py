@@ -66,7 +66,7 @@ class Wanted:
             sought = self._sought.get(wish)
             if sought is not None:
                 sought.by_job = sought.by_job or asked
-                sought.whole = sought.whole or whole
+                sought.whole, sought.place = sought.whole or whole, sought.place or place
                 return sought, False
             sought = Sought(asked, whole, place)
             if len(self._sought) < _LOOK_UPS:

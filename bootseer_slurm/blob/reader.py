@@ -140,6 +140,11 @@ class Reader:
             recorder.touch(first, last)
         return self.blob.fd if self.blob.has(first, last) else None
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether some read waits for blocks now."""
+        return self._waiting > 0
+
     def waited_s(self) -> float:
         """How long, in all, at least one read has waited for blocks."""
         with self._lock:

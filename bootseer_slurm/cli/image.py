@@ -169,7 +169,7 @@ def image_rm(image: _Image) -> None:
 
 @app.command("gc")
 def image_gc() -> None:
-    """Remove what broken pushes left, and blobs without a name (of environments and checkpoints too)."""
+    """Remove what broken pushes left, blobs without a name (environments' too), and traces after 30 days."""
     from bootseer_slurm.blob.garbage import collect_garbage
 
     found = collect_garbage(settings.store(), os.getuid())

@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from pytest_mock import MockerFixture
 
-from bootseer_slurm.blob.manifest import BLOCK_BYTES
+from bootseer_slurm.agent import recording as recordings
+from bootseer_slurm.agent.recording import Recording
+from bootseer_slurm.agent.request import Job, Wish
+from bootseer_slurm.blob.manifest import BLOCK_BYTES, Layout
 from bootseer_slurm.blob.trace import Trace, decode
+from bootseer_slurm.config import PrefetchConfig
 from tests.integration.node import ALICE, Node, node, node_of, wait_until
 from tests.integration.test_recovery import attach
 
@@ -154,6 +162,24 @@ def test_what_another_job_read_is_no_plan(node: Node) -> None:
     end(node, 2, mounts)
 
 
+def test_what_was_learned_and_not_asked_for_is_not_passed_over(node: Node) -> None:
+    """A step asks for something else this time: of what it was not shown that says nothing."""
+    node.start()
+    load(node, 1, make(node, 1))
+    node.events(1)
+    other = node.folder / "data" / "other.pt"
+    other.write_bytes(b"x" * BLOCK_BYTES)
+    os.utime(other, (OLD, OLD))
+    node.ask("prolog", JOB_ID=2, UID=ALICE, BOOTSEER=1, JOB_NAME="train", NODELIST="n[1-2]", NODENAME="n1")
+    fetched(node, 2)
+    reply, fds = node.request("attach", JOB_ID=2, UID=ALICE, STEP_ID=0, BOOTSEER=1, CHECKPOINT=other)
+    assert [value.split(":", 3)[3] for key, value in reply if key == "BIND"] == [str(other)]
+    assert Path(f"/proc/self/fd/{fds[0]}").read_bytes() == other.read_bytes()
+    end(node, 2, {str(other): fds[0]})
+    node.events(2)
+    assert [(trace.job, trace.touches) for trace in traces(node) if trace.job == 2] == [(2, ((0, 0),))]
+
+
 def test_a_start_that_still_reads_at_the_cap_says_nothing() -> None:
     with node_of('[prefetch]\nstart_cap = "2s"\n') as node:
         node.start()
@@ -168,3 +194,59 @@ def test_a_start_that_still_reads_at_the_cap_says_nothing() -> None:
         end(node, 1, mounts)
         assert any(event["kind"] == "prefetch" for event in node.events(1))
         assert traces(node) == []
+
+
+def recorded(
+    mocker: MockerFixture, write: Callable[..., bool], on_over: Callable[[str], None] = print, **config: float
+) -> tuple[Mock, Recording]:
+    """A file of a checkpoint, and the recording that it is for."""
+    part = mocker.Mock(wish=Wish("checkpoint", "/c"), trace_key="place-1", partial=False)
+    part.reader.blob.layout, part.reader.waited_s, part.reader.is_waited_for = Layout(BLOCK_BYTES), lambda: 0.0, False
+    recording = Recording(
+        Job(1, 0, ALICE, ALICE),
+        "n1",
+        "c1",
+        PrefetchConfig(**config),  # type: ignore[arg-type]
+        publisher=mocker.Mock(write=write),
+        is_asked=lambda wish: True,
+        on_over=on_over,
+    )
+    return part, recording
+
+
+def test_a_start_that_waits_for_the_store_is_not_quiet(mocker: MockerFixture) -> None:
+    mocker.patch.object(recordings, "_LOOK_EVERY_S", 0.01)
+    over = threading.Event()
+    part, recording = recorded(mocker, lambda *_, **__: True, lambda why: over.set(), start_quiet_s=0.1)
+    part.reader.is_waited_for = True
+    recording.step()
+    recording.add(part)
+    part.recorder.touch(0, 0)
+    assert not over.wait(0.5)
+    part.reader.is_waited_for = False
+    assert over.wait(10)
+    recording.finish("quiet")
+
+
+def test_a_job_that_ends_while_its_traces_are_written_waits_for_them(mocker: MockerFixture) -> None:
+    """Behind the end the fetch process is killed, which writes them."""
+    writing, written = threading.Event(), threading.Event()
+
+    def write(op: str, content: bytes, **fields: str) -> bool:
+        writing.set()
+        return written.wait(10)
+
+    part, recording = recorded(mocker, write)
+    recording.add(part)
+    recording.step()
+    part.recorder.touch(0, 0)
+    threads = [threading.Thread(target=recording.finish, args=(why,)) for why in ("mark", "end")]
+    threads[0].start()
+    assert writing.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert threads[1].is_alive()
+    written.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()

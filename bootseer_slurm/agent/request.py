@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import tomli
@@ -26,6 +26,14 @@ _SWITCHES = ("observe", "writable")
 _PROFILE_KEYS = {"images": "image", "environments": "environment", "checkpoints": "checkpoint"}
 
 
+class Rank(NamedTuple):
+    """A node of a job. key: the same for what reads the same; the node's name where its rank is not known."""
+
+    key: str
+    number: int = 0
+    nodes: int = 1
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One start of one job on this node."""
@@ -40,13 +48,14 @@ class Job:
     account: str = ""
     gpus: tuple[int, ...] = ()  # of this node, as Slurm numbers them; (): not known
 
-    def rank(self, node: str) -> tuple[str, int]:
-        """Which of the job's nodes this is, and of how many; its name and 1 where that is not known."""
+    def rank(self, node: str) -> Rank:
+        """Which of the job's nodes this is."""
         try:
             nodes = expand(self.nodelist)
-            return f"{nodes.index(node)}/{len(nodes)}", len(nodes)
+            index = nodes.index(node)
         except (InputError, ValueError):  # the prolog's message was lost, or the list is too long for it
-            return node, 1
+            return Rank(node)
+        return Rank(f"{index}/{len(nodes)}", index, len(nodes))
 
 
 @dataclass(frozen=True, slots=True)

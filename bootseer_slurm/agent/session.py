@@ -78,7 +78,7 @@ class Session:
         no_key = Key(b"", "kernel_mount is off")
         self._key = no_key if config.image.kernel_mount == "off" else read_key(config.image.site_key)
         self._class = job_class(job.uid, job.account, job.name)
-        self._rank, self._nodes = job.rank(node)
+        self._rank = job.rank(node)
         self._publisher = Publisher(job, self._fetcher)
         self._saving = Saving(job, self.log, config)
         self._recording = Recording(
@@ -345,7 +345,7 @@ class Session:
             self._wanted.count_look_up(wish)
             if wish.kind == "checkpoint" and sought.whole is None and self._locate(wish, sought):
                 return None
-            place = Place(f"{sought.place}\0{self._rank}", self._nodes > 1) if sought.place else None
+            place = Place(f"{sought.place}\0{self._rank.key}", self._rank.nodes > 1) if sought.place else None
             target = self._look_up(wish, digest, place)
             with self._lock:
                 over = self._over.is_set()
@@ -373,7 +373,10 @@ class Session:
 
     def _locate(self, wish: Wish, sought: Sought) -> bool:
         """See whether a checkpoint is a folder; then each file of the newest in it is a wish of its own."""
-        reply = self._fetcher().call("locate", name=wish.name, limit=FILES)
+        rank = self._rank
+        reply = self._fetcher().call(
+            "locate", name=wish.name, limit=FILES, rank=rank.number, nodes=rank.nodes
+        )
         located = parse_located(wish.name, reply.fields)
         if located.place:
             sought.place = located.place

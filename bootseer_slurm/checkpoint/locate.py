@@ -30,6 +30,7 @@ _TRACKERS = ("latest_checkpointed_iteration.txt", "latest")
 _TRACKER_LIMIT_BYTES = 256
 _STEP = re.compile(r"(?:.*?[^0-9])?([0-9]+)(?:\.[A-Za-z][A-Za-z0-9_.]*)?")  # the number in step_9000.pt
 _PART = re.compile(r".*\.(tmp|part|partial|incomplete|lock)|\..*\.[0-9a-f]{12}")
+_NUMBER = re.compile(r"[0-9]")
 _SHARD = re.compile(r"-of-|rank|consolidated")  # a part of one checkpoint, by number
 # What lies beside checkpoints.
 _NONE = (".out", ".err", ".log", ".json", ".txt", ".yaml", ".yml", ".csv", ".sh", ".py")
@@ -100,6 +101,28 @@ def named_files(name: str) -> tuple[list[tuple[str, str, str]], str]:
         within = file.removeprefix(found.path)
         files.append((full, place + within, within.lstrip("/")))
     return files, f"{found.path}: {found.why}"
+
+
+def share_of(
+    files: list[tuple[str, str, str]], limit: int, *, rank: int, nodes: int
+) -> list[tuple[str, str, str]]:
+    """Of files as `named_files` gives them at most `limit`, those that a node most likely reads.
+
+    rank: of the node, of so many. What has no number in its name is for all; of the rest, which belongs to
+    processes in order (__7_0.distcp, mp_rank_07), each node has its share, and what comes behind it.
+    """
+    if len(files) <= limit:
+        return files
+    common = [each for each in files if not _NUMBER.search(each[2])][:limit]
+    numbered = sorted((each for each in files if _NUMBER.search(each[2])), key=lambda each: _natural(each[2]))
+    left = limit - len(common)
+    first = max(0, min(len(numbered) * rank // nodes, len(numbered) - left))
+    return common + numbered[first : first + left]
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """Sorts 10 behind 9."""
+    return [(text, int(digits)) for text, digits in re.findall(r"([^0-9]*)([0-9]{1,18}|$)", name) if digits]
 
 
 def _holds_checkpoints(inside: list[Entry]) -> bool:

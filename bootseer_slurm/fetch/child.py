@@ -33,7 +33,7 @@ from bootseer_slurm.blob.jobclass import RECORD_LIMIT_BYTES, class_path, decode_
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, decode
 from bootseer_slurm.blob.names import Base, Name, file_fingerprint, read_published, user_folder
 from bootseer_slurm.blob.stripes import Stripes, open_stripes
-from bootseer_slurm.checkpoint.locate import named_files
+from bootseer_slurm.checkpoint.locate import named_files, share_of
 from bootseer_slurm.checkpoint.striped import MANIFEST, identity_of, open_file
 from bootseer_slurm.env.key import Key, differences, fingerprint_of, key_of, stored_name
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound
@@ -118,7 +118,8 @@ class Child:
     def _locate(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         """What files a checkpoint is that a user named: one, or those of the newest in a folder."""
         files, message = named_files(request["name"])
-        return {"files": files[: request["limit"]], "count": len(files), "message": message}, []
+        some = share_of(files, request["limit"], rank=request["rank"], nodes=request["nodes"])
+        return {"files": some, "count": len(files), "message": message}, []
 
     def _resolve(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Look a target up: what the user named, what the store has of it, and handles to read both."""

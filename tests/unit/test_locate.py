@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm.checkpoint import locate
-from bootseer_slurm.checkpoint.locate import named_files, newest
+from bootseer_slurm.checkpoint.locate import named_files, newest, share_of
 from bootseer_slurm.checkpoint.writer import StripedWriter
 from bootseer_slurm.errors import NotFound
 
@@ -140,3 +140,21 @@ def test_a_folder_of_striped_files_is_seen_to_settle(tmp_path: Path) -> None:
 )
 def test_what_the_checkpoints_of_all_steps_are_called_alike(name: str, place: str) -> None:
     assert locate._without_step(name) == place
+
+
+@pytest.mark.parametrize(
+    ("rank", "nodes", "numbers"),
+    [(0, 4, range(10)), (1, 4, range(8, 18)), (3, 4, range(22, 32)), (0, 1, range(10)), (31, 32, range(22, 32))],
+)
+def test_of_many_files_a_node_has_its_share(rank: int, nodes: int, numbers: range) -> None:
+    names = [f"__{number}_0.distcp" for number in range(32)] + [".metadata", "config.json"]
+    files = [(f"/c/{name}", name, name) for name in sorted(names)]
+    found = [name for _, _, name in share_of(files, 12, rank=rank, nodes=nodes)]
+    assert found == [".metadata", "config.json", *(f"__{number}_0.distcp" for number in numbers)]
+    assert share_of(files, 34, rank=rank, nodes=nodes) == files
+
+
+def test_more_files_for_all_than_may_be() -> None:
+    files = [(name, name, name) for name in "abcdef1"]
+    assert [name for name, _, _ in share_of(files, 3, rank=1, nodes=2)] == ["a", "b", "c"]
+    assert locate._natural("a10b2") > locate._natural("a9b3") > locate._natural("a9b")

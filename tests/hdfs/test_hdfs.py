@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -57,8 +60,19 @@ def test_one_gets_a_lease(hdfs: Hdfs) -> None:
     assert sorted(got) == [False] * 7 + [True]
 
 
+def nothing_is_deleted(hdfs: Hdfs) -> bool:
+    """Whether no DataNode has blocks to delete, or to tell the NameNode of."""
+    url = f"http://{urlsplit(hdfs.uri).hostname}:9870/jmx?qry=Hadoop:service=NameNode,name=FSNamesystem"
+    with urllib.request.urlopen(url, timeout=10) as reply:
+        pending = json.load(reply)["beans"][0]["PendingDeletionBlocks"]
+    time.sleep(3 if pending == 0 else 0.5)  # heartbeats are sent each second
+    return bool(pending == 0)
+
+
 def test_the_namenode_is_restarted(hdfs: Hdfs) -> None:
     uri = write(hdfs, "restarted")
+    # One with something to report tells a NameNode that is away without a pause, by a whole core.
+    wait_until(lambda: nothing_is_deleted(hdfs), 60)
     with ParallelFile(uri) as file:
         hdfs.script("control", "namenode", "kill")
         assert file.read() == CONTENT, "what is open is read on"

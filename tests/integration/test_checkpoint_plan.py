@@ -112,7 +112,8 @@ def test_the_next_checkpoint_brings_what_this_rank_read_of_the_last(node: Node) 
     assert os.pread(fd, SIZE, 0) == (folder / "other.distcp").read_bytes(), "what was not brought is read all the same"
     os.close(fd)
     end(node, 2, mounts)
-    node.events(2)
+    pushed = {str(event["target"]): event["pushed_bytes"] for event in node.events(2) if event["name"] == "summary"}
+    assert pushed[str(folder / "half.distcp")] > HALF // 2, "what is known to be read is given to the kernel"
     # Another rank's node reads other parts, and has no plan yet.
     make(node, 3)
     mounts = begin(node, 3, rank=1)

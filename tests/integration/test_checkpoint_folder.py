@@ -115,7 +115,12 @@ def test_more_files_than_one_job_may_ask_for(node: Node) -> None:
 def step(node: Node, job: int, name: object) -> str:
     """What a step of a new job is told of where its checkpoint is."""
     node.ask("prolog", JOB_ID=job, UID=ALICE, BOOTSEER=1, CHECKPOINT=name)
-    reply, fds = node.request("attach", JOB_ID=job, UID=ALICE, STEP_ID=0)
+    return told(node, job, 0)
+
+
+def told(node: Node, job: int, number: int) -> str:
+    """What one step of a job is told of where its checkpoint is; "" when it is not."""
+    reply, fds = node.request("attach", JOB_ID=job, UID=ALICE, STEP_ID=number)
     for fd in fds:
         os.close(fd)
     return dict(value.split("=", 1) for key, value in reply if key == "SETENV").get("BOOTSEER_CHECKPOINT", "")
@@ -135,7 +140,7 @@ def test_striped_files_of_a_folder_have_their_names_in_one_folder(node: Node) ->
     assert found == made
     node.as_user("cmp", str(shown_at / "sub/plain.bin"), str(root / "step_9/sub/plain.bin"))
     assert not (shown_at.parent.stat().st_mode & 0o044), "others do not learn what the files are called"
-    assert step_again(node, 1) == str(shown_at)
+    assert told(node, 1, 1) == str(shown_at)
     node.ask("epilog", JOB_ID=1)
     node.events(1)
     wait_until(lambda: not shown_at.parent.exists())
@@ -171,13 +176,6 @@ def test_what_was_learned_is_shown_once_a_step_asks_for_it(node: Node) -> None:
         os.close(fd)
     assert sorted(value.split(":", 3)[3] for key, value in reply if key == "BIND") == sorted(made)
     node.ask("epilog", JOB_ID=2)
-
-
-def step_again(node: Node, job: int) -> str:
-    reply, fds = node.request("attach", JOB_ID=job, UID=ALICE, STEP_ID=1)
-    for fd in fds:
-        os.close(fd)
-    return dict(value.split("=", 1) for key, value in reply if key == "SETENV")["BOOTSEER_CHECKPOINT"]
 
 
 def test_a_folder_of_which_a_striped_file_is_broken_is_not_shown_in_part(node: Node) -> None:

@@ -46,6 +46,15 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
+def slurm_conf(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's commands run on this host and ask the cluster's daemons."""
+    for line in cluster.script("env").stdout.splitlines():
+        name, _, value = line.removeprefix("export ").partition("=")
+        if name == "SLURM_CONF":
+            monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
 def spare_cluster() -> Iterator[Cluster]:
     """A second cluster's place, where nothing is up; taken down afterwards."""
     if reason := _no_cluster_because():

@@ -12,7 +12,7 @@ from bootseer_slurm.report.analyse import analyse
 from bootseer_slurm.report.collect import collect
 from bootseer_slurm.slurm import jobs
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm_conf")]
 
 SECOND = 1_000_000_000
 
@@ -28,15 +28,6 @@ class NoEvents:
 
     def event_files(self, uid: int, job: int, restart: int) -> list[tuple[str, str]]:
         return []
-
-
-@pytest.fixture(autouse=True)
-def slurm_conf(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sacct runs on this host and asks the cluster's slurmdbd."""
-    for line in cluster.script("env").stdout.splitlines():
-        name, _, value = line.removeprefix("export ").partition("=")
-        if name == "SLURM_CONF":
-            monkeypatch.setenv(name, value)
 
 
 def wait_for(job_id: int, state: str) -> jobs.JobRecord:

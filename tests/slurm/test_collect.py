@@ -14,7 +14,7 @@ import pytest
 from bootseer_slurm.slurm import jobs
 from tests.slurm.conftest import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300), pytest.mark.usefixtures("slurm_conf")]
 
 BOOTSEER = str(Path(__file__).parents[2] / ".venv" / "bin" / "bootseer")
 PYTHON = str(Path(BOOTSEER).with_name("python"))
@@ -35,14 +35,6 @@ while True:
     subprocess.run([sys.argv[1], "answer"], stdin=link)
     link.close()
 """
-
-
-@pytest.fixture(autouse=True)
-def slurm_conf(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    for line in cluster.script("env").stdout.splitlines():
-        name, _, value = line.removeprefix("export ").partition("=")
-        if name == "SLURM_CONF":
-            monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ prefetch  begin, end                target, what; begin: bytes = size of the blo
                                     bytes_cached = there already, dur_s
           hot                       target, what, bytes, blocks, dur_s: all that the plan names is there
 plan      learned                   target, what: asked for by the last start of this job class
+          not_used                  target, what, message: it was learned, and cannot be used any more
+          unread                    target, what, message: not brought, for the last start did not read it
           located                   target, what; message: the newest checkpoint in that folder, and why
 snapshot  saved, failed             target, what, dur_s; message
 shadow    shown, skipped, failed    target, what; message = why

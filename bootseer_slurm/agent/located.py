@@ -40,6 +40,6 @@ def parse_located(name: str, fields: dict[str, Any]) -> Located:
     files = {
         within: (wish, place)
         for file, (place, within) in found.items()
-        for wish in learned_wishes([("checkpoint", file)])
+        for wish, _ in learned_wishes([("checkpoint", file, None)])
     }
     return Located("", message, files, has_no_path)

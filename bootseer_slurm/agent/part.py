@@ -123,6 +123,11 @@ class Part:
         return "file-" + hashlib.sha256(f"{self._path}\0{self._fingerprint}".encode()).hexdigest()
 
     @property
+    def is_unread(self) -> bool:
+        """Whether the last start was shown it and read nothing of it."""
+        return self.plan.full_starts > 0 and not self.plan.blocks
+
+    @property
     def partial(self) -> bool:
         """Whether reads may have been answered by the kernel, unseen by the recorder."""
         pushed = self.reader.usage.pushed_bytes > self.before.pushed_bytes

@@ -118,6 +118,7 @@ class Prefetch:
         work = _Work(part, times_ms, planned)
         lacking = work.lacking()
         with self._changed:
+            self._works = [each for each in self._works if each.part is not part]  # it was dropped
             self._works.append(work)
             self._works.sort(key=lambda work: _ORDER.index(work.part.wish.kind))
             for block, first_block, last_block in runs(lacking, layout.chunk_bytes // layout.block_bytes):
@@ -128,6 +129,15 @@ class Prefetch:
                 self._threads.append(threading.Thread(target=self._stream, name="prefetch", daemon=True))
                 self._threads[-1].start()
             self._settle(work)
+            self._changed.notify_all()
+
+    def drop(self, part: Part) -> None:
+        """Bring no more of this part, which nobody will read; `add` brings it again."""
+        with self._changed:
+            for work in self._works:
+                if work.part is part and not work.ended:
+                    work.hot_over = work.exhausted = work.ended = True
+                    self._tell(work, "stopped")
             self._changed.notify_all()
 
     def wait_hot(self, part: Part, timeout_s: float) -> bool:

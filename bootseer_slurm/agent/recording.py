@@ -2,8 +2,9 @@
 
 The start is over at the mark training_started ("mark"), when for `start_quiet_s` nothing new was read and no
 read waited ("quiet"), at `start_cap_s` ("cap"), or with the job ("end"). What mounting an image in the prolog
-reads is no start yet: it does not end in quiet, and leaves no trace. Owns the recorders of the session's
-parts and one thread that watches the time. Thread-safe.
+reads is no start yet: it does not end in quiet, and leaves no trace. What steps were shown and did not read
+leaves a trace without touches: at the mark, which is exact; else when the job ends, for it may come late.
+Owns the recorders of the session's parts and one thread that watches the time. Thread-safe.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from bootseer_slurm.agent.part import Part
 from bootseer_slurm.agent.publish import Publisher
-from bootseer_slurm.agent.request import Job, Wish
+from bootseer_slurm.agent.request import Job
 from bootseer_slurm.blob.trace import MAX_TOUCHES, Recorder, Trace
 from bootseer_slurm.config import PrefetchConfig
 
@@ -34,22 +35,19 @@ class Recording:
         config: PrefetchConfig,
         *,
         publisher: Publisher,
-        is_asked: Callable[[Wish], bool],
         on_over: Callable[[str], None],
     ) -> None:
-        """is_asked: whether the job asked for this, and so can have read it.
-
-        on_over: told, by a thread of its own, why the start is over; not when `finish` said so.
-        """
+        """on_over: told, by a thread of its own, why the start is over; not when `finish` said so."""
         self._job = job
         self._node = node
         self._class = job_class
         self._config = config
         self._publisher = publisher
-        self._is_asked = is_asked
         self._on_over = on_over
         self._begin_s = time.monotonic()
         self._parts: list[Part] = []
+        self._shown: set[Part] = set()
+        self._unread: list[Part] = []  # as far as is known; when the job ends it is
         self._step_s = math.inf
         self._resumed = False
         self._mounted_s: dict[Part, float] = {}
@@ -76,6 +74,11 @@ class Recording:
         """A step begins, or wants an image: what is read from now on is the start's."""
         self._step_s = min(self._step_s, time.monotonic())
 
+    def shown(self, parts: Iterable[Part]) -> None:
+        """A step can read these from now on."""
+        with self._lock:
+            self._shown.update(parts)
+
     def resume(self) -> None:
         """An agent before this one was killed, and what it saw is lost: traces are partial."""
         self._resumed = True
@@ -95,28 +98,45 @@ class Recording:
                 parts = list(self._parts)
             self._write(parts, ended)
 
-    def _write(self, parts: list[Part], ended: str) -> None:
-        for part in parts:
+    def close(self) -> None:
+        """The job is over, and `finish` was called: of what it never read it is known now."""
+        unread, self._unread = self._unread, []
+        for part in unread:
             part.reader.remove_recorder(_recorder(part))
+            if not self._last_s(part) and not part.partial:
+                self._write_trace(part, "end", ())
+
+    def _write(self, parts: list[Part], ended: str) -> None:
         used = [part for part in parts if self._last_s(part)]
         began_ms = min(map(self._began_ms, used), default=0)
         for part in parts:
-            if not (part in used or self._is_passed_over(part, used)) or self._is_cut_off(part, ended):
+            unread = part not in used and self._can_be_unread(part)
+            if unread and ended in ("quiet", "cap") and not _is_passed_over(part, used):
+                self._unread.append(part)
                 continue
-            trace = Trace(
-                blob=part.trace_key,
-                node=self._node,
-                job=self._job.job_id,
-                restart=self._job.restart,
-                made_ns=time.time_ns(),
-                blocks=part.reader.blob.layout.blocks,
-                block_bytes=part.reader.blob.layout.block_bytes,
-                partial=self._resumed or part.partial,
-                ended=ended,
-                touches=_recorder(part).touches_since(began_ms),
-            )
-            fields: dict[str, Any] = {"class": self._class, "blob": part.trace_key}
-            self._publisher.write("trace", trace.encode(), **fields)
+            part.reader.remove_recorder(_recorder(part))
+            if self._is_cut_off(part, ended):
+                continue
+            if part in used:
+                self._write_trace(part, ended, _recorder(part).touches_since(began_ms))
+            elif unread and ended != "end":
+                self._write_trace(part, ended, ())
+
+    def _write_trace(self, part: Part, ended: str, touches: tuple[tuple[int, int], ...]) -> None:
+        trace = Trace(
+            blob=part.trace_key,
+            node=self._node,
+            job=self._job.job_id,
+            restart=self._job.restart,
+            made_ns=time.time_ns(),
+            blocks=part.reader.blob.layout.blocks,
+            block_bytes=part.reader.blob.layout.block_bytes,
+            partial=self._resumed or part.partial,
+            ended=ended,
+            touches=touches,
+        )
+        fields: dict[str, Any] = {"class": self._class, "blob": part.trace_key}
+        self._publisher.write("trace", trace.encode(), **fields)
 
     @property
     def last_new_ns(self) -> int:
@@ -150,11 +170,10 @@ class Recording:
         """From when on what is read of a part is the start's."""
         return max(self._step_s, self._mounted_s.get(part, 0.0))
 
-    def _is_passed_over(self, part: Part, used: list[Part]) -> bool:
-        """Whether this node read of a checkpoint, but nothing of this file of it."""
-        if part.wish.kind != "checkpoint" or self._resumed or part.partial or part in used:
-            return False
-        return self._is_asked(part.wish) and any(other.wish.kind == "checkpoint" for other in used)
+    def _can_be_unread(self, part: Part) -> bool:
+        """Whether a step was shown this, and every read of it would have been seen."""
+        with self._lock:
+            return part in self._shown and not (self._resumed or part.partial)
 
     def _is_cut_off(self, part: Part, ended: str) -> bool:
         """Whether more of a checkpoint was, or may have been, to be read: nothing but its plan is brought."""
@@ -166,6 +185,11 @@ class Recording:
             each.reader.is_waited_for for each in checkpoints
         )
         return (ended == "cap" and loads) or ended == "end" or _recorder(part).count >= MAX_TOUCHES
+
+
+def _is_passed_over(part: Part, used: list[Part]) -> bool:
+    """Whether this node read of a checkpoint, but nothing of this file of it."""
+    return part.wish.kind == "checkpoint" and any(other.wish.kind == "checkpoint" for other in used)
 
 
 def _recorder(part: Part) -> Recorder:

@@ -152,15 +152,18 @@ def image_wish(text: str) -> Wish:
     return Wish("image", parse(text).name)
 
 
-def learned_wishes(value: object) -> list[Wish]:
-    """The wishes of a class's record, read by a process that is the user's; what is not one is left out."""
-    wishes: list[Wish] = []
+def learned_wishes(value: object) -> list[tuple[Wish, int | None]]:
+    """The wishes of a class's record and their owners, images first; what is not a wish is left out.
+
+    value: what a process says that is the user's.
+    """
+    wishes: list[tuple[Wish, int | None]] = []
     for entry in value[:_TARGET_LIMIT] if isinstance(value, list) else []:
         with contextlib.suppress(InputError, ValueError, TypeError):
-            kind, name = entry
-            if kind in _PROFILE_KEYS.values() and isinstance(name, str):
-                wishes.append(_wish(kind, "env" if kind == "environment" else kind, name))
-    return wishes
+            kind, name, owner = entry
+            if kind in _PROFILE_KEYS.values() and isinstance(name, str) and isinstance(owner, int | None):
+                wishes.append((_wish(kind, "env" if kind == "environment" else kind, name), owner))
+    return sorted(wishes, key=lambda each: each[0].kind != "image")  # environments ask for it
 
 
 def parse_profile(text: str) -> Request:

@@ -4,7 +4,8 @@ Owns the job's fetch process, its targets, its prefetch, its traces and its even
 threads of the session's own: `begin` and `mark` return at once, `attach` waits `attach_wait_s` at most.
 
 What is brought, for each kind of thing: what the options and pyxis ask for; else what this job class asked
-for at its last start (blob/jobclass.py), which is not shown to a step before one asks for it.
+for at its last start (blob/jobclass.py), which is shown as if it had been asked for now. An image of a
+registry has no path to be shown at: of one that was learned no more is brought once tasks start without it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from bootseer_slurm.agent.fetcher import Fetcher
@@ -34,7 +36,7 @@ from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.shown import Shown
 from bootseer_slurm.agent.target import Bind, Target, Use
 from bootseer_slurm.agent.wanted import Sought, Wanted
-from bootseer_slurm.blob.jobclass import encode_wishes, job_class
+from bootseer_slurm.blob.jobclass import Remembered, encode_wishes, job_class
 from bootseer_slurm.config import Config
 from bootseer_slurm.env.attach import unmount_left, unpacked_folder
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
@@ -47,6 +49,7 @@ _PUBLISH_DELAY_S = 2.0  # the other tasks' marks come within it
 _JOIN_S = 5.0  # for threads whose fetch process was killed
 _LOOK_UP_LIMIT_S = 25.0  # for an importer, which waits for one name
 _WHOLE_TRACE_EVERY = 8
+_UNREAD = "not brought: the last start of this class was shown it and did not read it"
 
 
 class Session:
@@ -66,6 +69,9 @@ class Session:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._over = threading.Event()
+        self._recalled = threading.Event()  # it is known what was learned
+        self._recalled.set()
+        self._recalled_record: list[Remembered] | None = None
         self._fetcher = Fetcher(job.uid, job.gid, config)
         self._memory = Memory()
         named = Named(config.agent.blobs.parent / "named" / f"{job.job_id}.{job.restart}")
@@ -87,7 +93,6 @@ class Session:
             self._class,
             config.prefetch,
             publisher=self._publisher,
-            is_asked=lambda wish: wish in self._wanted.asked(),
             on_over=self._end_start,
         )
         self._measure = Measure(job, self.log, limit_s=config.prefetch.start_cap_s)
@@ -126,8 +131,12 @@ class Session:
         self._observe, self._by_site = request.observe, not request.asked
         self.add(request)
         if not request.observe:
-            kinds = {wish.kind for wish in request.wishes}
-            self._start_thread(self._recall, kinds)
+            self._begin_recall(request)
+
+    def _begin_recall(self, request: Request) -> None:
+        self._recalled.clear()
+        if not self._start_thread(self._recall, {wish.kind for wish in request.wishes}):
+            self._recalled.set()
 
     def wants(self, request: Request) -> bool:
         """Whether a request has anything new."""
@@ -140,14 +149,17 @@ class Session:
         if self._by_site:
             self._observe = self._by_site = False
             self.log.emit("session", "mode", mode="prefetch")
+            self._begin_recall(request)
         self._writable = self._writable or request.writable
+        known = self._wanted.all()
+        other_kinds = {wish.kind for wish in request.wishes if wish not in known}
         for wish in sorted(request.wishes, key=lambda wish: wish.kind != "image"):  # environments ask for it
             self._seek(wish, asked=True)
+        self._drop(lambda wish: wish.kind in other_kinds)  # this job does not ask for what the last one did
 
-    def _seek(
-        self, wish: Wish, *, asked: bool = False, whole: Sought | None = None, place: str = ""
-    ) -> Sought:
-        sought, is_new = self._wanted.seek(wish, asked=asked, whole=whole, place=place)
+    def _seek(self, wish: Wish, **about: Any) -> Sought:
+        """about: as of Wanted.seek."""
+        sought, is_new = self._wanted.seek(wish, **about)
         if is_new and not self._start_thread(self._bring, wish, sought):
             sought.looked_up.set()
             sought.begun.set()
@@ -168,17 +180,20 @@ class Session:
         """Bring what this class asked for at its last start, of kinds that are not asked for now."""
         try:
             of_class: dict[str, Any] = {"class": self._class}
-            fields = self._fetcher().call("recall", **of_class).fields
+            learned = learned_wishes(self._fetcher().call("recall", **of_class).fields.get("wishes"))
+            self._recalled_record = [Remembered(wish.kind, wish.name, owner) for wish, owner in learned]
+            for wish, owner in learned:
+                if wish.kind not in kinds:
+                    self.log.emit("plan", "learned", target=wish.name, what=wish.kind)
+                    self._seek(wish, owner=owner)
         except BootseerError as error:
             _log.info("nothing recalled: %s", error, extra={"job": self.job.job_id})
-            return
-        for wish in learned_wishes(fields.get("wishes")):
-            if wish.kind not in kinds:
-                self.log.emit("plan", "learned", target=wish.name, what=wish.kind)
-                self._seek(wish, asked=False)
+        finally:
+            self._recalled.set()
 
     def wait_looked_up(self, deadline_s: float) -> None:
         """Wait until the names are looked up, or time.monotonic() is `deadline_s`."""
+        self._recalled.wait(max(0.0, deadline_s - time.monotonic()))
         while waiting := [each for each in self._wanted.all().values() if not each.looked_up.is_set()]:
             if not waiting[0].looked_up.wait(max(0.0, deadline_s - time.monotonic())):
                 return
@@ -194,6 +209,7 @@ class Session:
         self._recording.step()
         self.wait_looked_up(time.monotonic() + self._config.prefetch.attach_wait_s)
         shown = self._shown.to_step()
+        self._recording.shown(part for part in self._parts() if self._shown.is_readable(part.wish))
         self._measure.step(self._parts())
         return shown
 
@@ -215,11 +231,13 @@ class Session:
             self._note(wish)
         self._recording.step()
         sought.begun.wait(_LOOK_UP_LIMIT_S)
+        self._resume(sought)
         target = sought.target
         if target is None or (digest and target.fingerprint != digest):
             target = self._bring(wish, sought, digest)  # again: the importer may just have made it
         if target is None or (digest and target.fingerprint != digest):
             raise NotFound(f"image {wish.name}: not in the store, or an older one")
+        self._recording.shown(target.parts)
         self._prefetcher().wait_hot(target.parts[0], self._config.prefetch.hot_wait_s)
         return str(target.served_path()), target.fingerprint
 
@@ -244,6 +262,8 @@ class Session:
 
     def stage(self, name: str, *, t_ns: int, step: str, task: int | None, detail: str | None) -> None:
         """Record what the plugin says of a step."""
+        if name == "task_start" and step.isdecimal():
+            self._drop(lambda wish: wish.can_be_imported)  # its container is there, of another image or of none
         if name == "shadow_failed":
             self.log.emit("shadow", "failed", t_ns=t_ns, step=step, level="warning", message=detail)
         else:
@@ -271,12 +291,13 @@ class Session:
         self._measure.over(part for target in targets for part in target.parts)
         for part in (part for target in targets for part in target.parts):
             self.log.emit("access", "summary", **part.summary())
-        for wish, sought in self._wanted.asked().items():
-            if sought.target is None and wish.can_be_imported:
+        for wish, sought in self._wanted.all().items():
+            if sought.target is None and wish.can_be_imported and not sought.learned:
                 self._fault("image_not_used", f"image {wish.name}: not in the store")
         self.log.emit("hook", "epilog", message=reason)
         self.log.emit("session", "end")
         self._recording.finish("mark" if self._ending_start else "end")
+        self._recording.close()
         self._remember()
         self._publisher.write_events(self.log)
 
@@ -322,10 +343,26 @@ class Session:
         self._saving.begin(self._wanted.to_save(self.job.uid, self._class), trains=why == "mark")
 
     def _remember(self) -> None:
-        """Tell the next start of this class what this one asked for."""
-        if not self._observe and self._fetcher.started:
-            content = encode_wishes(self._wanted.remembered())
-            self._publisher.write("remember", content, **{"class": self._class})
+        """Tell the next start of this class what this one asked for, unless it knows."""
+        remembered = self._wanted.remembered()
+        if self._observe or not self._fetcher.started or remembered == self._recalled_record:
+            return
+        if remembered or self._recalled_record is not None:  # else the store may have something, and was away
+            self._publisher.write("remember", encode_wishes(remembered), **{"class": self._class})
+
+    def _drop(self, which: Callable[[Wish], bool]) -> None:
+        """Bring and show no more of what was only learned."""
+        for sought in self._wanted.drop(which):
+            if self._prefetch and sought.target:
+                for part in sought.target.parts:
+                    self._prefetch.drop(part)
+
+    def _resume(self, sought: Sought) -> None:
+        """A container wants an image after all that was dropped."""
+        if sought.dropped and sought.target:
+            sought.dropped = False
+            for part in sought.target.parts:
+                self._add_to_prefetch(sought.target, part)
 
     def _prefetcher(self) -> Prefetch:
         """The job's prefetch, made when first needed."""
@@ -346,7 +383,7 @@ class Session:
             if wish.kind == "checkpoint" and sought.whole is None and self._locate(wish, sought):
                 return None
             place = Place(f"{sought.place}\0{self._rank.key}", self._rank.nodes > 1) if sought.place else None
-            target = self._look_up(wish, digest, place)
+            target = self._look_up(wish, sought, digest, place)
             with self._lock:
                 over = self._over.is_set()
                 if not over:
@@ -358,10 +395,16 @@ class Session:
             for part in target.parts:
                 self._journal.note(self.job.job_id, part.note)
             sought.looked_up.set()
-            self._begin_prefetch(target)
+            if not sought.dropped:
+                self._begin_prefetch(target, sought)
             return target
         except (BootseerError, OSError) as error:
-            if not (isinstance(error, NotFound) and (not sought.asked or wish.can_be_imported)):
+            sought.dropped = sought.learned and isinstance(error, InputError)
+            if isinstance(error, NotFound) and (sought.learned or wish.can_be_imported):
+                pass
+            elif sought.learned:
+                self.log.emit("plan", "not_used", target=wish.name, what=wish.kind, message=str(error))
+            else:
                 self._fault(f"{wish.kind}_not_used", str(error))
         except Exception as error:  # the fetch process is the user's: its reply may lack anything
             _log.exception("%s %s", wish.kind, wish.name, extra={"job": self.job.job_id})
@@ -375,7 +418,12 @@ class Session:
         """See whether a checkpoint is a folder; then each file of the newest in it is a wish of its own."""
         rank = self._rank
         reply = self._fetcher().call(
-            "locate", name=wish.name, limit=FILES, rank=rank.number, nodes=rank.nodes
+            "locate",
+            name=wish.name,
+            newest=sought.learned,
+            limit=FILES,
+            rank=rank.number,
+            nodes=rank.nodes,
         )
         located = parse_located(wish.name, reply.fields)
         if located.place:
@@ -388,25 +436,30 @@ class Session:
             self._seek(file, whole=sought, place=place)
         return True
 
-    def _begin_prefetch(self, target: Target) -> None:
+    def _begin_prefetch(self, target: Target, sought: Sought) -> None:
         for part in target.parts:
             self._recording.add(part)
             part.take_plan(self._class, allow=self._wanted.allow_plan)
+            if part.is_unread and sought.whole is None:
+                self.log.emit("plan", "unread", target=part.label, what=part.wish.kind, message=_UNREAD)
             # Blocks that are pushed are read unseen: of every few starts, one is recorded whole.
-            kind, size_bytes = target.wish.kind, part.reader.size_bytes
             if part.is_settled and self.job.job_id % _WHOLE_TRACE_EVERY:
                 part.push()
-            first = first_ranges(target.first, size_bytes) if kind == "image" else ()
-            ends = both_ends(size_bytes) if kind == "checkpoint" else ()
-            self._prefetcher().add(part, plan=part.plan, first=first, ends=ends)
-            if kind == "image" and part.is_signed(self._key):
+            self._add_to_prefetch(target, part)
+            if target.wish.kind == "image" and part.is_signed(self._key):
                 try:
                     part.mount_image()
                 except BootseerError as error:
                     self._fault("kernel_mount_failed", error.message)
                 self._recording.mounted(part)
 
-    def _look_up(self, wish: Wish, digest: str, place: Place | None) -> Target:
+    def _add_to_prefetch(self, target: Target, part: Part) -> None:
+        kind, size_bytes = target.wish.kind, part.reader.size_bytes
+        first = first_ranges(target.first, size_bytes) if kind == "image" else ()
+        ends = both_ends(size_bytes) if kind == "checkpoint" else ()
+        self._prefetcher().add(part, plan=part.plan, first=first, ends=ends)
+
+    def _look_up(self, wish: Wish, sought: Sought, digest: str, place: Place | None) -> Target:
         target = Target(
             wish,
             self.job,
@@ -420,6 +473,7 @@ class Session:
             on_fault=lambda name, message: self._fault(name, f"{wish.name}: {message}"),
         )
         try:
+            sought.now_owned_by(target.owner)
             if target.warning:
                 self._fault("store_not_used", target.warning)
             if wish.kind == "environment":

@@ -25,19 +25,25 @@ class Shown:
         self._named = named
         self._log = log
         self._told: set[tuple[str, Wish]] = set()
+        self._readable: set[Wish] = set()
         self._lock = threading.Lock()
 
     def to_step(self) -> tuple[list[Bind], dict[str, str]]:
         """Fresh mounts for a step (the caller closes them) and its variables, of what is looked up by now."""
-        asked = self._wanted.asked()
-        targets = [sought.target for sought in asked.values() if sought.target is not None]
+        wanted = {wish: sought for wish, sought in self._wanted.all().items() if not sought.dropped}
+        targets = [sought.target for sought in wanted.values() if sought.target is not None]
         with ThreadPoolExecutor(len(targets) or 1) as pool:  # one that does not answer holds up no other
             binds = [bind for bind in pool.map(self._bind, targets) if bind]
-        for wish, sought in asked.items():
+        for wish, sought in wanted.items():
             if not sought.looked_up.is_set():
                 self._tell("skipped", wish, "the store had not answered when the step started")
         # An inner target is shown first: below an outer one it could no longer be told from the original.
-        return sorted(binds, key=lambda bind: -len(bind.path)), self._variables(asked)
+        return sorted(binds, key=lambda bind: -len(bind.path)), self._variables(wanted)
+
+    def is_readable(self, wish: Wish) -> bool:
+        """Whether some step was shown it, at its path or by a variable."""
+        with self._lock:
+            return wish in self._readable
 
     def close(self) -> None:
         """Take the folders away."""
@@ -52,22 +58,29 @@ class Shown:
             return None
         if target.path is not None:
             self._tell("shown", target.wish, None)
+            self._note_readable(target.wish)
         return bind
 
-    def _variables(self, asked: dict[Wish, Sought]) -> dict[str, str]:
-        in_folders = {file for sought in asked.values() for file in sought.files.values()}
+    def _variables(self, wanted: dict[Wish, Sought]) -> dict[str, str]:
+        in_folders = {file for sought in wanted.values() for file in sought.files.values()}
         variables: dict[str, str] = {}
-        for wish, sought in sorted(asked.items(), key=lambda each: bool(each[1].files)):  # folders win
+        for wish, sought in sorted(wanted.items(), key=lambda each: bool(each[1].files)):  # folders win
             try:
                 if sought.files:
-                    files = {name: _served(asked, file) for name, file in sought.files.items()}
+                    files = {name: _served(wanted, file) for name, file in sought.files.items()}
                     with self._lock:
                         variables["BOOTSEER_CHECKPOINT"] = str(self._named.show(wish.name, files))
+                    self._note_readable(*sought.files.values())
                 elif sought.target is not None and sought.target.path is None and wish not in in_folders:
                     variables[f"BOOTSEER_{wish.kind.upper()}"] = str(sought.target.served_path())
+                    self._note_readable(wish)
             except Exception as error:  # the binds are to be shown, or closed
                 self._tell("skipped", wish, str(error))
         return variables
+
+    def _note_readable(self, *wishes: Wish) -> None:
+        with self._lock:
+            self._readable.update(wishes)
 
     def _tell(self, name: str, wish: Wish, message: str | None) -> None:
         """Once for all steps: there may be thousands, with as many files each."""
@@ -79,8 +92,8 @@ class Shown:
         self._log.emit("shadow", name, target=wish.name, what=wish.kind, message=message, level=level)
 
 
-def _served(asked: dict[Wish, Sought], wish: Wish) -> Path:
-    target = asked[wish].target if wish in asked else None
+def _served(wanted: dict[Wish, Sought], wish: Wish) -> Path:
+    target = wanted[wish].target if wish in wanted else None
     if target is None:
         raise NotFound(f"{wish.name}: not there, so the checkpoint is not whole")
     return target.served_path()

@@ -204,6 +204,11 @@ class Target:
         return View(mounts.bind_clone(overlay.path), status.st_dev, status.st_ino)
 
     @property
+    def owner(self) -> int | None:
+        """The user id that the original belongs to; None without one."""
+        return None if self._original is None else os.fstat(self._original).st_uid
+
+    @property
     def store_folder(self) -> str:
         """Where in the store what is shown lies; "" when it is closed."""
         return self.parts[0].folder if self.parts else ""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bootseer_slurm.agent.request import Request, Wish
 from bootseer_slurm.agent.saving import ToSave
 from bootseer_slurm.agent.target import Target
+from bootseer_slurm.blob.jobclass import Remembered
 from bootseer_slurm.blob.names import user_folder
 from bootseer_slurm.errors import InputError
 
@@ -20,22 +22,32 @@ _PLANNED_LIMIT_BLOCKS = 2**20  # of one job: 256 GiB, and some 250 bytes of memo
 class Sought:
     """One wish. by_job: asked for by the job itself, not only learned from its class.
 
-    whole: the wish for a folder that this is a file of. place: of a file of a checkpoint, what it is whatever
-    step that is of.
+    owner: of what was learned, whose it was at the last start, where that is known. whole: the wish for a
+    folder that this is a file of. place: of a file of a checkpoint, what it is whatever step that is of.
+    dropped: it was learned, and the job does not want it any more, or cannot use it.
     """
 
     by_job: bool
+    owner: int | None = None
     whole: Sought | None = None
     place: str = ""
     files: dict[str, Wish] = field(default_factory=dict)  # of a checkpoint without paths, by name within it
     looked_up: threading.Event = field(default_factory=threading.Event)
     begun: threading.Event = field(default_factory=threading.Event)  # its prefetch, or it is not used
     target: Target | None = None
+    dropped: bool = False
 
     @property
-    def asked(self) -> bool:
-        """Whether the job asked for it, or for what it is a part of."""
-        return self.by_job or (self.whole is not None and self.whole.by_job)
+    def learned(self) -> bool:
+        """Whether the job itself asked neither for it, nor for what it is a part of."""
+        return not (self.by_job or (self.whole is not None and self.whole.by_job))
+
+    def now_owned_by(self, owner: int | None) -> None:
+        """Note whose it is now. Raises InputError when it was learned, and was another user's."""
+        of_whole = self.whole or self
+        if of_whole.learned and of_whole.owner is not None and owner not in (None, of_whole.owner):
+            raise InputError(f"belongs to user {owner}, at the last start it was user {of_whole.owner}'s")
+        of_whole.owner = owner
 
 
 class Wanted:
@@ -56,11 +68,17 @@ class Wanted:
             return any(wish not in self._sought or not self._sought[wish].by_job for wish in request.wishes)
 
     def seek(
-        self, wish: Wish, *, asked: bool = False, whole: Sought | None = None, place: str = ""
+        self,
+        wish: Wish,
+        *,
+        asked: bool = False,
+        owner: int | None = None,
+        whole: Sought | None = None,
+        place: str = "",
     ) -> tuple[Sought, bool]:
         """What is known of a wish, and whether it is to be looked up: it is new, and there is room for it.
 
-        whole, place: of one that is a part of another, see Sought.
+        owner, whole, place: see Sought.
         """
         with self._lock:
             sought = self._sought.get(wish)
@@ -68,7 +86,7 @@ class Wanted:
                 sought.by_job = sought.by_job or asked
                 sought.whole, sought.place = sought.whole or whole, sought.place or place
                 return sought, False
-            sought = Sought(asked, whole, place)
+            sought = Sought(asked, owner, whole, place)
             if len(self._sought) < _LOOK_UPS:
                 self._sought[wish] = sought
                 return sought, True
@@ -76,9 +94,24 @@ class Wanted:
         sought.begun.set()
         return sought, False
 
-    def remembered(self) -> list[tuple[str, str]]:
-        """Of what the job itself asked for, kind and name."""
-        return [(wish.kind, wish.name) for wish, sought in self.all().items() if sought.by_job]
+    def remembered(self) -> list[Remembered]:
+        """What the next start of the class learns: what this one asked for, or had learned and could use."""
+        return [
+            Remembered(wish.kind, wish.name, sought.owner)
+            for wish, sought in self.all().items()
+            if sought.whole is None and (sought.by_job or not sought.dropped)
+        ]
+
+    def drop(self, which: Callable[[Wish], bool]) -> list[Sought]:
+        """Drop what was learned and the job itself did not ask for; gives it."""
+        dropped = [
+            sought
+            for wish, sought in self.all().items()
+            if sought.learned and not sought.dropped and which(wish)
+        ]
+        for sought in dropped:
+            sought.dropped = True
+        return dropped
 
     def can_come(self, wish: Wish, sought: Sought) -> bool:
         """Whether a wish is there, or may still be looked up."""
@@ -113,23 +146,20 @@ class Wanted:
         with self._lock:
             return dict(self._sought)
 
-    def asked(self) -> dict[Wish, Sought]:
-        """What the job itself asked for."""
-        return {wish: sought for wish, sought in self.all().items() if sought.asked}
-
     def image_name(self) -> str:
-        """The image that the job asked for first, "" when it did not name one."""
-        return next((wish.name for wish in self.asked() if wish.kind == "image"), "")
+        """The first image of the job's, "" when it has none."""
+        return next((wish.name for wish in self.all() if wish.kind == "image"), "")
 
     def to_save(self, uid: int, job_class: str) -> list[ToSave]:
         """The environments without a snapshot, and this user's own that a start may have installed to."""
         image, own, found = self.image_name(), f"{user_folder(uid)}/", []
-        for wish, sought in self.asked().items():
+        for wish, sought in self.all().items():
             target = sought.target
             if wish.kind != "environment":
                 continue
             if target is None:
-                found.append(ToSave(wish.name, ["--image", image] if image else []))
+                if not sought.dropped:
+                    found.append(ToSave(wish.name, ["--image", image] if image else []))
             elif target.is_writable and target.path and target.store_folder.startswith(own):
                 installed = [job_class, target.fingerprint, target.store_folder]
                 options = ["--image-digest", target.image_digest] if target.image_digest else []

@@ -11,7 +11,7 @@ parsed: its user can write it.
 
 A trace is partial when reads may have been answered from the kernel's page cache, which this side never sees:
 on a warm node, or where blocks were pushed ahead of the readers. What it lacks says nothing.
-A trace without touches is of a file of a checkpoint of which its node reads other files only. What takes a
+A trace without touches says that a step was shown the blob and read nothing of it. What takes a checkpoint
 file's place at the next start may be larger or smaller: by much, and it is laid out another way.
 A start is one job.restart; each of its nodes may have written a trace. Does no I/O.
 """
@@ -207,8 +207,8 @@ def merge(traces: Iterable[Trace], *, blocks: int, block_bytes: int, now_ns: int
 
     Of the last STARTS starts with full traces, and of as many with partial ones: the blocks in at least half
     of the full traces, and those in at least half of all traces, by the median of their first touch, in full
-    traces where there are any. Traces older than 30 days, of another block size, or of a file of quite
-    another size are left out.
+    traces where there are any. No block at all when the last start with full traces read none. Traces older
+    than 30 days, of another block size, or of a file of quite another size are left out.
     """
     usable = [
         trace
@@ -219,6 +219,8 @@ def merge(traces: Iterable[Trace], *, blocks: int, block_bytes: int, now_ns: int
     ]
     full, full_starts = _latest(trace for trace in usable if not trace.partial)
     partial, _ = _latest(trace for trace in usable if trace.partial)
+    if full and not any(trace.touches for trace in full if trace.start == full[-1].start):
+        return Plan(full_starts=full_starts)
     in_full, in_partial = _times_ms(full), _times_ms(partial)
     hot = []
     for block in in_full | in_partial:

@@ -15,6 +15,7 @@ job loads costs time at most: it never sees other bytes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -31,6 +32,7 @@ _TRACKER_LIMIT_BYTES = 256
 _STEP = re.compile(r"(?:.*?[^0-9])?([0-9]+)(?:\.[A-Za-z][A-Za-z0-9_.]*)?")  # the number in step_9000.pt
 _PART = re.compile(r".*\.(tmp|part|partial|incomplete|lock)|\..*\.[0-9a-f]{12}")
 _NUMBER = re.compile(r"[0-9]")
+_SAYS_STEP = re.compile(r"step|iter|epoch|checkpoint|ckpt|^[0-9]+(\.[A-Za-z].*)?$", re.IGNORECASE)
 _SHARD = re.compile(r"-of-|rank|consolidated")  # a part of one checkpoint, by number
 # What lies beside checkpoints.
 _NONE = (".out", ".err", ".log", ".json", ".txt", ".yaml", ".yml", ".csv", ".sh", ".py")
@@ -79,13 +81,17 @@ def newest(uri: str, *, now_s: float | None = None) -> Checkpoint:
     return found
 
 
-def named_files(name: str) -> tuple[list[tuple[str, str, str]], str]:
+def named_files(name: str, *, newest_step: bool = False) -> tuple[list[tuple[str, str, str]], str]:
     """What files a name stands for, and why if they had to be found; the name itself of a file.
 
     Each with its place, what it is in checkpoints of this name whatever step they are of, and with its path
     within the checkpoint.
-    name: as of `newest`; a path may be a link. Raises NotFound or StoreError.
+    name: as of `newest`; a path may be a link. newest_step: instead of the checkpoint that is named, the
+    newest one that is called alike. Raises NotFound or StoreError.
     """
+    if newest_step:
+        with contextlib.suppress(NotFound):
+            return _of_newest_step(name.rstrip("/"))
     place = _without_step(name)
     path = os.path.realpath(name) if "://" not in name else ""
     if path and not (os.path.isdir(path) or "*" in os.path.basename(path)):
@@ -101,6 +107,22 @@ def named_files(name: str) -> tuple[list[tuple[str, str, str]], str]:
         within = file.removeprefix(found.path)
         files.append((full, place + within, within.lstrip("/")))
     return files, f"{found.path}: {found.why}"
+
+
+def _of_newest_step(name: str) -> tuple[list[tuple[str, str, str]], str]:
+    """As `named_files`, of the newest checkpoint that is called as this one but for the step.
+
+    name: of a checkpoint, or of a file in the folder of one. Raises NotFound or StoreError.
+    """
+    folder, _, last = name.rpartition("/")
+    if _SAYS_STEP.search(last):
+        return named_files(_without_step(name))
+    if not _SAYS_STEP.search(folder.rpartition("/")[2]):
+        raise NotFound(f"{name}: names no step")
+    files, message = named_files(_without_step(folder))
+    if not (found := [(file, place, "") for file, place, within in files if within == last]):
+        raise NotFound(f"{name}: the newest step has no such file")
+    return found, message
 
 
 def share_of(
@@ -145,10 +167,14 @@ def _step_in(name: str) -> re.Match[str] | None:
 
 
 def _without_step(path: str) -> str:
-    """What the checkpoints of all steps are called alike."""
+    """What the checkpoints of all steps are called alike, or a file in their folders."""
     folder, slash, name = path.rstrip("/").rpartition("/")
-    match = _step_in(name)
-    return folder + slash + (f"{name[: match.start(1)]}*{name[match.end(1) :]}" if match else name)
+    if match := _step_in(name):
+        return f"{folder}{slash}{name[: match.start(1)]}*{name[match.end(1) :]}"
+    above = folder.rpartition("/")[2]
+    if _SAYS_STEP.search(above) and _step_in(above):
+        folder = _without_step(folder)
+    return f"{folder}{slash}{name}"
 
 
 def _newest_of(store: Store, prefix: str, entries: Iterable[Entry], now_s: float) -> Checkpoint | None:

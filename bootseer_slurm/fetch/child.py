@@ -117,7 +117,7 @@ class Child:
 
     def _locate(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         """What files a checkpoint is that a user named: one, or those of the newest in a folder."""
-        files, message = named_files(request["name"])
+        files, message = named_files(request["name"], newest_step=request["newest"])
         some = share_of(files, request["limit"], rank=request["rank"], nodes=request["nodes"])
         return {"files": some, "count": len(files), "message": message}, []
 
@@ -306,7 +306,8 @@ class Child:
         store, reply = self._open_store(), {}
         folder = trace.trace_folder(os.getuid(), request["class"], request["blob"])
         paths = [f"{folder}/{name}" for name in _needed(store, folder)]
-        if not paths and request["any_class"]:
+        from_others = not paths and request["any_class"]
+        if from_others:
             paths = list(self._paths_of_any_class(request["blob"]))
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
             traces = [each for each in pool.map(self._read_trace, paths) if each is not None]
@@ -314,7 +315,8 @@ class Child:
         if damaged:
             reply["warning"] = f"{len(damaged)} of {len(paths)} traces left out: {damaged[0]}"
         plan = trace.merge(
-            [each for each in traces if not isinstance(each, str)],
+            # That another class read nothing of it says nothing of this one.
+            [each for each in traces if not isinstance(each, str) and (each.touches or not from_others)],
             blocks=request["blocks"],
             block_bytes=request["block_bytes"],
             now_ns=time.time_ns(),

@@ -228,6 +228,9 @@ def _problems(nodes: Sequence[NodeEvents]) -> tuple[Problem, ...]:
                 level = "warning" if event.level == "info" else event.level
                 why = event.message or "no reason given"
                 key = (level, f"shadow_{event.name}", event.what, event.target, f"not shown: {why}")
+            elif event.kind == "plan" and event.name in ("not_used", "unread"):
+                why = event.message or event.name
+                key = ("info", f"plan_{event.name}", event.what, event.target, why)
             elif event.kind == "snapshot":
                 why = event.message or event.name
                 key = (event.level, f"snapshot_{event.name}", event.what, event.target, why)

@@ -162,20 +162,33 @@ def test_a_folder_with_names_that_are_no_text_and_no_plain_uri(node: Node) -> No
     node.ask("epilog", JOB_ID=1)
 
 
-def test_what_was_learned_is_shown_once_a_step_asks_for_it(node: Node) -> None:
+def test_what_was_learned_is_shown_until_a_step_asks_for_something_else(node: Node) -> None:
     root = node.folder / "data" / "ckpt"
     made = make(root, "step_10/a.safetensors", "step_10/b.safetensors")
     node.start()
     assert shown(node, 1, str(root)) == made
     node.events(1)
     node.ask("prolog", JOB_ID=2, UID=ALICE, BOOTSEER=1)
-    wait_until(lambda: '"located"' in (node.run / "events" / "2.0").read_text())
-    assert attach(node, 2) == {}
-    reply, fds = node.request("attach", JOB_ID=2, UID=ALICE, STEP_ID=1, BOOTSEER=1, CHECKPOINT=root)
+    assert paths_shown(node, 2) == sorted(made)
+    assert paths_shown(node, 2, CHECKPOINT=root) == sorted(made)
+    other = make(root.parent, "other/step_1/c.safetensors")
+    assert paths_shown(node, 2, CHECKPOINT=root.parent / "other") == sorted([*made, *other]), "both were asked for"
+    node.ask("epilog", JOB_ID=2)
+    node.events(2)
+    node.ask("prolog", JOB_ID=3, UID=ALICE, BOOTSEER=1)
+    assert paths_shown(node, 3) == sorted([*made, *other])
+    third = make(root.parent, "third/step_1/d.safetensors")
+    assert paths_shown(node, 3, CHECKPOINT=root.parent / "third") == sorted(third)
+    node.ask("epilog", JOB_ID=3)
+
+
+def paths_shown(node: Node, job: int, **wishes: object) -> list[str]:
+    """What a step of the job is shown, which asks for this."""
+    asked = {"BOOTSEER": 1, **wishes} if wishes else {}
+    reply, fds = node.request("attach", JOB_ID=job, UID=ALICE, STEP_ID=1, **asked)
     for fd in fds:
         os.close(fd)
-    assert sorted(value.split(":", 3)[3] for key, value in reply if key == "BIND") == sorted(made)
-    node.ask("epilog", JOB_ID=2)
+    return sorted(value.split(":", 3)[3] for key, value in reply if key == "BIND")
 
 
 def test_a_folder_of_which_a_striped_file_is_broken_is_not_shown_in_part(node: Node) -> None:

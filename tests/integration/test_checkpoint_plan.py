@@ -163,7 +163,7 @@ def test_what_another_job_read_is_no_plan(node: Node) -> None:
     end(node, 2, mounts)
 
 
-def test_what_was_learned_and_not_asked_for_is_not_passed_over(node: Node) -> None:
+def test_what_was_learned_and_is_not_shown_is_not_passed_over(node: Node) -> None:
     """A step asks for something else this time: of what it was not shown that says nothing."""
     node.start()
     load(node, 1, make(node, 1))
@@ -209,7 +209,6 @@ def recorded(
         "c1",
         PrefetchConfig(**config),  # type: ignore[arg-type]
         publisher=mocker.Mock(write=write),
-        is_asked=lambda wish: True,
         on_over=on_over,
     )
     return part, recording

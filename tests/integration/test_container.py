@@ -217,6 +217,46 @@ def test_an_image_starts_and_its_blocks_are_prefetched_at_the_next_start(contain
     assert int(str(fetched[0]["bytes"])) <= blocks * 2**18
 
 
+def test_no_more_is_brought_of_a_learned_image_once_tasks_start_without_it() -> None:
+    with node_of('[prefetch]\nhot_wait = "100ms"\n') as node:
+        containers = Containers(node)
+        containers.push()
+        node.start("""
+from bootseer_slurm.blob import reader
+fast = reader.Reader.prefetch_blocks
+def slow(*arguments, **options):
+    time.sleep(0.5)
+    return fast(*arguments, **options)
+reader.Reader.prefetch_blocks = slow
+""")
+        first = containers.begin()
+        containers.start(first, list(containers.digests))
+        node.ask("mark", JOB_ID=first, NAME="training_started", TIME_NS=time.time_ns())
+        containers.end(first)
+        containers.cool()
+        second = containers.begin()
+        told = node.run / "events" / f"{second}.0"
+        wait_until(lambda: '"kind":"prefetch","name":"begin"' in told.read_text())
+        task = {"JOB_ID": second, "NAME": "task_start", "TIME_NS": time.time_ns(), "TASK": 0}
+        node.ask("stage", STEP_ID="batch", **task)
+        assert '"stopped"' not in told.read_text(), "a script may start a container later"
+        node.ask("stage", STEP_ID=0, **task)
+        assert '"stopped"' in told.read_text()
+        time.sleep(2)
+        assert containers.cached().stat().st_blocks * 512 < FILES * FILE_BYTES // 2
+        containers.start(second, NAMES)  # of a later step: then it is brought after all
+        assert names_of(containers.end(second), "prefetch") >= {"begin", "stopped"}
+        third = containers.begin()
+        wait_until(lambda: '"learned"' in (node.run / "events" / f"{third}.0").read_text())
+        node.ask("stage", STEP_ID=0, **task | {"JOB_ID": third})
+        node.ask("epilog", JOB_ID=third)
+        node.events(third)
+        fourth = containers.begin()
+        time.sleep(2)
+        node.ask("epilog", JOB_ID=fourth)
+        assert "learned" not in names_of(node.events(fourth), "plan"), "the last start did not want it"
+
+
 def test_the_kernel_mounts_what_an_agent_packed_and_nothing_else(containers: Containers) -> None:
     job = containers.begin()
     assert containers.start(job, NAMES) == FUSE, "a user packed it"

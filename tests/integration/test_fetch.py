@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from pytest_mock import MockerFixture
 
-from bootseer_slurm.blob.jobclass import encode_wishes
+from bootseer_slurm.blob.jobclass import Remembered, encode_wishes
 from bootseer_slurm.blob.names import Name, user_folder, write_name
 from bootseer_slurm.blob.trace import STARTS, Plan, Trace, decode_plan
 from bootseer_slurm.blob.writer import store_file
@@ -218,8 +218,8 @@ def test_what_is_no_trace_is_not_kept(process: FetchProcess, tmp_path: Path) -> 
 
 def test_what_a_class_asked_for_is_remembered(process: FetchProcess, tmp_path: Path) -> None:
     assert process.call("recall", **{"class": "c1"}).fields["wishes"] == []
-    send(process, "remember", encode_wishes([("image", "/img/x.sqsh")]), **{"class": "c1"})
-    assert process.call("recall", **{"class": "c1"}).fields["wishes"] == [["image", "/img/x.sqsh"]]
+    send(process, "remember", encode_wishes([Remembered("image", "/img/x.sqsh", 7)]), **{"class": "c1"})
+    assert process.call("recall", **{"class": "c1"}).fields["wishes"] == [["image", "/img/x.sqsh", 7]]
     assert process.call("recall", **{"class": "c2"}).fields["wishes"] == []
     record = tmp_path / user_folder(os.getuid()) / "classes" / "c1.json"
     record.write_text("{}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import textwrap
@@ -63,9 +64,15 @@ class Inputs:
         assert done.returncode == 0, done.stderr
         self.image, self.model = done.stdout.split()[-2:]
         self.folder = cluster.shared / "home/alice/start"
+        self.numbers = itertools.count()
 
     def run(self, *args: str, script: str = JOB) -> tuple[int, list[tuple[str, ...]]]:
-        """Submit, wait, and give the job's lines, sorted; the job must have ended well."""
+        """Submit, wait, and give the job's lines, sorted; the job must have ended well.
+
+        Unless the script has a name, it is of a class of its own, which has learned nothing.
+        """
+        if " -J " not in script:
+            script = script.replace("#SBATCH", f"#SBATCH -J start{next(self.numbers)}\n#SBATCH", 1)
         job_id = self.cluster.sbatch(script, *args)
         state = self.cluster.wait(job_id, 120)
         output = (self.folder / f"{job_id}.out").read_text()

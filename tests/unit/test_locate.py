@@ -124,7 +124,7 @@ def test_a_folder_of_striped_files_is_seen_to_settle(tmp_path: Path) -> None:
     striped = [(f"file://{root}/{name}", f"{root.parent}/{name}", name) for name in ("a", "b")]
     plain = [(f"{root}/{name}", f"{root.parent}/{name}", name) for name in (".metadata", "c")]
     assert sorted(files) == sorted(striped + plain)
-    assert named_files(str(root / "a")) == ([(str(root / "a"), str(root / "a"), "")], "")
+    assert named_files(str(root / "a")) == ([(str(root / "a"), str(root.parent / "step_*/a"), "")], "")
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,37 @@ def test_a_folder_of_striped_files_is_seen_to_settle(tmp_path: Path) -> None:
         ("/c/step_9000/", "/c/step_*"),
         ("hdfs://h/c/iter_0000100", "hdfs://h/c/iter_*"),
         ("/c/latest.pt", "/c/latest.pt"),
+        ("/c/step_9000/model.safetensors", "/c/step_*/model.safetensors"),
+        ("/models/llama2/model.safetensors", "/models/llama2/model.safetensors"),
         ("/c/model-00001-of-00030.safetensors", "/c/model-00001-of-00030.safetensors"),
         ("/c/rank7", "/c/rank7"),
     ],
 )
 def test_what_the_checkpoints_of_all_steps_are_called_alike(name: str, place: str) -> None:
     assert locate._without_step(name) == place
+
+
+@pytest.mark.parametrize(
+    ("learned", "newest_is"),
+    [
+        ("step_1.pt", "step_20.pt"),
+        ("step_3.pt", "step_20.pt"),  # which is gone
+        ("runs/epoch-1/model.bin", "runs/epoch-2/model.bin"),
+        ("llama2.safetensors", "llama2.safetensors"),
+        ("7/weights.pt", "7/weights.pt"),
+        ("final.pt", "final.pt"),
+    ],
+)
+def test_of_a_learned_checkpoint_the_newest_step_is_found(tmp_path: Path, learned: str, newest_is: str) -> None:
+    root = tmp_path / "data"
+    make(root, "step_1.pt", "step_20.pt", "runs/epoch-1/model.bin", "runs/epoch-2/model.bin")
+    make(root, "llama2.safetensors", "llama3.safetensors", "7/weights.pt", "final.pt", "8/other.pt")
+    for path in root.rglob("*.*"):
+        os.utime(path, (1, 1))
+    files, _ = named_files(str(root / learned), newest_step=True)
+    assert [name for name, _, _ in files] == [str(root / newest_is)]
+    place = named_files(str(root / newest_is))[0][0][1]
+    assert files[0][1] == place, "what a node read of the last step is known of this one"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from bootseer_slurm.blob.garbage import collect_garbage
 from bootseer_slurm.blob.jobclass import (
     RECORD_LIMIT_BYTES,
     WISH_LIMIT,
+    Remembered,
     decode_wishes,
     encode_wishes,
     job_class,
@@ -336,22 +337,22 @@ def test_a_class_is_of_one_user_account_and_name() -> None:
 
 def test_wishes_come_back_as_they_were() -> None:
     wishes = [
-        ("image", "/img/ü x.sqsh"),
-        ("checkpoint", "s3://bucket/model"),
-        ("environment", "/home/a/venv"),
+        Remembered("image", "/img/ü x.sqsh", 20001),
+        Remembered("checkpoint", "s3://bucket/model"),
+        Remembered("environment", "/home/a/venv", 0),
     ]
     assert decode_wishes(encode_wishes(wishes)) == wishes
     assert decode_wishes(encode_wishes([])) == []
 
 
 def test_a_record_is_bounded_whatever_was_asked_for() -> None:
-    many = [("image", f"/img/{number}") for number in range(50)]
+    many = [Remembered("image", f"/img/{number}") for number in range(50)]
     assert decode_wishes(encode_wishes(many)) == many[:WISH_LIMIT]
-    long = [("image", "/" + "ü" * 1000 + str(number)) for number in range(16)]
-    content = encode_wishes([*long, ("image", "/short")])
+    long = [Remembered("image", "/" + "ü" * 1000 + str(number)) for number in range(16)]
+    content = encode_wishes([*long, Remembered("image", "/short")])
     assert len(content) <= RECORD_LIMIT_BYTES
     wishes = decode_wishes(content)
-    assert wishes and set(wishes) <= {*long, ("image", "/short")}
+    assert wishes and set(wishes) <= {*long, Remembered("image", "/short")}
     assert len(json.dumps(wishes)) < 60_000, "fits a reply of the fetch process"
 
 
@@ -364,7 +365,11 @@ def test_a_record_is_bounded_whatever_was_asked_for() -> None:
         b"[]",
         b"7",
         b'{"version": 1}',
-        b'{"version": 2, "made_ns": 1, "wishes": []}',
+        b'{"version": 3, "made_ns": 1, "wishes": []}',
+        b'{"version": 2, "made_ns": 1, "wishes": [["image", "/x", "root"]]}',
+        b'{"version": 2, "made_ns": 1, "wishes": [["image", "/x", -1]]}',
+        b'{"version": 2, "made_ns": 1, "wishes": [["image", "/x", true]]}',
+        b'{"version": 2, "made_ns": 1, "wishes": [["image", "/x", 1, 2]]}',
         b'{"version": 1, "made_ns": "1", "wishes": []}',
         b'{"version": 1, "made_ns": 1, "wishes": {"a": 1}}',
         b'{"version": 1, "made_ns": 1, "wishes": 7}',
@@ -394,7 +399,7 @@ def test_what_no_request_may_ask_for_is_left_out() -> None:
         ["image", "/good"],
     ]
     record = {"version": 1, "made_ns": 1, "wishes": wishes}
-    assert decode_wishes(json.dumps(record).encode()) == [("image", "/good")]
+    assert decode_wishes(json.dumps(record).encode()) == [Remembered("image", "/good")]
 
 
 def test_a_trace_of_a_file_of_quite_another_size_says_nothing() -> None:
@@ -404,6 +409,14 @@ def test_a_trace_of_a_file_of_quite_another_size_says_nothing() -> None:
     small = made(1, 0, blocks=1)
     assert merge([small], blocks=2, block_bytes=BLOCK_BYTES, now_ns=NOW_NS).blocks == (0,)
     assert merge([small], blocks=3, block_bytes=BLOCK_BYTES, now_ns=NOW_NS) == Plan()
+
+
+def test_what_the_last_start_did_not_read_is_not_brought_again() -> None:
+    read, unread = (made(job, 5, 9) for job in (1, 2)), made(3)
+    assert plan(*read, unread) == Plan(full_starts=3)
+    assert plan(unread, made(4, 5)).blocks == (5,), "until one reads it again"
+    nodes = (made(3, node="n1"), made(3, 7, node="n2"))
+    assert plan(*nodes).blocks == (7,), "on one of two nodes it was read"
 
 
 def test_the_plans_of_one_job_are_bounded() -> None:

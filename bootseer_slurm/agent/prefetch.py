@@ -1,20 +1,22 @@
 """The prefetch of one job on this node: brings blocks of what it starts from, several reads in flight.
 
-Three queues, the first that has work goes on:
+Four queues, the first that has work goes on:
 
+    ahead   of images and environments without a plan: what lies behind the job's reads (blob/ahead.py)
     hot     what a start touches: the tables of images, then the blocks of all plans by the time of touch, and
             both ends of checkpoints, where their headers are
-    whole   what has no plan: all of it
+    whole   checkpoints without a plan: all of them
     cold    the rest, once the start is over: one run at a time, and `cold_rate` bytes a second; not of
             checkpoints with a plan, for the next start has another one
 
 Reads that somebody waits for go before all of these (fetch/turns.py). During the start nothing is fetched of
-a blob with a plan but the plan, for the link is then the job's. Threads: `streams` of its own, started with
-the first part.
+a blob with a plan but the plan, and of an image or environment without one nothing but what its readers come
+to: the link is then the job's. Threads: `streams` of its own, started with the first part.
 """
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import math
@@ -36,7 +38,8 @@ from bootseer_slurm.events import EventLog
 from bootseer_slurm.fetch.turns import Turns
 
 _ATTEMPTS = 5
-_ORDER = ("checkpoint", "environment", "image")
+_ORDER = ("image", "environment", "checkpoint")
+_AHEAD_MS = -2  # before all that plans name
 _FORECAST_EVERY_S = 0.05
 _FORECAST_MARGIN = 1.1  # what is late comes as soon as it is asked for: reads go before the prefetch
 _OTHERS_S = 1.0  # a wait for a block that others fetch, before it is looked at again
@@ -68,13 +71,21 @@ class _Work:
 
 @dataclass(slots=True, order=True)
 class _Run:
-    """Hot blocks that one read may bring. at_ms: when a start touches them."""
+    """Hot blocks that one read may bring. at_ms: when a start touches them. ahead: they lie behind a read."""
 
     at_ms: int
     number: int
     first: int = field(compare=False)
     last: int = field(compare=False)
     work: _Work = field(compare=False)
+
+    @property
+    def ahead(self) -> bool:
+        return self.at_ms == _AHEAD_MS
+
+    @property
+    def wanted(self) -> bool:
+        return not self.work.ended if self.ahead else not self.work.hot_over
 
 
 class Prefetch:
@@ -130,6 +141,15 @@ class Prefetch:
                 self._threads[-1].start()
             self._settle(work)
             self._changed.notify_all()
+        if not (planned or work.ended or part.wish.kind == "checkpoint"):
+            part.reader.bring_ahead = functools.partial(self._bring_ahead, work)
+
+    def _bring_ahead(self, work: _Work, first: int, last: int) -> None:
+        """Have these blocks brought before the others: a read, which must not wait, came near them."""
+        with self._changed:
+            if not self._start_over and not work.part.reader.blob.has(first, last):
+                heapq.heappush(self._hot, _Run(_AHEAD_MS, next(self._numbers), first, last, work))
+                self._changed.notify()
 
     def drop(self, part: Part) -> None:
         """Bring no more of this part, which nobody will read; `add` brings it again."""
@@ -137,6 +157,7 @@ class Prefetch:
             for work in self._works:
                 if work.part is part and not work.ended:
                     work.hot_over = work.exhausted = work.ended = True
+                    self._forget_reads(work)
                     self._tell(work, "stopped")
             self._changed.notify_all()
 
@@ -167,6 +188,7 @@ class Prefetch:
         """The job trains: all that is left is cold."""
         with self._changed:
             self._start_over = True
+            self._hot = [run for run in self._hot if not run.ahead]
             for work in self._works:
                 if not work.hot_over:
                     self._end_hot(work, there=False)
@@ -181,6 +203,7 @@ class Prefetch:
             self._over.set()
             self._changed.notify_all()
             for work in self._works:
+                self._forget_reads(work)
                 if not work.ended:
                     self._tell(work, "stopped")
 
@@ -210,7 +233,7 @@ class Prefetch:
                 work.in_flight -= 1
                 if failure and run is None:
                     work.exhausted = True
-                elif failure and not work.hot_over:
+                elif failure and run is not None and run.wanted and not run.ahead:
                     self._end_hot(work, there=False)
                 if cold:
                     self._cold_busy = False
@@ -223,7 +246,7 @@ class Prefetch:
             while not self._over.is_set():
                 while self._hot:
                     run = heapq.heappop(self._hot)
-                    if not run.work.hot_over:
+                    if run.wanted:
                         run.work.in_flight += 1
                         return run.work, run, False
                 cold = self._start_over
@@ -240,7 +263,7 @@ class Prefetch:
         """Whether a part has something to do beside what is hot."""
         if self._start_over:
             return not (work.exhausted or self._cold_busy) and self._config.cold_rate_bytes > 0
-        return not (work.exhausted or work.planned)
+        return not (work.exhausted or work.planned) and work.part.wish.kind == "checkpoint"
 
     def _bring_hot(self, run: _Run) -> None:
         work, first = run.work, run.first
@@ -252,6 +275,8 @@ class Prefetch:
         with self._changed:
             if first <= run.last:
                 self._queue(work, run.at_ms, first, run.last)
+            if run.ahead:
+                return
             work.hot_left -= 1
             if work.hot_left or work.hot_over:
                 return
@@ -297,7 +322,7 @@ class Prefetch:
     def _fetch_hot(self, work: _Work, first: int, last: int) -> int:
         reader = work.part.reader
         size_bytes = (last - first + 1) * reader.blob.layout.block_bytes
-        with self._turns.prefetch(size_bytes) as limit_bytes:
+        with self._turns.prefetch(size_bytes, urgent=True) as limit_bytes:
             if self._over.is_set():
                 return last + 1
             push = reader.push is not None and self._memory.may_push(limit_bytes)
@@ -311,6 +336,12 @@ class Prefetch:
             self._memory.brought(work.part.reader.blob, offset, size_bytes)
 
     # With the lock held
+
+    def _forget_reads(self, work: _Work) -> None:
+        """Be told no more of this part's reads; another job's prefetch may be."""
+        told = work.part.reader.bring_ahead
+        if isinstance(told, functools.partial) and told.args == (work,):
+            work.part.reader.bring_ahead = None
 
     def _comes_in_time(self, work: _Work) -> bool:
         """Whether each block that is not there yet will come before a start that begins now touches it."""
@@ -328,7 +359,7 @@ class Prefetch:
 
     def _queue(self, work: _Work, at_ms: int, first: int, last: int) -> None:
         heapq.heappush(self._hot, _Run(at_ms, next(self._numbers), first, last, work))
-        work.hot_left += 1
+        work.hot_left += at_ms != _AHEAD_MS
 
     def _end_hot(self, work: _Work, *, there: bool) -> None:
         work.hot_over, work.hot_there = True, there

@@ -263,7 +263,7 @@ class Session:
     def stage(self, name: str, *, t_ns: int, step: str, task: int | None, detail: str | None) -> None:
         """Record what the plugin says of a step."""
         if name == "task_start" and step.isdecimal():
-            self._drop(lambda wish: wish.can_be_imported)  # its container is there, of another image or of none
+            self._drop(lambda wish: wish.can_be_imported)  # its container, if any, is there
         if name == "shadow_failed":
             self.log.emit("shadow", "failed", t_ns=t_ns, step=step, level="warning", message=detail)
         else:

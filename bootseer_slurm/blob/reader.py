@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from bootseer_slurm.blob.ahead import Ahead
 from bootseer_slurm.blob.cache import MISSING, PRESENT, CachedBlob
 from bootseer_slurm.blob.manifest import DIGEST_BYTES
 from bootseer_slurm.blob.trace import Recorder
@@ -37,6 +38,8 @@ _NO_DIGEST = bytes(DIGEST_BYTES)
 OnFault = Callable[[str, str], None]
 # Gives bytes from an offset on to the kernel, before anybody asks it for them.
 Push = Callable[[int, memoryview], None]
+# Has blocks, first to last, brought behind a read, and does not wait for them.
+BringAhead = Callable[[int, int], None]
 
 
 class Source(Protocol):
@@ -95,6 +98,8 @@ class Reader:
         self.mtime_ns = mtime_ns
         self.usage = Usage()
         self.push: Push | None = None
+        self.bring_ahead: BringAhead | None = None
+        self._ahead = Ahead(blob.layout.blocks)
         self._kept = _Kept(blob)
         self._recorders: tuple[Recorder, ...] = ()
         self._users: dict[OnFault, set[str]] = {}  # and of what each was told already
@@ -138,6 +143,9 @@ class Reader:
         first, last = offset // block_bytes, (offset + size - 1) // block_bytes
         for recorder in self._recorders:
             recorder.touch(first, last)
+        bring_ahead = self.bring_ahead
+        if bring_ahead is not None and (ahead := self._ahead.touch(first, last)):
+            bring_ahead(*ahead)
         return self.blob.fd if self.blob.has(first, last) else None
 
     @property

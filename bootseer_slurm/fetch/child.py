@@ -38,6 +38,7 @@ from bootseer_slurm.checkpoint.striped import MANIFEST, identity_of, open_file
 from bootseer_slurm.env.key import Key, differences, fingerprint_of, key_of, stored_name
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound
 from bootseer_slurm.fetch.original import fingerprint_now, open_original, reason
+from bootseer_slurm.fetch.turns import HOLD_S
 from bootseer_slurm.image.reference import registry_reference
 from bootseer_slurm.image.squashfs import head_and_tables
 from bootseer_slurm.store import Entry, ObjectReader, Store, clock_offset, open_store
@@ -61,6 +62,8 @@ class Child:
         self._handles: list[list[ObjectReader]] = []
         self._keys: dict[str, tuple[str, Key]] = {}  # of each environment: the job's image, and its key
         self._lock = threading.Lock()
+        self._demands = 0  # reads that somebody waits for
+        self._no_demand = threading.Condition()
         self._requests: queue.SimpleQueue[tuple[dict[str, Any], list[int]]] = queue.SimpleQueue()
         self._operations: dict[str, Callable[..., tuple[dict[str, Any], list[int]]]] = {
             "resolve": self._resolve,
@@ -262,8 +265,14 @@ class Child:
     def _read(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         start = request["slot"] * self._slot_bytes
         reader = self._handles[request["handle"]][request["object"]]
+        if request.get("demand"):
+            with self._somebody_waits():
+                view = self._ring[start : start + request["size_bytes"]]
+                return {"count": reader.read_into(request["offset"], view)}, []
         count = 0
         while count < request["size_bytes"]:
+            with self._no_demand:
+                self._no_demand.wait_for(lambda: not self._demands, HOLD_S)
             step_bytes = min(request["step_bytes"], request["size_bytes"] - count)
             view = self._ring[start + count : start + count + step_bytes]
             done = reader.read_into(request["offset"] + count, view)
@@ -271,6 +280,18 @@ class Child:
             if done < step_bytes:
                 break
         return {"count": count}, []
+
+    @contextlib.contextmanager
+    def _somebody_waits(self) -> Iterator[None]:
+        """No other read begins a step meanwhile."""
+        with self._no_demand:
+            self._demands += 1
+        try:
+            yield
+        finally:
+            with self._no_demand:
+                self._demands -= 1
+                self._no_demand.notify_all()
 
     def _same(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Whether the original is still what it was."""

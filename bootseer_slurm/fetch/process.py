@@ -152,8 +152,10 @@ class FetchProcess:
 
         Raises StoreError when it fails, takes too long, or ends early.
         """
-        fields = {"handle": handle, "object": index, "offset": offset, "size_bytes": size_bytes}
+        fields: dict[str, Any] = {"handle": handle, "object": index}
+        fields |= {"offset": offset, "size_bytes": size_bytes}
         if demand:
+            fields |= {"demand": True}
             with self.turns.demand(), self._read(self._slots[True], fields, size_bytes) as view:
                 yield view
         else:

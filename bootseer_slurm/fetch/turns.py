@@ -3,9 +3,10 @@
 One link carries the job's own reads and the prefetch, first come first served: whoever reads waits behind
 what the prefetch has in flight. So that is kept as small as fills the link: the delivered rate times the
 shortest time a read ever took, twice, and _QUEUE_S more (twice the bandwidth-delay product, as BBR keeps to
-for the same reason: Cardwell et al. 2016; with once, a rate that was measured low would stay low). And no run
-begins while the agent reads for somebody who waits. A run is what is asked of the fetch process at once; it
-reads it in steps, of which one is in flight.
+for the same reason: Cardwell et al. 2016; with once, a rate that was measured low would stay low), and one
+block at least. And no run begins while the agent reads for somebody who waits. A run is what is asked of the
+fetch process at once; it reads it in steps, of which one is in flight, and begins no step while it reads for
+somebody who waits. Runs that plans name go before others.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES
 _GAIN = 2
 # How long others wait for us on a fast link: the time of a few of their own requests.
 _QUEUE_S = 0.002
-# On a slow link two blocks keep it busy: one on its way, one asked for.
-_LEAST_BYTES = 2 * BLOCK_BYTES
+# On a slow link two halves of a block keep it busy: one on its way, one asked for.
+_LEAST_BYTES = BLOCK_BYTES
+_LEAST_STEP_BYTES = BLOCK_BYTES // 2
 # Steps in flight, so that one that ends does not leave the link idle.
 _STEPS = 4
 # Asking costs the agent and the fetch process half a millisecond of CPU.
-_RUN_STEPS = 4
+_RUN_STEPS = 8
 _SAMPLE_S = 0.05
 # The rate is the best one seen, forgotten slowly: it falls when we hold back too.
 _FORGET = 0.95
 # Readers that never pause slow the prefetch, but do not stop it.
-_HOLD_S = 0.25
+HOLD_S = 0.25
 
 
 class Turns:
@@ -40,7 +42,8 @@ class Turns:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting = 0
-        self._line: deque[object] = deque()  # runs that wait
+        self._urgent_line: deque[object] = deque()  # runs that wait
+        self._line: deque[object] = deque()  # behind those
         self._in_flight_bytes = 0
         self._least_s = 1.0
         self._bytes_per_s = 0.0
@@ -60,15 +63,17 @@ class Turns:
                 self._changed.notify_all()
 
     @contextlib.contextmanager
-    def prefetch(self, size_bytes: int = CHUNK_BYTES) -> Iterator[int]:
+    def prefetch(self, size_bytes: int = CHUNK_BYTES, *, urgent: bool = False) -> Iterator[int]:
         """A run that nobody waits for, when it may begin; gives the most bytes it may have.
 
         size_bytes: what it wants. A short run counts as what it is, so that many of them fill the link too.
+        urgent: before all others that wait.
         """
-        held_until_s = time.monotonic() + _HOLD_S
+        held_until_s = time.monotonic() + HOLD_S
         with self._changed:
             ticket = object()
-            self._line.append(ticket)
+            line = self._urgent_line if urgent else self._line
+            line.append(ticket)
             try:
                 while self._waiting and (left_s := held_until_s - time.monotonic()) > 0:
                     self._changed.wait(left_s)
@@ -76,11 +81,12 @@ class Turns:
                     step_bytes = min(self.step_bytes, size_bytes)
                     has_room = self._in_flight_bytes + step_bytes <= self._limit_bytes()
                     # In the order of asking: else a long run would wait until there are no short ones.
-                    if self._line[0] is ticket and (has_room or not self._in_flight_bytes):
+                    is_next = (self._urgent_line or self._line)[0] is ticket
+                    if is_next and (has_room or not self._in_flight_bytes):
                         break
                     self._changed.wait()
             finally:
-                self._line.remove(ticket)
+                line.remove(ticket)
                 self._changed.notify_all()
             if self._in_flight_bytes == 0:
                 self._sample_bytes, self._sample_start_s = 0, time.monotonic()
@@ -93,10 +99,15 @@ class Turns:
                 self._changed.notify_all()
 
     @property
+    def is_waited_for(self) -> bool:
+        """Whether something is under way that somebody waits for."""
+        return self._waiting > 0
+
+    @property
     def step_bytes(self) -> int:
         """What the fetch process reads with one call."""
-        blocks = self._limit_bytes() // _STEPS // BLOCK_BYTES
-        return min(max(1, blocks) * BLOCK_BYTES, CHUNK_BYTES)
+        steps = self._limit_bytes() // _STEPS // _LEAST_STEP_BYTES
+        return min(max(1, steps) * _LEAST_STEP_BYTES, CHUNK_BYTES)
 
     @property
     def bytes_per_s(self) -> float:

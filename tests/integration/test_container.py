@@ -325,8 +325,7 @@ def test_the_store_is_lost_in_the_middle_and_comes_back(containers: Containers) 
 
 def test_a_corrupt_block_in_the_store_is_an_error_and_in_the_cache_is_fetched_again(containers: Containers) -> None:
     job = containers.begin()
-    containers.start(job, NAMES)
-    wait_until(lambda: containers.cached().stat().st_blocks * 512 > FILES * FILE_BYTES)
+    containers.start(job, list(containers.digests))
     containers.end(job)
     containers.rest()
     with containers.cached().open("r+b") as file:  # a node that was written to, or whose disk forgot

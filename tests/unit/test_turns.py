@@ -35,9 +35,10 @@ def test_a_reader_that_never_pauses_does_not_stop_the_prefetch() -> None:
         assert began(turns, within_s=5)
 
 
-def test_two_blocks_are_in_flight_where_nothing_is_known() -> None:
+def test_one_block_is_in_flight_where_nothing_is_known() -> None:
+    """In two halves: one on its way, one asked for."""
     turns = Turns()
-    assert turns.step_bytes == BLOCK_BYTES
+    assert turns.step_bytes == BLOCK_BYTES // 2
     with turns.prefetch(), turns.prefetch():
         assert not began(turns, within_s=0.1)
 
@@ -50,7 +51,7 @@ def test_a_fast_path_gets_larger_steps_and_a_slow_one_small_ones() -> None:
             time.sleep(0.01)
             turns.measured(int(bytes_per_s * 0.01), steps=1, dur_s=0.003)
     assert BLOCK_BYTES < fast.step_bytes <= CHUNK_BYTES
-    assert slow.step_bytes == BLOCK_BYTES
+    assert slow.step_bytes == BLOCK_BYTES // 2
     with fast.prefetch() as run_bytes:
         assert run_bytes == CHUNK_BYTES
 
@@ -60,6 +61,24 @@ def test_one_run_is_always_allowed() -> None:
     for _ in range(3):
         with turns.prefetch() as run_bytes:
             assert run_bytes >= BLOCK_BYTES
+
+
+def test_an_urgent_run_goes_before_those_that_wait() -> None:
+    turns, order = Turns(), []
+
+    def run(name: str, *, urgent: bool) -> None:
+        with turns.prefetch(urgent=urgent):
+            order.append(name)
+
+    with turns.prefetch(), turns.prefetch():
+        threads = []
+        for name, urgent in (("whole", False), ("first", True), ("second", True)):
+            threads.append(threading.Thread(target=run, args=(name,), kwargs={"urgent": urgent}))
+            threads[-1].start()
+            time.sleep(0.05)
+    for thread in threads:
+        thread.join(5)
+    assert order == ["first", "second", "whole"]
 
 
 def test_short_runs_count_as_what_they_are() -> None:

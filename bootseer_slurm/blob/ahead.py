@@ -1,0 +1,31 @@
+"""Readahead: which blocks to bring behind a read, for a blob of which no start was recorded.
+
+The reads themselves tell. Behind a run of blocks that reads have touched, as many more are brought as the run
+is long, less one, and `_MOST_BLOCKS` at most. So a lone touch brings nothing, each block that was brought in
+vain ends the growth, and no more is brought in vain than was right just before. Unlike a window for each
+reader this needs no order: it grows too where readers fill a region here and there, as imports do in a
+snapshot. Does no I/O. Not thread-safe: a touch that is lost costs one readahead.
+"""
+
+from __future__ import annotations
+
+_MOST_BLOCKS = 16  # 4 MiB, one chunk
+
+
+class Ahead:
+    """The touched blocks of one blob."""
+
+    def __init__(self, blocks: int) -> None:
+        self._touched = bytearray(blocks)
+
+    def touch(self, first: int, last: int) -> tuple[int, int] | None:
+        """Note a read of the blocks first to last; the blocks (first, last) to bring behind it, if any.
+
+        None too for a read of blocks that were all touched before. On the way of every read.
+        """
+        if self._touched.find(0, first, last + 1) < 0:
+            return None
+        self._touched[first : last + 1] = b"\1" * (last + 1 - first)
+        run_blocks = last - self._touched.rfind(0, 0, first)
+        ahead_blocks = min(run_blocks - 1, _MOST_BLOCKS, len(self._touched) - 1 - last)
+        return (last + 1, last + ahead_blocks) if ahead_blocks > 0 else None

@@ -25,10 +25,12 @@ shadow    shown, skipped, failed    target, what; message = why
 image     get                       target, what: pyxis's importer first asked for a container's image
 access    summary                   target, what, reads, reads_blocked, read_bytes, hit_bytes,
                                     miss_bytes, pushed_bytes,
-                                    blocked_s = time that readers waited for the store, first_ns, last_ns,
+                                    waited_s = time in which at least one read waited for blocks,
+                                    longest_wait_s = the longest wait of a single read,
+                                    blocked_s = the waits of all reads, added up, first_ns, last_ns,
                                     cached_bytes = there before, store_bytes and origin_bytes = fetched,
                                     fetch_s and disk_s = what reading and keeping them took, over all streams
-          start                     the same, when the start was over
+          start                     the same, when the start was over; of waits those until training began
 load      start                     dur_s of the start; cpu_s, io_s, memory_s: in how much of it a task of the
                                     node waited for that (PSI)
 training  gpu, io                   since when a GPU was busy; when the last new thing was read
@@ -37,7 +39,8 @@ mark      <name>                    step, task; image_loaded, environment_loaded
                                     training_started have a meaning to the report
 fault     <short name>              level, message; the report shows it to the user
 
-`what` is "image", "environment" or "checkpoint". `target` is the path as the user named it.
+`what` is "image", "environment" or "checkpoint". `target` is the path as the user named it; of the snapshot
+that lies below a layer it ends in BELOW_LAYER.
 EventLog may be used from several threads; everything else here is pure.
 """
 
@@ -68,6 +71,8 @@ _MAX_INTEGER = (1 << 63) - 1
 _MAX_DURATION_S = 1e9
 
 Scalar = str | int | float
+
+BELOW_LAYER = ", below its layer"
 
 _KIND = re.compile(r"[a-z_]{1,32}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")

@@ -56,3 +56,8 @@ def format_duration(duration_s: float) -> str:
         return f"{minutes} min {seconds:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def format_share(share: float) -> str:
+    """A share of 1 as a person reads it: "21 %"."""
+    return f"{100 * share:.0f} %"

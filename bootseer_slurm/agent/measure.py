@@ -1,5 +1,8 @@
 """What the report needs of a start on this node: told once, when the start is over.
 
+Reads that wait after training began are no reads of the start, and training begins before the start is over:
+the agent waits for the marks of the other tasks, or for quiet. So waits are noted when training begins.
+
 Owns the look at the GPUs (gpu.py) and at the kernel's pressure figures (pressure.py) while the start goes on.
 Thread-safe.
 """
@@ -7,24 +10,29 @@ Thread-safe.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from bootseer_slurm.agent.gpu import GpuWatch
 from bootseer_slurm.agent.part import Part
 from bootseer_slurm.agent.pressure import Pressure
 from bootseer_slurm.agent.request import Job
+from bootseer_slurm.blob.waits import Waited
 from bootseer_slurm.events import EventLog
 
 
 class Measure:
     """The figures of one start."""
 
-    def __init__(self, job: Job, log: EventLog, *, limit_s: float) -> None:
-        """limit_s: how long a start is watched at most."""
+    def __init__(
+        self, job: Job, log: EventLog, *, limit_s: float, parts: Callable[[], Iterable[Part]]
+    ) -> None:
+        """limit_s: how long a start is watched at most. parts: gives the blobs that the job has by now."""
         self._log = log
+        self._parts = parts
         self._pressure = Pressure()
         self._gpus = GpuWatch(job.gpus, limit_s=limit_s, on_busy=self._busy)
-        self._told = self._image_told = self._step_begun = False
+        self._told = self._image_told = self._step_begun = self._is_marked = False
+        self._waited: dict[Part, Waited] | None = None  # until training began, where that was seen
         self._lock = threading.Lock()
 
     def begin(self) -> None:
@@ -33,6 +41,17 @@ class Measure:
 
     def _busy(self, since_ns: int) -> None:
         self._log.emit("training", "gpu", t_ns=since_ns)
+        self._note_waits(marked=False)
+
+    def trains(self) -> None:
+        """A task marked that it trains. The last one that does so before the start is over counts."""
+        self._note_waits(marked=True)
+
+    def _note_waits(self, *, marked: bool) -> None:
+        waited = {part: part.waited for part in self._parts()}
+        with self._lock:
+            if marked or not self._is_marked:  # a mark says it better than a GPU
+                self._waited, self._is_marked = waited, marked
 
     def step(self, parts: Iterable[Part]) -> None:
         """The first step begins: what was read before was for mounting, and is no read of the start."""
@@ -58,9 +77,11 @@ class Measure:
             if self._told:
                 return
             self._told = True
+            until_training = self._waited
         if read_ns:
             self._log.emit("training", "io", t_ns=read_ns)
         for part in parts:
-            self._log.emit("access", "start", **part.summary())
+            of_start = part.waited if until_training is None else until_training.get(part, Waited())
+            self._log.emit("access", "start", **part.summary(of_start))
         lasted_s, waited = self._pressure.since()
         self._log.emit("load", "start", dur_s=lasted_s, **waited)

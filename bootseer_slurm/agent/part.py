@@ -21,6 +21,7 @@ from bootseer_slurm.blob import trace
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
 from bootseer_slurm.blob.reader import OnFault, Source, Usage
 from bootseer_slurm.blob.trace import SETTLED_STARTS, Plan, Recorder, decode_plan
+from bootseer_slurm.blob.waits import Waited
 from bootseer_slurm.env.attach import Snapshot, squashfuse
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, StoreError
 from bootseer_slurm.fetch.process import FetchProcess
@@ -103,6 +104,7 @@ class Part:
         )
         self.cached_bytes = self.reader.blob.present_bytes
         self.before = _copy(self.reader.usage)
+        self._waits_from = self.reader.waits.baseline()
 
     @property
     def note(self) -> Message:
@@ -133,9 +135,19 @@ class Part:
         pushed = self.reader.usage.pushed_bytes > self.before.pushed_bytes
         return self.warm or pushed or self._shelf.bypassed(self.reader)
 
-    def summary(self) -> dict[str, Any]:
-        """What was read of it since it was looked up, as the event tells it."""
+    @property
+    def waited(self) -> Waited:
+        """How long its reads have waited since it was looked up, those of the user's other jobs too."""
+        return self.reader.waits.since(self._waits_from)
+
+    def summary(self, waited: Waited | None = None) -> dict[str, Any]:
+        """What was read of it since it was looked up, as the event tells it.
+
+        waited: how long reads waited, where that is not until now.
+        """
         usage, before = self.reader.usage, self.before
+        if waited is None:
+            waited = self.waited
         read_bytes = usage.read_bytes - before.read_bytes
         miss_bytes = usage.miss_bytes - before.miss_bytes
         return {
@@ -148,6 +160,8 @@ class Part:
             "miss_bytes": miss_bytes,
             "hit_bytes": max(0, read_bytes - miss_bytes),
             "blocked_s": usage.blocked_s - before.blocked_s,
+            "waited_s": waited.waited_s,
+            "longest_wait_s": waited.longest_s,
             "cached_bytes": self.cached_bytes,
             "store_bytes": usage.store_bytes - before.store_bytes,
             "origin_bytes": usage.origin_bytes - before.origin_bytes,
@@ -246,6 +260,7 @@ class Part:
         if self._snapshot:
             self._snapshot.close()
             self._snapshot = None
+        self.reader.waits.forget(self._waits_from)
         self._shelf.give_back(self.reader, self._content.sources, self._on_fault)
 
 

@@ -95,7 +95,7 @@ class Session:
             publisher=self._publisher,
             on_over=self._end_start,
         )
-        self._measure = Measure(job, self.log, limit_s=config.prefetch.start_cap_s)
+        self._measure = Measure(job, self.log, limit_s=config.prefetch.start_cap_s, parts=self._parts)
 
     def begin(self, request: Request, *, hook_start_ns: int | None) -> None:
         """Start to bring what the job wishes."""
@@ -254,6 +254,7 @@ class Session:
         """Record where the job is. Raises InputError when a value is not usable."""
         self.log.emit("mark", name, t_ns=t_ns, step=step, task=task)
         if name == "training_started":
+            self._measure.trains()
             with self._lock:
                 if self._ending_start or self._over.is_set():
                     return

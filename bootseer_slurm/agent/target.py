@@ -24,6 +24,7 @@ from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES, DIGEST_BYTES,
 from bootseer_slurm.blob.reader import OnFault
 from bootseer_slurm.env.attach import Overlay, Unpacked
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound, StoreError
+from bootseer_slurm.events import BELOW_LAYER
 from bootseer_slurm.fetch.process import FetchProcess, Reply
 from bootseer_slurm.image.trust import Key
 
@@ -103,7 +104,7 @@ class Target:
                         content,
                         process,
                         shelf,
-                        label=f"{wish.name}, below its layer" if number else wish.name,
+                        label=wish.name + (BELOW_LAYER if number else ""),
                         path=self.path or "",
                         fingerprint=self.fingerprint,
                         place=place,

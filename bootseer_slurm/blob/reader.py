@@ -27,6 +27,7 @@ from bootseer_slurm.blob.ahead import Ahead
 from bootseer_slurm.blob.cache import MISSING, PRESENT, CachedBlob
 from bootseer_slurm.blob.manifest import DIGEST_BYTES
 from bootseer_slurm.blob.trace import Recorder
+from bootseer_slurm.blob.waits import Waits
 from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
 
 _log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Usage:
     reads_blocked: int = 0  # of these, how many had to wait
     read_bytes: int = 0
     miss_bytes: int = 0
-    blocked_s: float = 0.0
+    blocked_s: float = 0.0  # summed over reads that waited side by side
     first_ns: int = 0
     last_ns: int = 0
     store_bytes: int = 0
@@ -97,6 +98,7 @@ class Reader:
         self.uid, self.gid = blob.uid, blob.gid
         self.mtime_ns = mtime_ns
         self.usage = Usage()
+        self.waits = Waits()
         self.push: Push | None = None
         self.bring_ahead: BringAhead | None = None
         self._ahead = Ahead(blob.layout.blocks)
@@ -104,9 +106,6 @@ class Reader:
         self._recorders: tuple[Recorder, ...] = ()
         self._users: dict[OnFault, set[str]] = {}  # and of what each was told already
         self._sources: list[Source] = []
-        self._waiting = 0  # reads
-        self._waiting_from_s = 0.0
-        self._waited_s = 0.0
         self._lock = threading.Lock()
 
     def add_user(self, sources: list[Source], on_fault: OnFault) -> None:
@@ -151,30 +150,22 @@ class Reader:
     @property
     def is_waited_for(self) -> bool:
         """Whether some read waits for blocks now."""
-        return self._waiting > 0
+        return self.waits.any_now
 
     def waited_s(self) -> float:
         """How long, in all, at least one read has waited for blocks."""
-        with self._lock:
-            return self._waited_s + (time.monotonic() - self._waiting_from_s if self._waiting else 0.0)
+        return self.waits.waited_s()
 
     @contextlib.contextmanager
     def _wait(self) -> Iterator[None]:
         """A read waits for blocks."""
-        start_s = time.monotonic()
-        with self._lock:
-            if not self._waiting:
-                self._waiting_from_s = start_s
-            self._waiting += 1
+        begin_s = time.monotonic()
         try:
-            yield
+            with self.waits.one():
+                yield
         finally:
             with self._lock:
-                now_s = time.monotonic()
-                self.usage.blocked_s += now_s - start_s
-                self._waiting -= 1
-                if not self._waiting:
-                    self._waited_s += now_s - self._waiting_from_s
+                self.usage.blocked_s += time.monotonic() - begin_s
 
     def fetch(self, offset: int, size: int) -> bytes:
         """The range, fetched first where it is not there (fuse.File). Raises OSError (EIO)."""

@@ -16,6 +16,7 @@ from bootseer_slurm.report.collect import NodeEvents, Run
 from bootseer_slurm.report.stages import STAGES, NodeStart, first, mark_ns, node_start
 from bootseer_slurm.report.stragglers import Straggler, find
 from bootseer_slurm.report.transfers import Transfer, transfers
+from bootseer_slurm.report.verdict import Verdict, find_verdict
 
 _TRAINING = "training_started"
 _SKEW_NS = 1_000_000_000
@@ -80,6 +81,7 @@ class Report:
     stragglers: tuple[Straggler, ...] = ()
     unended_nodes: tuple[str, ...] = ()  # sent events, but not their end, though the job has ended
     plain: PlainStarts | None = None
+    verdict: Verdict | None = None  # what held the start up
 
     @property
     def start_to_training_s(self) -> float | None:
@@ -130,9 +132,12 @@ def analyse(run: Run, *, plain: PlainStarts | None = None) -> Report:
     if start_ns is None:
         start_ns = min((start.begin_ns for start in starts), default=None)
     unended = _unended(nodes) if end_ns is not None else ()
+    starts_s = _starts_s(starts, training_ns)
+    rows = tuple(row for sent in nodes for row in transfers(sent, starts_s.get(sent.node)))
+    mode = _mode(nodes)
     return Report(
         run=run,
-        mode=_mode(nodes),
+        mode=mode,
         starts=starts,
         stages=_stage_rows(starts),
         total=_row("total", [(start.total_s, start.node) for start in starts if start.total_s is not None]),
@@ -141,7 +146,7 @@ def analyse(run: Run, *, plain: PlainStarts | None = None) -> Report:
         training_ns=training_ns,
         gpus=record.gpus if record else 0,
         cpus=record.cpus if record else 0,
-        transfers=tuple(row for sent in nodes for row in transfers(sent, trained[sent.node] or training_ns)),
+        transfers=rows,
         problems=_problems(nodes),
         notes=(
             *run.notes,
@@ -153,7 +158,18 @@ def analyse(run: Run, *, plain: PlainStarts | None = None) -> Report:
         stragglers=find(starts, nodes),
         unended_nodes=unended,
         plain=plain,
+        verdict=None if mode == "observe" else find_verdict(rows, starts_s),
     )
+
+
+def _starts_s(starts: Sequence[NodeStart], training_ns: int | None) -> dict[str, float]:
+    """Seconds of each node's start. A node that did not tell when it trained began so with the last one."""
+    known = {}
+    for start in starts:
+        trained_ns = start.training_ns or training_ns
+        if trained_ns is not None:
+            known[start.node] = max(0, trained_ns - start.begin_ns) / 1e9
+    return known
 
 
 def _training(nodes: Sequence[NodeEvents]) -> tuple[str | None, dict[str, int | None]]:

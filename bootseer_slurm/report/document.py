@@ -12,8 +12,9 @@ from typing import Any
 from bootseer_slurm.report.analyse import Report, StageRow
 from bootseer_slurm.report.stages import NodeStart
 from bootseer_slurm.report.transfers import Transfer
+from bootseer_slurm.report.verdict import Verdict
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def to_json(report: Report) -> str:
@@ -53,6 +54,7 @@ def document(report: Report) -> dict[str, Any]:
         "lost_cpu_s": report.lost_cpu_s,
         "plain_s": report.plain.median_s if report.plain else None,
         "plain_count": report.plain.count if report.plain else None,
+        "verdict": _verdict(report.verdict) if report.verdict else None,
         "stages": [_stage(row) for row in report.stages],
         "total": _stage(report.total) if report.total else None,
         "starts": [_start(start) for start in report.starts],
@@ -90,4 +92,9 @@ def _start(start: NodeStart) -> dict[str, Any]:
 
 
 def _transfer(row: Transfer) -> dict[str, Any]:
-    return asdict(row) | {"bytes_per_s": row.rate, "store_bytes": row.store_bytes}
+    more = {"bytes_per_s": row.rate, "store_bytes": row.store_bytes, "waited_share": row.waited_share}
+    return asdict(row) | more
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    return asdict(verdict) | {"text": verdict.text}

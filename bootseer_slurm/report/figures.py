@@ -8,8 +8,9 @@ from typing import NamedTuple
 from bootseer_slurm.errors import InputError
 from bootseer_slurm.report.analyse import Report
 from bootseer_slurm.report.document import node_names
+from bootseer_slurm.report.transfers import Transfer
 from bootseer_slurm.slurm.hostlist import fold
-from bootseer_slurm.units import format_bytes, format_duration
+from bootseer_slurm.units import format_bytes, format_duration, format_share
 
 TRAINING_SAID = {
     "mark": "training marked by the job",
@@ -32,6 +33,16 @@ def nodes_text(nodes: Sequence[str]) -> str:
         return fold(nodes)
     except InputError:
         return f"{len(nodes)} nodes"
+
+
+def waited_text(rows: Sequence[Transfer]) -> str:
+    """What waiting for a thing cost on the node where that was longest, and how much of its start that is."""
+    known = [(row.waited_s, row) for row in rows if row.waited_s is not None]
+    if not known:
+        return "-"
+    waited_s, worst = max(known, key=lambda pair: pair[0])
+    share = worst.waited_share
+    return format_duration(waited_s) + ("" if share is None else f" ({format_share(share)})")
 
 
 def headline(report: Report) -> tuple[str, str]:

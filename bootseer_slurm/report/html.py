@@ -20,9 +20,10 @@ from typing import Any
 
 from bootseer_slurm.report.analyse import Report, StageRow
 from bootseer_slurm.report.document import node_names
-from bootseer_slurm.report.figures import figures, headline, nodes_text
+from bootseer_slurm.report.figures import figures, headline, nodes_text, waited_text
 from bootseer_slurm.report.stages import STAGES, NodeStart
 from bootseer_slurm.report.stragglers import NOTICEABLE_S, SLOW, figures_of
+from bootseer_slurm.report.transfers import Transfer
 from bootseer_slurm.units import format_bytes, format_duration
 
 _VERY_SLOW = 2.0
@@ -37,7 +38,7 @@ def to_html(report: Report) -> str:
     body = [
         _el("h1", title),
         _el("p", _who(report), cls="dim"),
-        _el("p", lead, cls="lead"),
+        _el("p", f"{lead} {_verdict(report)}", cls="lead"),
         _cards(report),
         _stages(report),
         _timeline(report),
@@ -94,6 +95,12 @@ def _who(report: Report) -> str:
         return f"uid {report.run.uid} · {where}"
     user = record.user or report.run.uid
     return f"{user} · account {record.account} · {record.partition} · {where} · {record.state}"
+
+
+def _verdict(report: Report) -> str:
+    """What held the start up, as a sentence; empty where that is not known."""
+    text = report.verdict.text if report.verdict else ""
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _cards(report: Report) -> _Html:
@@ -200,7 +207,7 @@ def _transfers(report: Report) -> _Html:
             f"{sum(in_time):,} of {len(in_time):,}" if in_time else "-",
             f"{100 * hit / (hit + miss):.1f} %" if hit + miss else "-",
             format_bytes(miss),
-            format_duration(max(row.blocked_s for row in rows)),
+            waited_text(rows),
         ]  # fmt: skip
         numbers = (_el("td", text, cls="n") for text in cells)
         lines.append(_el("tr", _el("td", what), _el("td", target, cls="dim"), *numbers))
@@ -222,7 +229,10 @@ def _transfers(report: Report) -> _Html:
         _table(heading, lines, range(2, 10)),
         _more(len(groups)),
         _el(
-            "p", "Bytes: sums over the nodes; the rate: the median node's; the wait: the longest.", cls="dim"
+            "p",
+            "Bytes: sums over the nodes. Rate: the median node's. "
+            "Waited: for how much of the start some read waited, on the worst node.",
+            cls="dim",
         ),
     )
 
@@ -250,6 +260,9 @@ def _data(report: Report) -> dict[str, Any]:
     zero_ns = report.start_ns or 0
     sent = {each.node: each for each in report.run.nodes}
     causes = {each.node: f"{each.cause}: {each.detail}" for each in report.stragglers}
+    brought: dict[str, list[Transfer]] = {}
+    for row in report.transfers:
+        brought.setdefault(row.node, []).append(row)
     nodes = [
         {
             "name": _visible(start.node),
@@ -263,7 +276,7 @@ def _data(report: Report) -> dict[str, Any]:
                 for span in start.spans
             ],
             "trained": start.training_ns is not None,
-            "facts": _facts(start, sent),
+            "facts": _facts(start, sent, brought.get(start.node, [])),
             "cause": _visible(causes.get(start.node, "")),
         }
         for start in report.starts
@@ -284,13 +297,16 @@ def _data(report: Report) -> dict[str, Any]:
     }
 
 
-def _facts(start: NodeStart, sent: dict[str, Any]) -> list[str]:
+def _facts(start: NodeStart, sent: dict[str, Any], rows: Sequence[Transfer]) -> list[str]:
     did = figures_of(sent[start.node])
     facts = []
     if did.fetched_bytes or did.cached_bytes:
         rate = f" at {format_bytes(did.rate)}/s a stream" if did.rate else ""
         facts.append(f"fetched {format_bytes(did.fetched_bytes)}{rate}, had {format_bytes(did.cached_bytes)}")
-        facts.append(f"readers waited {format_duration(did.blocked_s)}")
+    waited = [row for row in rows if row.waited_s]
+    if waited:
+        worst = max(waited, key=lambda row: row.waited_s or 0.0)
+        facts.append(f"waited longest for the {worst.what}: {waited_text([worst])}")
     if start.clock:
         facts.append(f"clock {start.clock.offset_s * 1000:+.0f} ms (± {start.clock.error_s * 1000:.0f} ms)")
     return facts

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from bootseer_slurm.report.analyse import Problem, Report, StageRow
 from bootseer_slurm.report.document import node_names
-from bootseer_slurm.report.figures import TRAINING_SAID, nodes_text
+from bootseer_slurm.report.figures import TRAINING_SAID, nodes_text, waited_text
 from bootseer_slurm.report.stragglers import NOTICEABLE_S, SLOW
 from bootseer_slurm.report.transfers import Transfer
 from bootseer_slurm.units import format_bytes, format_duration
@@ -27,6 +27,7 @@ from bootseer_slurm.units import format_bytes, format_duration
 _VERY_SLOW = 2.0
 _SHOWN_STRAGGLERS = 5
 _SHOWN_ROWS = 50  # of transfers and problems: a user's own events could have any number
+_DISPENSABLE = ("missed", "rate")  # columns that a narrow terminal does without, the first one first
 _SOURCES = ("cached_bytes", "store_bytes", "origin_bytes")
 _LEVEL_STYLE = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
@@ -128,6 +129,8 @@ def _header(report: Report, signs: _Signs) -> Panel:
         waited = (f"{since} {signs.arrow} training ", (format_duration(waited_s), "bold"))
         lines.append(Text.assemble(*waited, *_lost(report, signs)))
         lines.append(_training_line(report, signs))
+    if report.verdict:
+        lines.append(Text(_one_line(report.verdict.text), style="bold" if report.verdict.names else ""))
     name = f"{record.name}" if record else ""
     title = f"job {record.shown_id if record else run.job}"
     title += f" restart {run.restart}" if run.restart else ""
@@ -202,6 +205,7 @@ def _transfer_lines(report: Report, width: int) -> Text:
     """One row per thing, over all nodes. Bytes are the sum over the nodes, the rate is the median node's.
 
     Laid out by hand: a path goes behind its row where there is room, else below it, and is not cut.
+    Columns that matter least are left out where the others have no room.
     """
     groups: dict[tuple[str, str], list[Transfer]] = defaultdict(list)
     for transfer in report.transfers:
@@ -210,12 +214,15 @@ def _transfer_lines(report: Report, width: int) -> Text:
     groups = dict(list(groups.items())[:_SHOWN_ROWS])
     heading = ("transfer", "cache", "store", "original", "rate", "ready", "hits", "missed", "waited")
     rows = [_transfer_cells(what, transfers) for (what, _), transfers in groups.items()]
-    columns = list(zip(heading, *rows, strict=True))
+    columns = dict(zip(heading, zip(heading, *rows, strict=True), strict=True))
     if not any(row.origin_bytes for row in report.transfers):
-        columns.pop(heading.index("original"))
-    widths = [max(map(len, column)) for column in columns]
+        del columns["original"]
+    for name in _DISPENSABLE:
+        if sum(max(map(len, column)) + 1 for column in columns.values()) > width + 1:
+            del columns[name]
+    widths = [max(map(len, column)) for column in columns.values()]
     gap_width = 2 if sum(widths) + 2 * len(widths) <= width else 1
-    table = [_aligned(cells, widths, gap_width) for cells in zip(*columns, strict=True)]
+    table = [_aligned(cells, widths, gap_width) for cells in zip(*columns.values(), strict=True)]
     lines = [Text(table[0], style="bold")]
     for (_, target), figures in zip(groups, table[1:], strict=True):
         gap = "  " if len(figures) + 2 + len(target) <= width else "\n  "
@@ -228,7 +235,6 @@ def _transfer_lines(report: Report, width: int) -> Text:
 def _transfer_cells(what: str, rows: Sequence[Transfer]) -> tuple[str, ...]:
     rates = [row.rate for row in rows if row.rate is not None]
     hit, miss = sum(row.hit_bytes for row in rows), sum(row.miss_bytes for row in rows)
-    was_read = any(row.reads is not None for row in rows)
     return (
         what,
         *(_sum_text([getattr(row, name) for row in rows]) for name in _SOURCES),
@@ -236,7 +242,7 @@ def _transfer_cells(what: str, rows: Sequence[Transfer]) -> tuple[str, ...]:
         _ready(rows),
         f"{100 * hit / (hit + miss):.0f} %" if hit + miss else "-",
         format_bytes(miss) if hit + miss else "-",
-        format_duration(max(row.blocked_s for row in rows)) if was_read else "-",
+        waited_text(rows),
     )
 
 
@@ -253,17 +259,17 @@ def _aligned(cells: Sequence[str], widths: Sequence[int], gap_width: int) -> str
 
 
 def _ready(rows: Sequence[Transfer]) -> str:
-    """On how many nodes the prefetch had ended when training began; where that is not known, at all."""
-    known = [row.in_time for row in rows if row.in_time is not None]
-    if known:
-        count, all_words, no_words = sum(known), "in time", "late"
-    elif any(row.size_bytes is not None or row.dur_s is not None for row in rows):
-        count, all_words, no_words = sum(row.dur_s is not None for row in rows), "ended", "not ended"
-    else:
+    """On how many nodes no read waited noticeably; where that is not known, whether the prefetch ended."""
+    told = [row.in_time for row in rows if row.in_time is not None]
+    all_words, no_words = "in time", "late"
+    if not told and any(row.size_bytes is not None or row.dur_s is not None for row in rows):
+        told = [row.dur_s is not None for row in rows]
+        all_words, no_words = "ended", "not ended"
+    if not told:
         return "-"
-    if count in (0, len(rows)):
-        return all_words if count else no_words
-    return f"{count} of {len(rows)}"
+    if len(told) == len(rows) and sum(told) in (0, len(told)):
+        return all_words if told[0] else no_words
+    return f"{sum(told)} of {len(told)}"
 
 
 def _problem_text(problem: Problem) -> Text:

@@ -33,7 +33,6 @@ class Figures:
     cached_bytes: float = 0.0
     fetch_s: float = 0.0
     disk_s: float = 0.0
-    blocked_s: float = 0.0
     cpu_share: float = 0.0  # of the start, in which some task waited for a CPU (PSI)
 
     @property
@@ -72,7 +71,6 @@ def figures_of(sent: NodeEvents) -> Figures:
         cached_bytes=total("cached_bytes"),
         fetch_s=total("fetch_s"),
         disk_s=total("disk_s"),
-        blocked_s=total("blocked_s"),
         cpu_share=min(1.0, max(0.0, load[0].number("cpu_s")) / lasted_s) if lasted_s else 0.0,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -20,18 +21,71 @@ pytestmark = [
 SIZE_BYTES = 6_000_000
 
 
+def make_image(node: Node) -> None:
+    """An image of alice's that no store has."""
+    source = node.folder / "source"
+    source.mkdir()
+    (source / "payload").write_bytes(os.urandom(SIZE_BYTES))
+    image = node.folder / "data" / "img.sqsh"
+    subprocess.run(["mksquashfs", source, image, "-quiet", "-no-progress"], check=True, capture_output=True)
+    os.chown(image, ALICE, ALICE)
+
+
 @pytest.fixture
 def node() -> Iterator[Node]:
-    """A node whose starts end soon, with an image of alice's that no store has."""
+    """A node whose starts end soon, with an image."""
     with node_of('[prefetch]\nstart_quiet = "1s"\ncold_rate = "0"\n[report]\nobserve = "all"\n') as made:
-        source = made.folder / "source"
-        source.mkdir()
-        (source / "payload").write_bytes(os.urandom(SIZE_BYTES))
-        image = made.folder / "data" / "img.sqsh"
-        subprocess.run(["mksquashfs", source, image, "-quiet", "-no-progress"], check=True, capture_output=True)
-        os.chown(image, ALICE, ALICE)
+        make_image(made)
         made.start()
         yield made
+
+
+@pytest.fixture
+def stalled() -> Iterator[Node]:
+    """A node with an image whose bytes come only once there is a file "flows" in its folder."""
+    with node_of() as made:
+        make_image(made)
+        made.start(f"""
+import contextlib, os
+from bootseer_slurm.agent import source
+real = source.FetchSource.read
+
+@contextlib.contextmanager
+def read(self, *arguments, **fields):
+    while not os.path.exists({str(made.folder / "flows")!r}):
+        time.sleep(0.01)
+    with real(self, *arguments, **fields) as view:
+        yield view
+
+source.FetchSource.read = read
+""")
+        yield made
+
+
+@contextlib.contextmanager
+def reading(node: Node, job: int, count: int = 1) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A start in a step of which so many processes read the image; they have read it at the end."""
+    fields: dict[str, Any] = {"JOB_ID": job, "UID": ALICE, "GID": ALICE, "BOOTSEER": "1"}
+    fields["IMAGE"] = node.folder / "data" / "img.sqsh"
+    node.ask("prolog", **fields)
+    _, (fd,) = node.request("attach", **fields, STEP_ID=0)
+    # Each its own part: of the same pages the kernel would ask only once.
+    readers = [
+        subprocess.Popen(["dd", f"if=/proc/self/fd/{fd}", "bs=1M", f"skip={number}", "count=1", "status=none"],
+                         pass_fds=[fd], stdout=subprocess.DEVNULL)
+        for number in range(count)
+    ]  # fmt: skip
+    os.close(fd)
+    try:
+        yield readers
+        assert [reader.wait(20) for reader in readers] == [0] * count
+    finally:
+        for reader in readers:
+            reader.kill()
+
+
+def trains(node: Node, job: int) -> None:
+    node.ask("mark", JOB_ID=job, NAME="training_started", TIME_NS=time.time_ns(), STEP_ID=0, PROC_ID=0)
 
 
 def started(node: Node, job: int) -> tuple[int, int]:
@@ -140,3 +194,49 @@ def test_what_an_importer_asks_for_is_told(node: Node) -> None:
     node.ask("epilog", JOB_ID=7)
     (get,) = of_kind(node.events(7), "image", "get")
     assert (get["what"], get["target"]) == ("image", "docker://registry.example/none:1")
+
+
+def test_reads_that_wait_for_a_slow_source_are_told(stalled: Node) -> None:
+    with reading(stalled, 8, count=3):
+        time.sleep(1.5)
+        (stalled.folder / "flows").touch()
+    trains(stalled, 8)
+    stalled.ask("epilog", JOB_ID=8)
+    events = stalled.events(8)
+    (access,), (summary,) = of_kind(events, "access", "start"), of_kind(events, "access", "summary")
+    assert 1 < access["longest_wait_s"] <= access["waited_s"] < 10
+    assert access["blocked_s"] > 2 * access["waited_s"], "three reads waited side by side"
+    assert summary["waited_s"] == pytest.approx(access["waited_s"])
+    assert summary["longest_wait_s"] == pytest.approx(access["longest_wait_s"])
+
+
+def test_a_read_that_waits_on_when_training_begins_counts_until_then(stalled: Node) -> None:
+    with reading(stalled, 9):
+        time.sleep(1)
+        begin_s = time.monotonic()
+        trains(stalled, 9)
+        kept = stalled.run / "events" / "9.0"
+        wait_until(lambda: '"kind":"load"' in kept.read_text())
+        after_s = time.monotonic() - begin_s
+        (stalled.folder / "flows").touch()
+    stalled.ask("epilog", JOB_ID=9)
+    events = stalled.events(9)
+    (access,), (summary,) = of_kind(events, "access", "start"), of_kind(events, "access", "summary")
+    assert access["waited_s"] == pytest.approx(access["longest_wait_s"])
+    assert access["waited_s"] > 0.5
+    assert after_s > 1.5, "the start is over later, for the marks of other tasks"
+    assert summary["longest_wait_s"] >= access["longest_wait_s"] + after_s - 0.5
+
+
+def test_a_job_is_told_what_reads_waited_since_its_own_begin(stalled: Node) -> None:
+    """Jobs of one user share what reads a blob."""
+    with reading(stalled, 10):
+        time.sleep(2)
+        with reading(stalled, 11):
+            time.sleep(0.5)
+            (stalled.folder / "flows").touch()
+    for job in (10, 11):
+        stalled.ask("epilog", JOB_ID=job)
+    (first,), (second,) = (of_kind(stalled.events(job), "access", "start") for job in (10, 11))
+    for name in ("waited_s", "longest_wait_s"):
+        assert first[name] - 1.5 > second[name] > 0.2

@@ -133,9 +133,16 @@ def test_a_node_with_a_slow_link_is_named(reports: Reports) -> None:
     (straggler,) = document["stragglers"]
     assert (straggler["node"], straggler["cause"]) == ("n3", "slow link"), straggler
     assert straggler["lost_s"] > 4
+    verdict = document["verdict"]
+    assert (verdict["node"], verdict["what"], verdict["names"]) == ("n3", "checkpoint", [f"{HOME}/model.bin"])
+    assert verdict["waited_s"] > 4 and verdict["share"] > 0.3
+    (slow,) = (row for row in document["transfers"] if row["node"] == "n3")
+    assert slow["in_time"] is False
+    assert slow["start_s"] >= slow["waited_s"] >= slow["longest_wait_s"] > 0
     assert_adds_up(reports, job_id, document)
     shown = " ".join(reports.report(job_id).split())
     assert "n3: slow link" in shown
+    assert "held up by the checkpoint" in shown
 
 
 def test_a_node_with_a_cold_cache_is_named(reports: Reports) -> None:

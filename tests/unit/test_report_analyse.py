@@ -202,20 +202,24 @@ def test_transfers_join_prefetch_and_reads() -> None:
     node.at(2, "prefetch", "begin", bytes=5000, what="checkpoint", target="/ckpt")
     node.at(25, "prefetch", "end", bytes=5000, dur_s=23.0, what="checkpoint", target="/ckpt")
     node.at(2, "prefetch", "begin", bytes=7, what="environment", target="/venv")
+    node.at(22, "access", "start", waited_s=0.2, longest_wait_s=0.1, blocked_s=0.4, **about)
     image, checkpoint, environment = report_of(node).transfers
-    assert image == Transfer("n1", "image", "/img/a.sqsh", 1000, 600, 400, 4.0, True, 10, 160, 120, 40, 1.0, 0)
+    assert image == Transfer(
+        "n1", "image", "/img/a.sqsh", 1000, 600, 400, 4.0, True, 10, 160, 120, 40, 1.0, 0, 0.2, 0.1, 20
+    )
     assert image.rate == 150
-    assert (checkpoint.in_time, checkpoint.cached_bytes, checkpoint.reads) == (False, 0, None)
-    assert environment.in_time is False
+    assert image.waited_share == pytest.approx(0.01)
+    assert (checkpoint.in_time, checkpoint.cached_bytes, checkpoint.reads) == (None, 0, None)
+    assert environment.in_time is None
     assert (environment.fetched_bytes, environment.dur_s, environment.rate) == (None, None, None)
 
 
-def test_a_prefetch_that_was_stopped_is_late_and_its_bytes_count() -> None:
+def test_the_bytes_of_a_prefetch_that_was_stopped_count() -> None:
     node = mark(Node("n1").started(), 20, "training_started")
     node.at(1, "prefetch", "begin", bytes=1000, what="image", target="/a")
     node.at(19, "prefetch", "stopped", bytes=600, bytes_cached=0, dur_s=18.0, what="image", target="/a")
     (image,) = report_of(node).transfers
-    assert (image.fetched_bytes, image.in_time) == (600, False)
+    assert (image.fetched_bytes, image.in_time) == (600, None)
 
 
 def test_a_problem_of_several_nodes_is_one_and_errors_come_first() -> None:

@@ -56,6 +56,9 @@ def access(**more: Any) -> str:
     "lines",
     [
         [access(blocked_s=HUGE, fetch_s=HUGE, store_bytes=HUGE, reads=HUGE, hit_bytes=HUGE, miss_bytes=HUGE)] * 2,
+        [access(waited_s=HUGE, longest_wait_s=HUGE)] * 2,
+        [access(waited_s=-HUGE, longest_wait_s=-1)],
+        [access(waited_s=HUGE, longest_wait_s=HUGE), line("mark", "training_started", START + SECOND, step="0", task=0)],
         [access(first_ns=HUGE, last_ns=HUGE), access(first_ns=-HUGE, last_ns=1)],
         [access(fetch_s=1e-320, store_bytes=HUGE, disk_s=1e-320), line("load", "start", dur_s=1e-320, cpu_s=HUGE)],
         [line("clock", "store", offset_ms=HUGE, error_ms=1.0)],
@@ -63,7 +66,7 @@ def access(**more: Any) -> str:
         [line("prefetch", "end", what="image", target="a", bytes=(1 << 63) - 1, dur_s=1e-320, bytes_cached=-HUGE)],
         [line("mark", "training_started", (1 << 63) - 1, step="0", task=0)],
     ],
-    ids=["sums", "reads", "rates", "clock", "clock behind", "prefetch", "mark"],
+    ids=["sums", "waits", "waits behind", "waits of a start", "reads", "rates", "clock", "clock behind", "prefetch", "mark"],
 )  # fmt: skip
 def test_numbers_beyond_all_reason_are_shown_in_every_format(lines: list[str]) -> None:
     report = report_of(*lines)

@@ -51,7 +51,9 @@ def node_events(number: int, *, marked: bool = True) -> NodeEvents:
     if marked:
         at(20 + 8 * number**2, "mark", "training_started", step="0", task=0)
     reads = {"reads": 900, "read_bytes": 1 << 30, "hit_bytes": 900 << 20, "miss_bytes": 124 << 20}
-    at(100, "access", "summary", blocked_s=1.5 * number, **reads, **ABOUT_IMAGE)
+    at(100, "access", "start", waited_s=1.5 * number, longest_wait_s=0.1, **reads, **ABOUT_IMAGE)
+    at(100, "access", "start", waited_s=2.0 * number, longest_wait_s=2.0, **ABOUT_CHECKPOINT)
+    at(101, "access", "summary", blocked_s=15.0 * number, **reads, **ABOUT_IMAGE)
     at(1.7, "shadow", "failed", message="the original has changed since", **ABOUT_CHECKPOINT)
     if number == 2:
         at(3, "fault", "cache_full", level="error", message="cache disk is full, reading from the store")
@@ -80,7 +82,8 @@ def test_the_terminal_shows_all_that_matters_at_each_width(width: int) -> None:
         "job 1234 · train-llama", "alice · account ml · gpu · 3 nodes gpu-[01-03]", "queued 12.0 s",
         "allocation → training 52.0 s", "1,248 GPU-seconds", "(24 GPUs)",
         "prolog", "launch", "image", "environment", "program", "total", "gpu-02",
-        "6.0 GiB", "2.0 GiB", "in time", "88 %", "248 MiB", "3.00 s",
+        "6.0 GiB", "2.0 GiB", "in time", "88 %", "248 MiB", "3.00 s (6 %)", "4.00 s (8 %)",
+        "held up by the checkpoint /ckpt/step_9000: gpu-02 waited 4.00 s for it (8 %",
         "warning  gpu-[01-02]: checkpoint /ckpt/step_9000:", "error    gpu-02: cache disk is full",
         "late",
         "/lustre/images/team/nemo-24.07-patched.sqsh",
@@ -155,7 +158,7 @@ def test_long_names_and_many_nodes_fit() -> None:
 
 def test_json_has_the_documented_schema() -> None:
     content = json.loads(to_json(make()))
-    assert content["schema"] == 2
+    assert content["schema"] == 3
     assert (content["job"], content["restart"], content["user"], content["gpus"]) == (1234, 0, "alice", 24)
     assert content["nodes"] == ["gpu-01", "gpu-02", "gpu-03"]
     assert content["silent_nodes"] == ["gpu-03"]
@@ -175,6 +178,19 @@ def test_json_has_the_documented_schema() -> None:
     assert content["total"]["slowest_node"] == "gpu-02"
     assert {row["node"] for row in content["transfers"]} == {"gpu-01", "gpu-02"}
     assert content["transfers"][0]["bytes_per_s"] == pytest.approx((3 << 30) / 9.4)
+    image, checkpoint = (row for row in content["transfers"] if row["node"] == "gpu-02")
+    assert (image["in_time"], image["waited_s"], image["longest_wait_s"], image["start_s"]) == (True, 3, 0.1, 52)
+    assert image["waited_share"] == pytest.approx(3 / 52)
+    assert (image["blocked_s"], checkpoint["in_time"]) == (30, False)
+    assert content["verdict"] == {
+        "node": "gpu-02",
+        "what": "checkpoint",
+        "names": ["/ckpt/step_9000"],
+        "waited_s": 4,
+        "share": pytest.approx(4 / 52),
+        "at_most": False,
+        "text": "held up by the checkpoint /ckpt/step_9000: gpu-02 waited 4.00 s for it (8 % of its start)",
+    }
     assert content["problems"][0]["name"] == "cache_full"
 
 
@@ -186,3 +202,4 @@ def test_json_of_an_empty_run_is_valid() -> None:
         None,
         None,
     )
+    assert content["verdict"] is None

@@ -59,6 +59,9 @@ def _node(name: str, chance: random.Random, number: int) -> NodeEvents:
     task = get + chance.gauss(5.5, 0.3) * cpu + 9 * (cold - 0.12) * link
     loaded = task + chance.gauss(9, 0.7) * cpu
     read = loaded + chance.gauss(24, 1.2) * link + 16 * (cold - 0.12) * link
+    # Reads waited for as long as a slow link and a cold cache made the start longer.
+    slow_s, cold_s = 24 * max(0.0, link - 1.2), (cold - 0.12) * link
+    waits_s = {"image": 9 * cold_s, "environment": 0.0, "checkpoint": slow_s + 16 * cold_s}
     trained = read + chance.gauss(6, 0.5) * cpu
     at(prolog, "hook", "begin")
     at(prolog + 0.02, "hook", "received")
@@ -67,8 +70,8 @@ def _node(name: str, chance: random.Random, number: int) -> NodeEvents:
     at(get, "image", "get", target=IMAGE, what="image")
     at(task, "step", "task_start", step="0", task=number * GPUS_PER_NODE)
     at(trained, "mark", "training_started", step="0", task=number * GPUS_PER_NODE)
-    waited_s = trained * (0.5 if fault == "cpu" else 0.04)
-    at(trained + 2, "load", "start", dur_s=trained, cpu_s=waited_s, io_s=2.0)
+    cpu_s = trained * (0.5 if fault == "cpu" else 0.04)
+    at(trained + 2, "load", "start", dur_s=trained, cpu_s=cpu_s, io_s=2.0)
     at(14_399, "clock", "store", offset_ms=chance.gauss(0, 0.8), error_ms=6.0)
     things = (
         ("image", IMAGE, 18 << 30, get, loaded),
@@ -85,9 +88,11 @@ def _node(name: str, chance: random.Random, number: int) -> NodeEvents:
             prolog + fetch_s / 8, "prefetch", "end", bytes=fetched, bytes_cached=size_bytes - fetched,
             dur_s=fetch_s / 8, **about,
         )  # fmt: skip
+        waited_s = 0.1 * link + waits_s[what]
         told = {
+            "waited_s": waited_s, "longest_wait_s": 0.3 * waited_s,
             "reads": fetched >> 18, "read_bytes": size_bytes // 3, "miss_bytes": fetched // 40,
-            "hit_bytes": size_bytes // 3 - fetched // 40, "blocked_s": 0.4 * link * share,
+            "hit_bytes": size_bytes // 3 - fetched // 40, "blocked_s": 4 * waited_s,
             "first_ns": START_NS + round(first_s * 1e9), "last_ns": START_NS + round(last_s * 1e9),
             "store_bytes": fetched, "origin_bytes": 0, "cached_bytes": size_bytes - fetched,
             "fetch_s": fetch_s, "disk_s": fetched / 4e9,

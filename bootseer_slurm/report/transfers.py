@@ -27,7 +27,7 @@ class Transfer:
     fetched_bytes: int | None
     cached_bytes: int | None
     dur_s: float | None  # of the prefetch, until it ended or was stopped
-    in_time: bool | None  # no read of the start waited longer than TOLERATED of it
+    in_time: bool | None  # no read of the start, nor all of them together, waited longer than TOLERATED of it
     reads: int | None
     read_bytes: int
     hit_bytes: int
@@ -115,7 +115,7 @@ def _transfer(
         fetched_bytes=sum(event.bytes or 0 for event in ends) if ends else None,
         cached_bytes=int(ends[0].number("bytes_cached")) if ends else None,
         dur_s=sum(event.dur_s or 0.0 for event in ends) if ends else None,
-        in_time=None if longest_s is None or start_s is None else longest_s <= TOLERATED * start_s,
+        in_time=None if waited_s is None or start_s is None else waited_s <= TOLERATED * start_s,
         reads=sum(int(event.number("reads")) for event in reads) if reads else None,
         read_bytes=sum(int(event.number("read_bytes")) for event in reads),
         hit_bytes=sum(int(event.number("hit_bytes")) for event in reads),

@@ -62,7 +62,7 @@ def test_the_page_says_what_a_manager_asks() -> None:
         "this one is 50% shorter", "median of 4 that were observed", "queued 12.0 s before",
         "The longest stage is program", "9.0 GiB", "3.0 GiB cached", "gpu-03",
         "Held up by the checkpoint /ckpt/step_9000: gpu-03 waited 6.00 s for it (7 % of its start).",
-        "3 of 3", "4.50 s (5 %)", "waited longest for the checkpoint: 6.00 s (7 %)",
+        "3 of 3", "450 ms (", "waited longest for the checkpoint: 6.00 s (7 %)",
     ):  # fmt: skip
         assert text in page, text
     assert "no plain start of this job was observed" in to_html(make())

@@ -51,7 +51,7 @@ def node_events(number: int, *, marked: bool = True) -> NodeEvents:
     if marked:
         at(20 + 8 * number**2, "mark", "training_started", step="0", task=0)
     reads = {"reads": 900, "read_bytes": 1 << 30, "hit_bytes": 900 << 20, "miss_bytes": 124 << 20}
-    at(100, "access", "start", waited_s=1.5 * number, longest_wait_s=0.1, **reads, **ABOUT_IMAGE)
+    at(100, "access", "start", waited_s=0.15 * number, longest_wait_s=0.1, **reads, **ABOUT_IMAGE)
     at(100, "access", "start", waited_s=2.0 * number, longest_wait_s=2.0, **ABOUT_CHECKPOINT)
     at(101, "access", "summary", blocked_s=15.0 * number, **reads, **ABOUT_IMAGE)
     at(1.7, "shadow", "failed", message="the original has changed since", **ABOUT_CHECKPOINT)
@@ -82,7 +82,7 @@ def test_the_terminal_shows_all_that_matters_at_each_width(width: int) -> None:
         "job 1234 · train-llama", "alice · account ml · gpu · 3 nodes gpu-[01-03]", "queued 12.0 s",
         "allocation → training 52.0 s", "1,248 GPU-seconds", "(24 GPUs)",
         "prolog", "launch", "image", "environment", "program", "total", "gpu-02",
-        "6.0 GiB", "2.0 GiB", "in time", "88 %", "248 MiB", "3.00 s (6 %)", "4.00 s (8 %)",
+        "6.0 GiB", "2.0 GiB", "in time", "88 %", "248 MiB", "300 ms (1 %)", "4.00 s (8 %)",
         "held up by the checkpoint /ckpt/step_9000: gpu-02 waited 4.00 s for it (8 %",
         "warning  gpu-[01-02]: checkpoint /ckpt/step_9000:", "error    gpu-02: cache disk is full",
         "late",
@@ -179,8 +179,8 @@ def test_json_has_the_documented_schema() -> None:
     assert {row["node"] for row in content["transfers"]} == {"gpu-01", "gpu-02"}
     assert content["transfers"][0]["bytes_per_s"] == pytest.approx((3 << 30) / 9.4)
     image, checkpoint = (row for row in content["transfers"] if row["node"] == "gpu-02")
-    assert (image["in_time"], image["waited_s"], image["longest_wait_s"], image["start_s"]) == (True, 3, 0.1, 52)
-    assert image["waited_share"] == pytest.approx(3 / 52)
+    assert (image["in_time"], image["waited_s"], image["longest_wait_s"], image["start_s"]) == (True, 0.3, 0.1, 52)
+    assert image["waited_share"] == pytest.approx(0.3 / 52)
     assert (image["blocked_s"], checkpoint["in_time"]) == (30, False)
     assert content["verdict"] == {
         "node": "gpu-02",

@@ -21,6 +21,7 @@ plan      learned                   target, what: asked for by the last start of
           unread                    target, what, message: not brought, for the last start did not read it
           located                   target, what; message: the newest checkpoint in that folder, and why
 snapshot  saved, failed             target, what, dur_s; message
+          packed, kept              the same; it was, or could not be, packed again in the order of touch
 shadow    shown, skipped, failed    target, what; message = why
 image     get                       target, what: pyxis's importer first asked for a container's image
 access    summary                   target, what, reads, reads_blocked, read_bytes, hit_bytes,

@@ -71,10 +71,11 @@ class Part:
         path: str,
         fingerprint: str,
         place: Place | None,
+        layered: bool,
         mtime_ns: int,
         on_fault: OnFault,
     ) -> None:
-        """Take it from the shelf until `close`. Raises BootseerError."""
+        """Take it from the shelf until `close`. layered: it is one of two. Raises BootseerError."""
         self.wish = wish
         self.label = label
         self.folder = content.folder
@@ -89,8 +90,10 @@ class Part:
         self._path = path
         self._fingerprint = fingerprint
         self._place = place
+        self._layered = layered
         self._on_fault = on_fault
         self._snapshot: Snapshot | None = None
+        self.mounted: Path | None = None  # where, if it is an image
         self.reader, self.warm = shelf.take(
             content.id,
             content.layout,
@@ -221,7 +224,8 @@ class Part:
 
     def mount_image(self) -> Path:
         """Have the kernel mount it, which must be signed; gives where. Raises BootseerError."""
-        return self._shelf.mount_image(self.reader)
+        self.mounted = self._shelf.mount_image(self.reader)
+        return self.mounted
 
     def mount_snapshot(self, folder: Path, key: Key) -> Path | None:
         """Mount it below `folder`, or take up the mount there: the fastest way that this node has.
@@ -230,7 +234,7 @@ class Part:
         """
         if self.is_signed(key):
             try:
-                return self._shelf.mount_image(self.reader)
+                return self.mount_image()
             except BootseerError as error:
                 self._on_fault("kernel_mount_failed", error.message)
         all_root, job = bool(self._content.signature), self._job
@@ -238,7 +242,8 @@ class Part:
             return None
         place = folder / self.reader.blob.id[:16]
         self._snapshot = Snapshot(self.served_path, place, uid=job.uid, gid=job.gid, all_root=all_root)
-        return self._snapshot.path
+        self.mounted = self._snapshot.path
+        return self.mounted
 
     @property
     def served_path(self) -> Path:
@@ -255,8 +260,14 @@ class Part:
             return self.served_path
         return self._shelf.path(self.reader)
 
+    @property
+    def is_packed_here(self) -> bool:
+        """Whether it is a whole squashfs of ours, and not a file that must keep its bytes, or a layer."""
+        return self.mounted is not None and not (self._layered or self.reader.blob.adopted)
+
     def close(self) -> None:
         """Let go of the blob and its mount."""
+        self.mounted = None
         if self._snapshot:
             self._snapshot.close()
             self._snapshot = None

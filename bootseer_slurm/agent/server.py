@@ -241,7 +241,8 @@ class Agent:
             if not read_key(self._config.image.site_key) or self._config.image.kernel_mount == "off":
                 raise InputError("this node signs no images")
             kind = "environment" if first(message, "KIND") == "environment" else "image"
-            fd, ticket = self._packer.start(self._own(message, uid).job.uid, kind)
+            owner = self._own(message, uid).job.uid
+            fd, ticket = self._packer.start(owner, kind, first(message, "COMPRESSION"))
             fds.append(fd)
             return [("TICKET", ticket)]
         if op == "packed":

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from bootseer_slurm.agent.background import Background
 from bootseer_slurm.agent.fetcher import Fetcher
 from bootseer_slurm.agent.held import Held
 from bootseer_slurm.agent.hot import both_ends, first_ranges
@@ -30,6 +31,7 @@ from bootseer_slurm.agent.prefetch import Prefetch
 from bootseer_slurm.agent.protocol import Message
 from bootseer_slurm.agent.publish import Publisher
 from bootseer_slurm.agent.recording import Recording
+from bootseer_slurm.agent.repacking import Repacking
 from bootseer_slurm.agent.request import Job, Request, Wish, image_wish, learned_wishes
 from bootseer_slurm.agent.saving import Saving
 from bootseer_slurm.agent.shelf import Shelf
@@ -86,7 +88,9 @@ class Session:
         self._class = job_class(job.uid, job.account, job.name)
         self._rank = job.rank(node)
         self._publisher = Publisher(job, self._fetcher)
-        self._saving = Saving(job, self.log, config)
+        self._background = Background(job, node, config)
+        self._saving = Saving(self._background, self.log)
+        self._repacking = Repacking(self._background, self.log, self._class)
         self._recording = Recording(
             job,
             node,
@@ -279,6 +283,7 @@ class Session:
             targets, self._targets = self._targets, []
         if self._prefetch:
             self._prefetch.stop()
+        self._background.stop()
         self._saving.stop()
         try:
             self._tell_end(targets, reason)
@@ -342,6 +347,10 @@ class Session:
         self._recording.finish(why)
         self._publisher.write_events(self.log)
         self._saving.begin(self._wanted.to_save(self.job.uid, self._class), trains=why == "mark")
+        if not self._observe and self._fetcher.started:
+            rate = self._fetcher().turns.bytes_per_s
+            whole_comes = self._config.prefetch.cold_rate_bytes > 0
+            self._repacking.begin(self._parts(), link_bytes_per_s=rate, whole_comes=whole_comes)
 
     def _remember(self) -> None:
         """Tell the next start of this class what this one asked for, unless it knows."""

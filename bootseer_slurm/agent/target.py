@@ -96,7 +96,8 @@ class Target:
             if "path" in fields:
                 self._original = fds.pop(0)
                 self.path = self._shown_path(roots)
-            for number, content in enumerate(self._contents(reply, fds)):
+            contents = self._contents(reply, fds)
+            for number, content in enumerate(contents):
                 self.parts.append(
                     Part(
                         wish,
@@ -108,6 +109,7 @@ class Target:
                         path=self.path or "",
                         fingerprint=self.fingerprint,
                         place=place,
+                        layered=len(contents) > 1,
                         mtime_ns=0 if self._original is None else os.fstat(self._original).st_mtime_ns,
                         on_fault=on_fault,
                     )

@@ -39,9 +39,29 @@ def store_file(
 ) -> Name:
     """Put the bytes of `path` into the store as a blob of this user, known under `name`.
 
+    kind, objects, progress, beside: see store_blob.
+    sign: gives the signature of a blob's id, "" without one. key: of an environment. base: what it lies over.
+    Raises BootseerError when the file changed while it was read, StoreError when the store fails.
+    """
+    blob, folder = store_blob(store, path, kind=kind, objects=objects, progress=progress, beside=beside)
+    record = Name(kind, name, fingerprint, blob, folder, time.time_ns(), sign(blob), key or {}, base)
+    write_name(store, os.getuid(), record)
+    return record
+
+
+def store_blob(
+    store: Store,
+    path: Path,
+    *,
+    kind: str,
+    objects: int = 1,
+    progress: Callable[[int], None] = lambda count: None,
+    beside: Mapping[str, bytes] | None = None,
+) -> tuple[str, str]:
+    """Put the bytes of `path` into the store as a blob of this user without a name; gives its id and folder.
+
     kind: image, environment or checkpoint. objects: stripe objects to spread the bytes over.
     progress: called with the number of bytes just stored, from several threads.
-    sign: gives the signature of a blob's id, "" without one. key: of an environment. base: what it lies over.
     beside: small objects to keep in the blob's folder, by their names.
     Raises BootseerError when the file changed while it was read, StoreError when the store fails.
     """
@@ -58,10 +78,7 @@ def store_file(
     except BaseException:
         store.remove(folder)
         raise
-    signature = sign(manifest.id)
-    record = Name(kind, name, fingerprint, manifest.id, folder, time.time_ns(), signature, key or {}, base)
-    write_name(store, os.getuid(), record)
-    return record
+    return manifest.id, folder
 
 
 def write_objects(

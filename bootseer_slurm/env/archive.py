@@ -6,28 +6,50 @@ layer, is a character device 0, 0 in the place of what is not to be seen any mor
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import stat
+import subprocess
 import tarfile
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
+from bootseer_slurm.blob.compression import mksquashfs_options
 from bootseer_slurm.env.tree import Entry, Tree, changed, entry_of
+from bootseer_slurm.errors import BootseerError
+
+# Of 3.8 GB of packages zstd at level 3 makes 1.05 GB, lz4 1.50 GB in 7 s, lz4 at its slowest 1.21 GB in two
+# minutes (2 cores); imports from the kernel's mount of these take 2.72, 2.39 and 2.25 s, from ext4 2.39 s. A
+# snapshot is made once, and nobody waits for it. When a start has shown what is touched, and how fast the
+# link is, it is packed again (repack).
+_COMPRESSION = "lz4"
+_MKSQUASHFS = (
+    *("-noappend", "-quiet", "-no-progress", "-no-xattrs", "-exit-on-error", "-tar", "-root-mode", "755"),
+)
 
 
 def write_tar(
-    out: IO[bytes], root: Path, tree: Tree, *, made: Iterable[tuple[str, Path]], gone: Sequence[str] = ()
+    out: IO[bytes],
+    root: Path,
+    tree: Tree,
+    *,
+    made: Iterable[tuple[str, Path]] = (),
+    gone: Sequence[str] = (),
+    special: bool = False,
 ) -> dict[str, Entry]:
-    """Write what is in `tree`, but for sockets, pipes and device nodes; gives what was written, with digests.
+    """Write what is in `tree`, in its order; gives what was written, with digests.
 
     root: where it lies. made: more files, their paths within and where they are. gone: paths to white out.
-    Raises BootseerError when a file is not any more what it was.
+    special: pipes and device nodes too. Sockets are left out. Raises BootseerError when a file is not any
+    more what it was.
     """
     written: dict[str, Entry] = {}
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.GNU_FORMAT) as tar:
         for path, entry in tree.items():
-            if not entry.is_special:
+            if not entry.is_special or (special and not stat.S_ISSOCK(entry.mode)):
                 written[path] = entry._replace(digest=_add(tar, root / path, path, written))
         for path, file in made:
             _add_folder_of(tar, root, path, written)
@@ -40,6 +62,21 @@ def write_tar(
             whiteout.type = tarfile.CHRTYPE
             tar.addfile(whiteout)
     return written
+
+
+def squash(write: Callable[[int], None], target: Path, compression: str = _COMPRESSION) -> None:
+    """Make the squashfs `target` of a tar, which `write` writes to a descriptor. Raises BootseerError."""
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        command = ["mksquashfs", "-", str(target), *_MKSQUASHFS, *mksquashfs_options(compression)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said) as process:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it has failed, and says why
+                write(process.stdin.fileno())
+                process.stdin.close()
+        said.seek(0)
+        lines = said.read().strip().splitlines() or ["no message"]
+    if process.returncode:
+        raise BootseerError(f"mksquashfs failed: {lines[-1]}")
 
 
 def _add(tar: tarfile.TarFile, file: Path, path: str, written: Tree) -> bytes:

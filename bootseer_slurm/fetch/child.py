@@ -22,16 +22,15 @@ import queue
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
-from bootseer_slurm.blob import trace
 from bootseer_slurm.blob.jobclass import RECORD_LIMIT_BYTES, class_path, decode_wishes
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, decode
 from bootseer_slurm.blob.names import Base, Name, file_fingerprint, read_published, user_folder
+from bootseer_slurm.blob.plans import keep_trace, plan_of
+from bootseer_slurm.blob.squashfs import head_and_tables
 from bootseer_slurm.blob.stripes import Stripes, open_stripes
 from bootseer_slurm.checkpoint.locate import named_files, share_of
 from bootseer_slurm.checkpoint.striped import MANIFEST, identity_of, open_file
@@ -40,14 +39,11 @@ from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, Not
 from bootseer_slurm.fetch.original import fingerprint_now, open_original, reason
 from bootseer_slurm.fetch.turns import HOLD_S
 from bootseer_slurm.image.reference import registry_reference
-from bootseer_slurm.image.squashfs import head_and_tables
-from bootseer_slurm.store import Entry, ObjectReader, Store, clock_offset, open_store
+from bootseer_slurm.store import ObjectReader, Store, clock_offset, open_store
 
 _PR_SET_DUMPABLE = 4
 _MESSAGE_BYTES = 64 * 1024
 _SNAPSHOTS = ("docker://", "dir:/")  # names of images that stand for what was there when they were made
-_PARALLEL_READS = 8
-_CLASSES = 64  # looked through where this one has no traces
 
 
 class Child:
@@ -314,57 +310,22 @@ class Child:
         return dict(zip(("offset_s", "error_s"), known, strict=True)), []
 
     def _trace(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """Keep a trace of a class and blob, in place of those that no plan needs any more."""
-        store, content = self._open_store(), _content(received)
-        folder = trace.trace_folder(os.getuid(), request["class"], request["blob"])
-        store.write(f"{folder}/{trace.trace_name(trace.decode(content))}", content)
-        for name in trace.surplus(_by_time(store, folder)):
-            store.remove(f"{folder}/{name}")
+        """Keep a trace."""
+        keep_trace(self._open_store(), os.getuid(), request["class"], request["blob"], _content(received))
         return {}, []
 
     def _plan(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """What earlier starts of this class touched of a blob; without any, if asked, those of any class."""
-        store, reply = self._open_store(), {}
-        folder = trace.trace_folder(os.getuid(), request["class"], request["blob"])
-        paths = [f"{folder}/{name}" for name in _needed(store, folder)]
-        from_others = not paths and request["any_class"]
-        if from_others:
-            paths = list(self._paths_of_any_class(request["blob"]))
-        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-            traces = [each for each in pool.map(self._read_trace, paths) if each is not None]
-        damaged = [each for each in traces if isinstance(each, str)]
-        if damaged:
-            reply["warning"] = f"{len(damaged)} of {len(paths)} traces left out: {damaged[0]}"
-        plan = trace.merge(
-            # That another class read nothing of it says nothing of this one.
-            [each for each in traces if not isinstance(each, str) and (each.touches or not from_others)],
+        """What earlier starts touched of a blob."""
+        plan, warning = plan_of(
+            self._open_store(),
+            os.getuid(),
+            request["class"],
+            request["blob"],
             blocks=request["blocks"],
             block_bytes=request["block_bytes"],
-            now_ns=time.time_ns(),
+            any_class=request["any_class"],
         )
-        return reply, [_memory_file(plan.encode())]
-
-    def _paths_of_any_class(self, blob_id: str) -> Iterator[str]:
-        """The newest traces of a blob, whichever class they are of."""
-        store, uid = self._open_store(), os.getuid()
-        found = []
-        for name in _by_time(store, trace.traces_folder(uid))[-_CLASSES:]:
-            folder = trace.trace_folder(uid, name, blob_id)
-            found += [
-                (entry.changed_s, entry.name, folder) for entry in store.scan(folder) if _is_whole(entry)
-            ]
-        found.sort()
-        left_out = set(trace.surplus([name for _, name, _ in found]))
-        yield from (f"{folder}/{name}" for _, name, folder in found if name not in left_out)
-
-    def _read_trace(self, path: str) -> trace.Trace | str | None:
-        """A trace; what is wrong with it; or None when it was removed meanwhile."""
-        try:
-            return trace.decode(self._open_store().read(path, limit_bytes=trace.LIMIT_BYTES))
-        except NotFound:
-            return None
-        except BootseerError as error:
-            return error.message
+        return {"warning": warning} if warning else {}, [_memory_file(plan.encode())]
 
     def _recall(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
         """What the last start of a class asked for."""
@@ -383,23 +344,6 @@ class Child:
 
 def _content(received: list[int]) -> bytes:
     return os.pread(received[0], os.fstat(received[0]).st_size, 0)
-
-
-def _is_whole(entry: Entry) -> bool:
-    return not entry.name.startswith(".")
-
-
-def _by_time(store: Store, folder: str) -> list[str]:
-    """What lies in a folder of the store, the newest last."""
-    entries = sorted(store.scan(folder), key=lambda entry: (entry.changed_s, entry.name))
-    return [entry.name for entry in entries if _is_whole(entry)]
-
-
-def _needed(store: Store, folder: str) -> list[str]:
-    """The traces in a folder that a plan is made of."""
-    names = _by_time(store, folder)
-    left_out = set(trace.surplus(names))
-    return [name for name in names if name not in left_out]
 
 
 def _memory_file(content: bytes) -> int:

@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from bootseer_slurm import scratch as scratches
+from bootseer_slurm.blob.compression import mksquashfs_options
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.image import registry
 from bootseer_slurm.image.reference import Folder, Reference
 from bootseer_slurm.image.rootfs import configure
 from bootseer_slurm.scratch import make_readable, remove_tree
 
-# Of 328 MB of packages level 1 makes 115 MB in 2.0 s, 3 109 MB in 2.6 s, 6 102 MB in 6.8 s (2 cores). The
-# first job that names an image waits for this, so not 6. Blocks of 256 KiB save 4 % more; but each small read
-# of a job unpacks a whole block, and the images that enroot makes have 128 KiB.
-_SQUASHFS = ("-comp", "zstd", "-Xcompression-level", "3", "-b", "128K", "-no-xattrs")
+# The first job that names an image waits for this. Blocks of 256 KiB save 4 % more; but each small read of a
+# job unpacks a whole block, and the images that enroot makes have 128 KiB.
+_SQUASHFS = (*mksquashfs_options("zstd", quick=True), "-b", "128K", "-no-xattrs")
 _UNCOMPRESSED = ("-noI", "-noD", "-noF", "-noX", "-no-xattrs")
 _PACK = ("-all-root", "-noappend", "-quiet", "-no-progress", "-exit-on-error", "-wildcards", "-e", "dev/*")
 _PLACE = "TMPDIR, or ENROOT_TEMP_PATH, must name a folder with room for three times the image"

@@ -35,9 +35,10 @@ from typing import BinaryIO
 
 import psutil
 
+from bootseer_slurm.blob.compression import COMPRESSIONS, mksquashfs_options
 from bootseer_slurm.blob.manifest import Layout, Manifest
+from bootseer_slurm.blob.squashfs import check_squashfs
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
-from bootseer_slurm.image.squashfs import check_squashfs
 
 _log = logging.getLogger(__name__)
 
@@ -49,10 +50,10 @@ _SQUASHFS = (
     *("-tar", "-noappend", "-all-root", "-no-xattrs", "-exit-on-error", "-no-progress", "-quiet"),
     *("-b", "128K", "-root-mode", "755"),
 )
-# A job waits for its image: see `convert`. None waits for a snapshot: see env/snapshot.py.
+# A job waits for its image. None waits for a snapshot: see env/archive.py.
 _COMPRESSION = {
-    "image": ("-comp", "zstd", "-Xcompression-level", "3"),
-    "environment": ("-comp", "lz4", "-Xhc"),
+    "image": mksquashfs_options("zstd", quick=True),
+    "environment": mksquashfs_options("lz4"),
 }
 _MEMORY_MIB = 1024
 _ADDRESS_SPACE_BYTES = 8 * 2**30  # mksquashfs has some stacks and buffers for each thread
@@ -121,12 +122,16 @@ class Packer:
         except OSError as error:
             raise BootseerError(f"{folder}: cannot be used for packing: {error.strerror}") from error
 
-    def start(self, uid: int, kind: str = "image") -> tuple[int, str]:
+    def start(self, uid: int, kind: str = "image", compression: str = "") -> tuple[int, str]:
         """Begin to pack for a user: the write end of a pipe for the tar, and a ticket. The caller closes it.
 
-        kind: "image" or "environment", of the blob that it becomes.
-        Raises BootseerError: another packing of the user or too many run, or mksquashfs cannot be started.
+        kind: "image" or "environment", of the blob that it becomes. compression: one of COMPRESSIONS, "" for
+        what is usual for the kind. Raises InputError for another one; BootseerError when another packing of
+        the user or too many run, or mksquashfs cannot be started.
         """
+        if compression and compression not in COMPRESSIONS:
+            raise InputError(f"{compression[:40]!r} is no compression")
+        options = mksquashfs_options(compression) if compression else _COMPRESSION[kind]
         with self._lock:
             if any(packing.uid == uid for packing in self._packings.values()):
                 raise BootseerError(f"an image of uid {uid} is being packed on this node", hint="wait for it")
@@ -141,13 +146,14 @@ class Packer:
             if limit_bytes <= 0:
                 raise BootseerError(f"{self._folder}: the disk has no room for packing")
             ticket = secrets.token_hex(16)
-            packing, fd = self._launch(ticket, kind, uid, free[0], limit_bytes)
+            command = _command(options, free[0], limit_bytes)
+            packing, fd = self._launch(ticket, kind, uid, free[0], command)
             self._packings[ticket] = packing
             threading.Thread(target=self._watch, args=(packing,), name="packing", daemon=True).start()
             return fd, ticket
 
     def _launch(
-        self, ticket: str, kind: str, uid: int, packer_uid: int, limit_bytes: int
+        self, ticket: str, kind: str, uid: int, packer_uid: int, command: list[str]
     ) -> tuple[_Packing, int]:
         folder = self._folder / ticket
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
@@ -156,7 +162,7 @@ class Packer:
             log = (folder / "log").open("w+b")
             os.chown(folder, packer_uid, packer_uid)
             process = subprocess.Popen(
-                _command(kind, packer_uid, limit_bytes),
+                command,
                 stdin=read_fd,
                 stdout=log,
                 stderr=log,
@@ -271,7 +277,7 @@ class Packer:
             self._packings.pop(packing.ticket, None)
 
 
-def _command(kind: str, packer_uid: int, limit_bytes: int) -> list[str]:
+def _command(options: tuple[str, ...], packer_uid: int, limit_bytes: int) -> list[str]:
     """mksquashfs as a packer, with nothing to gain."""
     processors = max(1, (os.cpu_count() or 1) // 2)  # jobs run beside it
     return [
@@ -279,7 +285,7 @@ def _command(kind: str, packer_uid: int, limit_bytes: int) -> list[str]:
         *("--bounding-set=-all", "--inh-caps=-all", "--"),
         *("prlimit", f"--fsize={limit_bytes}", f"--nofile={_OPEN_FILES}", f"--nproc={_THREADS}", "--core=0"),
         *(f"--as={_ADDRESS_SPACE_BYTES}", "--"),
-        *("nice", "-n", "5", "mksquashfs", "-", "image", *_SQUASHFS, *_COMPRESSION[kind]),
+        *("nice", "-n", "5", "mksquashfs", "-", "image", *_SQUASHFS, *options),
         *("-processors", str(processors), "-mem", f"{_MEMORY_MIB}M"),
     ]
 

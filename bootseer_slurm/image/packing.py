@@ -63,13 +63,16 @@ class AgentPacking:
         if not self.pack_stream(lambda out: _write_tar(rootfs, out), target, kind="image"):
             pack(rootfs, target)
 
-    def pack_stream(self, write: Callable[[int], None], target: Path, *, kind: str) -> bool:
+    def pack_stream(
+        self, write: Callable[[int], None], target: Path, *, kind: str, compression: str = ""
+    ) -> bool:
         """Make `target` of a tar, which `write` writes to a descriptor; False where the agent does not pack.
 
-        kind: of the blob that it becomes. Raises BootseerError when the job ends meanwhile.
+        kind: of the blob that it becomes. compression: see Packer.start. Raises BootseerError when the job
+        ends meanwhile.
         """
         try:
-            fd, self._signed = self._packed(write, kind)
+            fd, self._signed = self._packed(write, kind, compression)
         except (BootseerError, OSError, ValueError) as error:
             self._warn(f"packed without the agent, so the kernel will not mount it: {error}")
             return False
@@ -84,9 +87,12 @@ class AgentPacking:
         signed, signature = self._signed
         return signature if blob == signed else ""
 
-    def _packed(self, write: Callable[[int], None], kind: str) -> tuple[int, tuple[str, str]]:
+    def _packed(
+        self, write: Callable[[int], None], kind: str, compression: str
+    ) -> tuple[int, tuple[str, str]]:
         """Send the tar; gives a descriptor of the image, and (its blob's id, signature)."""
-        reply, fds = self._ask("pack", [("KIND", kind)], _START_TIMEOUT_S)
+        asked = [("KIND", kind), ("COMPRESSION", compression)]
+        reply, fds = self._ask("pack", asked, _START_TIMEOUT_S)
         ticket = [("TICKET", first(reply, "TICKET"))]
         try:
             try:

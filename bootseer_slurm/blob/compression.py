@@ -1,0 +1,54 @@
+"""How what we pack is compressed: the options of mksquashfs, and which is best for a link and a processor.
+
+zstd makes fewer bytes, lz4 unpacks faster. A start fetches what it touches and unpacks it, so the one is
+taken with which both together take less time. Both are measured: the link by the job's own prefetch, the rest
+on samples of the files. Does no I/O.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+# Level 1 of zstd makes 115 MB of 328 MB of packages in 2.0 s, 3 109 MB in 2.6 s, 6 102 MB in 6.8 s (2 cores).
+_QUICK_LEVEL, _THOROUGH_LEVEL = 3, 9
+_LZ4_LEVEL = 9  # -Xhc
+COMPRESSIONS = ("zstd", "lz4")
+
+
+def mksquashfs_options(compression: str, *, quick: bool = False) -> tuple[str, ...]:
+    """The options that say how to compress. quick: somebody waits. Raises KeyError."""
+    level = str(_QUICK_LEVEL if quick else _THOROUGH_LEVEL)
+    return {
+        "zstd": ("-comp", "zstd", "-Xcompression-level", level),
+        "lz4": ("-comp", "lz4", "-Xhc"),
+    }[compression]
+
+
+def best_compression(samples: Sequence[bytes], link_bytes_per_s: float) -> str:
+    """One of COMPRESSIONS: with which fetching and unpacking such bytes take the least time together.
+
+    samples: some blocks of files that starts touch; not empty. link_bytes_per_s: what one node gets.
+    """
+    size_bytes = sum(map(len, samples))
+
+    def cost_s(compression: str) -> float:
+        packed_bytes, unpack_s = _measured(compression, samples)
+        return (min(packed_bytes, size_bytes) / link_bytes_per_s) + unpack_s
+
+    return min(COMPRESSIONS, key=cost_s)
+
+
+def _measured(compression: str, samples: Sequence[bytes]) -> tuple[int, float]:
+    """The bytes of the samples when they are packed, and the processor's seconds to unpack them."""
+    if compression == "lz4":
+        codec = pa.Codec("lz4_raw", compression_level=_LZ4_LEVEL)
+    else:
+        codec = pa.Codec(compression, compression_level=_THOROUGH_LEVEL)
+    packed = [codec.compress(sample, asbytes=True) for sample in samples]
+    begin_s = time.process_time()
+    for content, sample in zip(packed, samples, strict=True):
+        codec.decompress(content, decompressed_size=len(sample))
+    return sum(map(len, packed)), time.process_time() - begin_s

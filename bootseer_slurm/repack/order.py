@@ -1,0 +1,96 @@
+"""The order of touch: which files of an image a start touches, in which order, and what a plan of it costs.
+
+Pure functions over what the image's tables say (blob/squashfs_files.py) and what starts touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from bootseer_slurm.blob.manifest import Layout
+from bootseer_slurm.blob.squashfs_files import Extent, Squashfs, StoredFile
+from bootseer_slurm.blob.trace import Plan
+
+_Entry = TypeVar("_Entry")
+
+
+class HotFile(NamedTuple):
+    """A file that starts touch. at_ms: when first, since the start's first read. blocks: of it, by number.
+
+    is_sparse: most of it is not touched.
+    """
+
+    path: str
+    at_ms: int
+    blocks: tuple[int, ...]
+    is_sparse: bool
+
+
+def hot_files(
+    image: Squashfs, plan: Plan, layout: Layout, touched: Callable[[str, StoredFile], Sequence[int]]
+) -> list[HotFile]:
+    """The files that starts touch, in the order of touch.
+
+    plan: what starts touched of the image, in blocks of its layout. touched: which blocks of a file were
+    read; asked only where the plan has some of its bytes.
+    """
+    times_ms = dict(zip(plan.blocks, plan.times_ms, strict=True))
+    found = []
+    for path, file in image.files.items():
+        known = [times_ms[block] for block in _blocks_of(file.blocks, layout) if block in times_ms]
+        if known and (blocks := touched(path, file)):
+            is_sparse = 2 * len(blocks) < len(file.blocks)
+            found.append(HotFile(path, min(known), tuple(blocks), is_sparse))
+    return sorted(found, key=lambda hot: hot.at_ms)
+
+
+def hot_extents(image: Squashfs, hot: Iterable[HotFile]) -> dict[Extent, int]:
+    """Where what starts touch lies in an image, and when each is first touched, in ms.
+
+    image: of the same files, in whatever order they lie there.
+    """
+    times_ms: dict[Extent, int] = {}
+    for file in hot:
+        stored = image.files[file.path].blocks
+        for number in file.blocks:
+            if number < len(stored) and stored[number].size_bytes:
+                times_ms.setdefault(stored[number], file.at_ms)
+    return times_ms
+
+
+def plan_touches(
+    extents: Mapping[Extent, int], layout: Layout, ranges: Iterable[tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """The blocks that hold these extents, as a trace has them: (block, ms), by time.
+
+    ranges: (offset, bytes) that a mount needs, at 0 ms.
+    """
+    times_ms = dict.fromkeys(_blocks_of((Extent(*each) for each in ranges), layout), 0)
+    for extent, at_ms in extents.items():
+        for block in _blocks_of((extent,), layout):
+            times_ms[block] = min(at_ms, times_ms.get(block, at_ms))
+    return tuple(sorted(times_ms.items(), key=lambda touch: (touch[1], touch[0])))
+
+
+def blocks_bytes(layout: Layout, blocks: Iterable[int]) -> int:
+    """The bytes of these blocks."""
+    return sum(layout.block_size(block) for block in blocks)
+
+
+def in_order_of_touch(tree: Mapping[str, _Entry], hot: Iterable[HotFile]) -> dict[str, _Entry]:
+    """A tree's entries as they are to be packed: hot files first, of these the sparse ones last.
+
+    So what is hot lies side by side. A tar may have a file before its folder.
+    """
+    ordered = sorted(hot, key=lambda file: file.is_sparse)
+    first = {file.path: tree[file.path] for file in ordered if file.path in tree}
+    return first | {path: entry for path, entry in tree.items() if path not in first}
+
+
+def _blocks_of(extents: Iterable[Extent], layout: Layout) -> Iterator[int]:
+    for offset, size_bytes in extents:
+        if size_bytes:
+            yield from range(
+                offset // layout.block_bytes, (offset + size_bytes - 1) // layout.block_bytes + 1
+            )

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 from bootseer_slurm.blob.manifest import Layout
 from bootseer_slurm.fetch.process import FetchProcess
@@ -32,7 +33,7 @@ class FetchSource:
 
 def flat(layout: Layout) -> Layout:
     """The layout of the same bytes in one file."""
-    return Layout(layout.size_bytes, layout.block_bytes, layout.chunk_bytes, 1)
+    return replace(layout, objects=1)
 
 
 def adopted_id(path: str, status: os.stat_result) -> str:

@@ -20,7 +20,8 @@ from bootseer_slurm.agent.request import Job, Wish
 from bootseer_slurm.agent.saving import View
 from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.source import adopted_id, remote_id
-from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES, DIGEST_BYTES, MAX_BLOB_BYTES, Layout
+from bootseer_slurm.blob.digest import DIGEST_BYTES, PREFERRED
+from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES, MAX_BLOB_BYTES, Layout
 from bootseer_slurm.blob.reader import OnFault
 from bootseer_slurm.env.attach import Overlay, Unpacked
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound, StoreError
@@ -162,7 +163,8 @@ class Target:
 
     def _without_manifest(self, blob_id: str, size_bytes: int) -> Content:
         """A file that is used as it lies. A digest a block is kept in memory: a huge one has large blocks."""
-        layout = Layout(size_bytes, CHUNK_BYTES if size_bytes > _HUGE_BYTES else BLOCK_BYTES)
+        block_bytes = CHUNK_BYTES if size_bytes > _HUGE_BYTES else BLOCK_BYTES
+        layout = Layout(size_bytes, block_bytes, digest=PREFERRED)
         self._allow(max(0, layout.blocks) * DIGEST_BYTES)
         return Content(blob_id, layout, None)
 

@@ -74,6 +74,7 @@ class Cache:
     def acquire(self, blob_id: str, layout: Layout, digests: bytes | None, uid: int, gid: int) -> CachedBlob:
         """The blob, pinned until `release`.
 
+        digests: None of an adopted file; blocks that it has already keep their digest, whatever layout says.
         Raises BootseerError when there is no room for even its state, IntegrityError when the id is not that
         of these digests.
         """

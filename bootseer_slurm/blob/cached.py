@@ -9,6 +9,7 @@ written, so a successor of a killed process goes on where that one was. Thread-s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import threading
@@ -16,9 +17,11 @@ import weakref
 from collections.abc import Callable, Iterable
 from mmap import mmap
 
+from bootseer_slurm.blob.digest import DIGEST_BYTES
 from bootseer_slurm.blob.folder import Place, read_state, replace, use, write_state
 from bootseer_slurm.blob.live import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, make_live
-from bootseer_slurm.blob.manifest import DIGEST_BYTES, Layout, encode_adopted, manifest_of
+from bootseer_slurm.blob.manifest import Layout, decode_adopted, encode_adopted, manifest_of
+from bootseer_slurm.errors import IntegrityError
 
 _log = logging.getLogger(__name__)
 
@@ -43,13 +46,13 @@ class CachedBlob:
         """has_room(blob, more_bytes): asked after each `step_bytes`. Raises OSError, IntegrityError."""
         self.id, self.uid, self.gid = place.id, place.uid, gid
         self.folder = place.folder
-        self.layout = layout
         self.path = place.folder / "data"
         self.pins = 0
         self.on_last: Callable[[], None] = lambda: None
         self.full = False  # the disk or the cache is: blocks are no longer kept
         self.adopted = digests is None
         self.changed = threading.Condition()
+        self.layout = layout = self._as_kept(layout) if self.adopted else layout
         self._place = place
         self._has_room = has_room
         self._step_bytes = self._unasked_bytes = step_bytes
@@ -76,12 +79,23 @@ class CachedBlob:
             on_error.pop_all()
         self.touch()
 
+    def _as_kept(self, layout: Layout) -> Layout:
+        """An adopted file's layout, with the digest of an earlier use: the blocks of that stay valid."""
+        with contextlib.suppress(OSError, IntegrityError):
+            kept = decode_adopted((self.folder / "manifest").read_bytes())
+            if dataclasses.replace(layout, digest=kept.digest) == kept:
+                return kept
+        return layout
+
     def _note_manifest(self, manifest: bytes) -> bool:
         """Keep the manifest in the folder; gives whether it was there."""
         path = self.folder / "manifest"
         with contextlib.suppress(OSError):
             if path.read_bytes() == manifest:
                 return True
+        # First: digests that another manifest left would count as this one's, were the agent killed here.
+        self._place.live.unlink(missing_ok=True)
+        (self.folder / "blocks").unlink(missing_ok=True)
         replace(path, manifest)
         return False
 

@@ -26,11 +26,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bootseer_slurm.blob.digest import DIGEST_BYTES, NO_DIGEST, place_of_digest
 from bootseer_slurm.blob.live import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, boot_id, is_live, read_live
-from bootseer_slurm.blob.manifest import DIGEST_BYTES, Layout, decode, decode_adopted
+from bootseer_slurm.blob.manifest import Layout, decode, decode_adopted
 from bootseer_slurm.errors import IntegrityError
 
-NO_DIGEST = bytes(DIGEST_BYTES)
 _ADOPTED = "file-"  # what the ids of adopted files begin with
 
 
@@ -244,7 +244,7 @@ def _without_torn(states: bytes, digests: bytes) -> tuple[bytes, bytes]:
     """A block in flight has a digest that may be half written; a block without one has no proof."""
     whole, kept = bytearray(states), bytearray(digests)
     for block, state in enumerate(states):
-        at = slice(block * DIGEST_BYTES, (block + 1) * DIGEST_BYTES)
+        at = place_of_digest(block)
         if state == IN_FLIGHT:
             kept[at] = NO_DIGEST
         if state == IN_FLIGHT or kept[at] == NO_DIGEST:

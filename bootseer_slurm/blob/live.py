@@ -18,7 +18,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from bootseer_slurm.blob.manifest import DIGEST_BYTES, Layout
+from bootseer_slurm.blob.digest import DIGEST_BYTES
+from bootseer_slurm.blob.manifest import Layout
 
 MISSING, PRESENT, IN_FLIGHT, UNCHECKED = 0, 1, 2, 3
 _PAGE_BYTES = mmap.ALLOCATIONGRANULARITY

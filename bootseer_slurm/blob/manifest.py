@@ -1,13 +1,16 @@
 """The manifest: what a blob is.
 
-A manifest file is one line of JSON, then the sha256 digest (32 bytes) of every block:
+A manifest file is one line of JSON, then the digest (32 bytes) of every block:
 
-    {"format": "bootseer-blob", "version": 1, "kind": "image", "size_bytes": 104857600,
+    {"format": "bootseer-blob", "version": 2, "kind": "image", "size_bytes": 104857600, "digest": "blake3",
      "block_bytes": 262144, "chunk_bytes": 4194304, "objects": 4}\\n<digest of block 0><digest of block 1>…
 
+"digest" says which (blob/digest.py). Without it the digests are sha256, and the version is 1: what knows
+that version only refuses the others, rather than find every block wrong.
 A striped file, which is written again under its name, has a "generation" too: checkpoint/striped.py.
 
-The blob's id is the sha256 of that file, so the same bytes with the same layout have the same id everywhere.
+The blob's id is the sha256 of that file, whatever the digests are. So the same bytes with the same layout
+have the same id everywhere, and a signature of the id binds the name of the digests too.
 Chunk i (chunk_bytes, a whole number of blocks) lies in object i % objects, at (i // objects) * chunk_bytes.
 A manifest is hostile until parsed: it comes from a folder that its user may write.
 
@@ -26,9 +29,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from bootseer_slurm.blob.digest import (
+    DIGEST_BYTES,
+    SHA256,
+    Bytes,
+    agrees,
+    check_digest,
+    digest_of,
+    place_of_digest,
+)
 from bootseer_slurm.errors import IntegrityError
 
-DIGEST_BYTES = 32  # sha256
 # 256 KiB fetched 9 % of an image for a set of Python imports, 1 MiB 15 % (DESIGN.md, section 5).
 BLOCK_BYTES = 256 * 1024
 # What one read of an object asks for at most: long enough to hide 1 ms of latency at 10 Gbit/s.
@@ -52,12 +63,13 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a blob's bytes lie in its objects, and in which blocks they are checked."""
+    """How a blob's bytes lie in its objects, in which blocks they are checked, and with which digest."""
 
     size_bytes: int
     block_bytes: int = BLOCK_BYTES
     chunk_bytes: int = CHUNK_BYTES
     objects: int = 1
+    digest: str = SHA256
 
     @property
     def blocks(self) -> int:
@@ -78,6 +90,15 @@ class Layout:
         size_bytes = (chunks // self.objects + (index < chunks % self.objects)) * self.chunk_bytes
         return size_bytes + (rest if chunks % self.objects == index else 0)
 
+    def digests_of(self, chunk: memoryview) -> bytes:
+        """The digests of blocks that lie one after the other, in the same order."""
+        starts = range(0, len(chunk), self.block_bytes)
+        return b"".join(digest_of(self.digest, chunk[start : start + self.block_bytes]) for start in starts)
+
+    def agrees(self, digest: Bytes, view: Bytes) -> bool:
+        """Whether the bytes of a block have this digest; False where none is known of it."""
+        return agrees(self.digest, digest, view)
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -89,10 +110,14 @@ class Manifest:
     generation: str = ""
 
     def digest(self, block: int) -> bytes:
-        return self.digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
+        return self.digests[place_of_digest(block)]
+
+    def agrees(self, block: int, view: Bytes) -> bool:
+        """Whether these are the bytes of a block."""
+        return self.layout.agrees(self.digest(block), view)
 
     def encode(self) -> bytes:
-        header = {"format": "bootseer-blob", "version": 1, "kind": self.kind, **asdict(self.layout)}
+        header = {"format": "bootseer-blob", "kind": self.kind, **_header(self.layout)}
         if self.generation:
             header["generation"] = self.generation
         return json.dumps(header, sort_keys=True).encode() + b"\n" + self.digests
@@ -103,18 +128,10 @@ class Manifest:
         return hashlib.sha256(replace(self, generation="").encode()).hexdigest()
 
 
-def digests_of(chunk: memoryview, block_bytes: int) -> bytes:
-    """The digests of a chunk's blocks, one after the other."""
-    return b"".join(
-        hashlib.sha256(chunk[start : start + block_bytes]).digest()
-        for start in range(0, len(chunk), block_bytes)
-    )
-
-
 def decode(content: bytes) -> Manifest:
     """The manifest in a manifest file's bytes.
 
-    Raises IntegrityError when it is not one, or is not whole.
+    Raises IntegrityError when it is not one, is not whole, or has digests that this process cannot make.
     """
     with _as_integrity_error():
         header, digests = _split(content, "bootseer-blob")
@@ -140,12 +157,12 @@ def manifest_of(blob_id: str, layout: Layout, digests: bytes) -> Manifest:
 
 def encode_adopted(layout: Layout) -> bytes:
     """What the cache keeps in a manifest's place for a file adopted where it lies."""
-    header = {"format": "bootseer-file", "version": 1, **asdict(layout)}
+    header = {"format": "bootseer-file", **_header(layout)}
     return json.dumps(header, sort_keys=True).encode() + b"\n"
 
 
 def decode_adopted(content: bytes) -> Layout:
-    """The layout in such a file. Raises IntegrityError."""
+    """The layout in such a file. Raises IntegrityError, as `decode`."""
     with _as_integrity_error():
         header, rest = _split(content, "bootseer-file")
         if rest:
@@ -157,6 +174,8 @@ def decode_adopted(content: bytes) -> Layout:
 def _as_integrity_error() -> Iterator[None]:
     try:
         yield
+    except IntegrityError as error:
+        raise IntegrityError(f"manifest cannot be used: {error.message}", hint=error.hint) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"manifest cannot be used: {error}") from error
 
@@ -167,16 +186,27 @@ def _split(content: bytes, format_: str) -> tuple[Any, bytes]:
     if end < 0:
         raise ValueError("its first line does not end")
     header: Any = json.loads(content[:end])
-    if header["format"] != format_ or header["version"] != 1:
-        raise ValueError("not a manifest of version 1")
+    if header["format"] != format_ or header["version"] not in (1, 2):
+        raise ValueError("not a manifest of version 1 or 2")
     return header, content[end + 1 :]
 
 
+def _header(layout: Layout) -> dict[str, object]:
+    """What a line says of a layout, and the version that this takes."""
+    header = {"version": 1 if layout.digest == SHA256 else 2, **asdict(layout)}
+    if layout.digest == SHA256:
+        del header["digest"]  # as it was when there was no other: the ids of old blobs hold
+    return header
+
+
 def _layout(header: Any) -> Layout:
-    numbers = [header[key] for key in ("size_bytes", "block_bytes", "chunk_bytes", "objects")]
-    if any(type(number) is not int or number < 0 for number in numbers):
+    digest = check_digest(header.get("digest", SHA256))
+    if header["version"] != (1 if digest == SHA256 else 2):
+        raise ValueError("its digest is not one of its version")
+    numbers = {key: header[key] for key in ("size_bytes", "block_bytes", "chunk_bytes", "objects")}
+    if any(type(number) is not int or number < 0 for number in numbers.values()):
         raise ValueError("a size is not a natural number")
-    layout = Layout(*numbers)
+    layout = Layout(**numbers, digest=digest)
     if layout.block_bytes not in (2**n for n in range(12, 25)) or layout.chunk_bytes % layout.block_bytes:
         raise ValueError("block and chunk sizes do not fit each other")
     if not layout.block_bytes <= layout.chunk_bytes <= CHUNK_BYTES or not 1 <= layout.objects <= _MAX_OBJECTS:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import logging
 import os
 import threading
@@ -25,7 +24,7 @@ from typing import Protocol
 
 from bootseer_slurm.blob.ahead import Ahead
 from bootseer_slurm.blob.cache import MISSING, PRESENT, CachedBlob
-from bootseer_slurm.blob.manifest import DIGEST_BYTES
+from bootseer_slurm.blob.digest import NO_DIGEST, place_of_digest
 from bootseer_slurm.blob.trace import Recorder
 from bootseer_slurm.blob.waits import Waits
 from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
@@ -34,7 +33,6 @@ _log = logging.getLogger(__name__)
 
 _DEMAND_PATIENCE_S = 900.0  # a shared file system that stalls would hold its readers too; after this, EIO
 _RETRY_PAUSE_S = 0.5
-_NO_DIGEST = bytes(DIGEST_BYTES)
 
 OnFault = Callable[[str, str], None]
 # Gives bytes from an offset on to the kernel, before anybody asks it for them.
@@ -332,12 +330,11 @@ class Reader:
         for number in range(count):
             block = first + number
             start = number * layout.block_bytes
-            digest = hashlib.sha256(view[start : start + layout.block_bytes]).digest()
-            place = slice(block * DIGEST_BYTES, (block + 1) * DIGEST_BYTES)
-            expected = bytes(self.blob.digests[place])
-            if self.blob.adopted and not known and expected == _NO_DIGEST:
-                self.blob.digests[place] = digest
-            elif digest != expected:
+            part, place = view[start : start + layout.block_bytes], place_of_digest(block)
+            expected = self.blob.digests[place]
+            if self.blob.adopted and not known and expected == NO_DIGEST:
+                self.blob.digests[place] = layout.digests_of(part)
+            elif not layout.agrees(expected, part):
                 raise IntegrityError(f"block {block} has not the digest that was promised")
 
     def _tell(self, name: str, message: str) -> None:

@@ -6,14 +6,13 @@ looked at and never changed; anything else is changed under the lock of its fold
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bootseer_slurm.blob.digest import DIGEST_BYTES, place_of_digest
 from bootseer_slurm.blob.folder import (
-    NO_DIGEST,
     Kept,
     Place,
     make_exclusive,
@@ -25,7 +24,6 @@ from bootseer_slurm.blob.folder import (
     write_state,
 )
 from bootseer_slurm.blob.live import MISSING, PRESENT, UNCHECKED
-from bootseer_slurm.blob.manifest import DIGEST_BYTES
 from bootseer_slurm.errors import IntegrityError
 
 
@@ -126,8 +124,7 @@ def _verify(place: Place, lock_fd: int, progress: Callable[[int], None]) -> Dama
             if state not in (PRESENT, UNCHECKED):
                 continue
             content = os.pread(file.fileno(), layout.block_size(block), block * layout.block_bytes)
-            digest = digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
-            right = digest != NO_DIGEST and hashlib.sha256(content).digest() == digest
+            right = layout.agrees(digests[place_of_digest(block)], content)
             checked[block] = PRESENT if right else MISSING
             if not right:
                 wrong.append(block)

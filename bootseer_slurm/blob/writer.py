@@ -15,7 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from bootseer_slurm.blob.manifest import DIGEST_BYTES, Layout, Manifest, digests_of
+from bootseer_slurm.blob.digest import DIGEST_BYTES, PREFERRED
+from bootseer_slurm.blob.manifest import Layout, Manifest
 from bootseer_slurm.blob.names import Base, Name, user_folder, wait_until_settled, write_name
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.store import FileReader, Store
@@ -67,7 +68,7 @@ def store_blob(
     """
     before = path.stat()
     wait_until_settled(before)
-    layout = Layout(size_bytes=before.st_size, objects=max(1, objects))
+    layout = Layout(before.st_size, objects=max(1, objects), digest=PREFERRED)
     folder = f"{user_folder(os.getuid())}/blobs/{secrets.token_hex(12)}"
     try:
         digests = write_objects(store, folder, path, layout, progress=progress)
@@ -137,7 +138,7 @@ def _write_object(
             chunk = buffer[: min(layout.chunk_bytes, layout.size_bytes - offset)]
             if source.read_into(offset, chunk) != len(chunk):
                 raise BootseerError("the file became shorter while it was read", hint="try again")
-            made = digests_of(chunk, layout.block_bytes)
+            made = layout.digests_of(chunk)
             first = offset // layout.block_bytes * DIGEST_BYTES
             digests[first : first + len(made)] = made
             if target is not None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from bootseer_slurm.blob.digest import PREFERRED
 from bootseer_slurm.blob.manifest import Layout, Manifest
 from bootseer_slurm.blob.names import wait_until_settled
 from bootseer_slurm.blob.writer import write_objects
@@ -40,7 +41,7 @@ def stripe_file(
     status = source.stat()
     wait_until_settled(status)
     objects = objects or _objects_for(store, status.st_size)
-    layout = Layout(status.st_size, objects=objects)
+    layout = Layout(status.st_size, objects=objects, digest=PREFERRED)
     identity = [str(source.resolve()), status.st_size, status.st_mtime_ns, status.st_ino]
     generation, there = _earlier_try(store, name, identity, layout)
     note = {"source": identity, "objects": objects, "generation": generation}

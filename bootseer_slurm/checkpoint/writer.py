@@ -11,10 +11,12 @@ import io
 import os
 import queue
 import threading
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from bootseer_slurm.blob.manifest import CHUNK_BYTES, Layout, Manifest, digests_of
+from bootseer_slurm.blob.digest import PREFERRED
+from bootseer_slurm.blob.manifest import CHUNK_BYTES, Layout, Manifest
 from bootseer_slurm.checkpoint.striped import generation_of, new_generation, publish, remove_older, split
 from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.store import ObjectWriter, Store, open_store
@@ -31,9 +33,9 @@ class _Abandoned(Exception):
 class _Stripe:
     """One object that is being written, by a thread of its own."""
 
-    def __init__(self, writer: ObjectWriter, path: str, block_bytes: int) -> None:
+    def __init__(self, writer: ObjectWriter, path: str, layout: Layout) -> None:
         self.digests: list[bytes] = []  # of its chunks, one after the other
-        self._block_bytes = block_bytes
+        self._layout = layout
         self._waiting: queue.Queue[memoryview | _Abandoned | None] = queue.Queue(_WAITING)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(writer, path), name="stripe", daemon=True)
@@ -81,7 +83,7 @@ class _Stripe:
                 while (chunk := self._waiting.get()) is not None:
                     if isinstance(chunk, _Abandoned):
                         raise chunk
-                    self.digests.append(digests_of(chunk, self._block_bytes))
+                    self.digests.append(self._layout.digests_of(chunk))
                     out.write(chunk)
         except _Abandoned:
             pass
@@ -115,7 +117,7 @@ class StripedWriter(io.RawIOBase):
         self._writer = store.spread()
         self._objects = max(1, min(objects, _LIMIT_OBJECTS))
         self._generation = new_generation()
-        self._layout = Layout(0, objects=self._objects)
+        self._layout = Layout(0, objects=self._objects, digest=PREFERRED)
         self._stripes: list[_Stripe] = []
         self._size_bytes = 0
         self._chunk = bytearray()
@@ -148,7 +150,7 @@ class StripedWriter(io.RawIOBase):
         index = self._size_bytes // CHUNK_BYTES % self._objects
         if index == len(self._stripes):
             path = f"{self._path}/{self._generation}/{index}"
-            self._stripes.append(_Stripe(self._writer, path, self._layout.block_bytes))
+            self._stripes.append(_Stripe(self._writer, path, self._layout))
         self._stripes[index].put(chunk)
         self._size_bytes += len(chunk)
 
@@ -164,7 +166,7 @@ class StripedWriter(io.RawIOBase):
             for stripe in self._stripes:
                 stripe.join()
             # A short file has fewer objects than it may have.
-            layout = Layout(self._size_bytes, objects=len(self._stripes))
+            layout = replace(self._layout, size_bytes=self._size_bytes, objects=len(self._stripes))
             last = generation_of(self._store, self._path)
             publish(
                 self._store, self._path, Manifest("checkpoint", layout, self._digests(), self._generation)

@@ -59,6 +59,7 @@ def findings(config: Config) -> Iterator[Finding]:
     """All findings, in the order of a job's start."""
     yield _agent(config)
     yield from _store_and_cache(config)
+    yield _digests()
     yield _fuse()
     by_kernel = list(_kernel_mounts(config))
     yield from by_kernel
@@ -125,6 +126,16 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # below a folder of root
         return False
+
+
+def _digests() -> Finding:
+    from bootseer_slurm.blob.digest import BLAKE3, PREFERRED
+
+    if PREFERRED == BLAKE3:
+        return Finding("digests", True, "new blobs have blake3; those with sha256 are read too")
+    return Finding(
+        "digests", False, "Python lacks the package blake3: jobs start without what was stored with it"
+    )
 
 
 def _list_store(uri: str) -> None:

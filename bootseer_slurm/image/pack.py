@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import logging
 import os
 import pwd
@@ -36,6 +35,7 @@ from typing import BinaryIO
 import psutil
 
 from bootseer_slurm.blob.compression import COMPRESSIONS, mksquashfs_options
+from bootseer_slurm.blob.digest import PREFERRED
 from bootseer_slurm.blob.manifest import Layout, Manifest
 from bootseer_slurm.blob.squashfs import check_squashfs
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
@@ -370,7 +370,7 @@ class _Image:
 
 def _digest(fd: int) -> tuple[Layout, bytes]:
     """Layout and digests of a file, by some threads."""
-    layout = Layout(size_bytes=os.fstat(fd).st_size)
+    layout = Layout(os.fstat(fd).st_size, digest=PREFERRED)
 
     def digest_run(first: int) -> bytes:
         digests = bytearray()
@@ -378,7 +378,7 @@ def _digest(fd: int) -> tuple[Layout, bytes]:
             content = os.pread(fd, layout.block_bytes, block * layout.block_bytes)
             if len(content) != layout.block_size(block):
                 raise BootseerError("the packed image became shorter while it was read")
-            digests += hashlib.sha256(content).digest()
+            digests += layout.digests_of(memoryview(content))
         return bytes(digests)
 
     with ThreadPoolExecutor(_HASH_THREADS, "bootseer-pack") as pool:

@@ -53,7 +53,7 @@ class AgentPacking:
     """By the agent of this node, for a job of this user; by this process where the agent does not."""
 
     def __init__(self, socket_path: Path, job_id: str, *, warn: Callable[[str], None]) -> None:
-        """warn: told why the agent does not pack."""
+        """warn: told why the agent does not pack, or what it packed is not signed."""
         self._socket_path = socket_path
         self._job_id = job_id
         self._warn = warn
@@ -85,6 +85,8 @@ class AgentPacking:
 
     def signature(self, blob: str) -> str:
         signed, signature = self._signed
+        if signed not in ("", blob):
+            self._warn("stored with other digests than the agent's, so the kernel will not mount it")
         return signature if blob == signed else ""
 
     def _packed(

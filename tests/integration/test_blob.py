@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import threading
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from pytest_mock import MockerFixture
 
 from bootseer_slurm.agent.memory import Memory
@@ -145,7 +145,7 @@ def test_corrupt_everywhere_is_an_error_not_wrong_bytes(scene: Scene) -> None:
     )
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "manifest", "record"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "manifest", "digest", "record"])
 def test_a_damaged_blob_gives_a_warning_and_the_original(scene: Scene, damage: str) -> None:
     if damage == "missing":
         (scene.blob_folder / "2").unlink()
@@ -153,12 +153,16 @@ def test_a_damaged_blob_gives_a_warning_and_the_original(scene: Scene, damage: s
         os.truncate(scene.blob_folder / "2", 100)
     elif damage == "manifest":
         corrupt(scene.blob_folder / "manifest", 200)
+    elif damage == "digest":
+        manifest = scene.blob_folder / "manifest"
+        manifest.write_bytes(manifest.read_bytes().replace(b"blake3", b"blake9"))
     else:
         record = next((scene.store_folder / user_folder(os.getuid()) / "names").iterdir())
         record.write_text('{"version": 1}')
     reply = scene.resolve()
-    assert "blob" not in reply.fields and "origin" in reply.fields
+    assert "blobs" not in reply.fields and "origin" in reply.fields
     assert reply.fields["warning"]
+    assert ("'blake9', which this version does not know" in reply.fields["warning"]) == (damage == "digest")
     for fd in reply.fds:
         os.close(fd)
 
@@ -167,7 +171,7 @@ def test_a_changed_original_is_not_the_blob(scene: Scene) -> None:
     with scene.file.open("ab") as file:
         file.write(b"more")
     reply = scene.resolve()
-    assert "blob" not in reply.fields
+    assert "blobs" not in reply.fields
     assert "was changed" in reply.fields["warning"]
     fields = {"kind": "checkpoint", "name": str(scene.file), "fingerprint": scene.name.fingerprint}
     assert scene.process.call("same", **fields).fields["same"] is False
@@ -384,9 +388,10 @@ def test_the_process_has_only_its_users_rights(tmp_path: Path) -> None:
         process.kill()
 
 
-def test_digests_are_sha256_of_the_blocks(scene: Scene) -> None:
+def test_digests_are_of_the_blocks(scene: Scene) -> None:
     manifest = scene.manifest(scene.resolve())
-    assert manifest.digest(1) == hashlib.sha256(scene.content[262144:524288]).digest()
+    assert manifest.layout.digest == "blake3"
+    assert manifest.digest(1) == blake3(scene.content[262144:524288]).digest()
 
 
 def test_a_cache_that_takes_no_more_writes_serves_what_it_fetches(scene: Scene, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import hashlib
 import os
 import random
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from bootseer_slurm.blob import live as live_states
 from bootseer_slurm.blob.cache import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, Cache, CachedBlob
+from bootseer_slurm.blob.digest import BLAKE3, SHA256
 from bootseer_slurm.blob.manifest import Layout, Manifest
 from bootseer_slurm.blob.survey import entries, evict, verify
 from bootseer_slurm.cli import settings
@@ -41,11 +42,7 @@ def content(seed: int, layout: Layout = LAYOUT) -> bytes:
 
 @functools.cache
 def manifest(seed: int, layout: Layout = LAYOUT) -> Manifest:
-    blocks = (
-        content(seed, layout)[at : at + layout.block_bytes]
-        for at in range(0, layout.size_bytes, layout.block_bytes)
-    )
-    return Manifest("image", layout, b"".join(hashlib.sha256(block).digest() for block in blocks))
+    return Manifest("image", layout, layout.digests_of(memoryview(content(seed, layout))))
 
 
 class Node:
@@ -180,9 +177,7 @@ def test_after_a_reboot_blocks_are_unchecked(node: Node, monkeypatch: pytest.Mon
     for block in range(BLOCKS):
         assert blob.next_missing() == block
         assert blob.claim(block, block) == (1, True)
-        right = hashlib.sha256(blob.read(block * BLOCK, LAYOUT.block_size(block))).digest() == manifest(
-            1
-        ).digest(block)
+        right = manifest(1).agrees(block, blob.read(block * BLOCK, LAYOUT.block_size(block)))
         blob.settle(block, 1, PRESENT if right else MISSING)
         if not right:
             assert block == 5
@@ -406,6 +401,67 @@ def test_verify_and_gc_beside_what_is_in_use(node: Node) -> None:
     assert [each.id for each in removed] == [gone.name]
     assert [each.id for each in evict(node.root, node.live, 0)] == [folder.name]
     assert pinned.folder.exists()
+
+
+@pytest.mark.parametrize("digest", [SHA256, BLAKE3])
+@pytest.mark.parametrize("adopted", [False, True])
+def test_verify_compares_the_digest_that_the_blob_has(node: Node, digest: str, adopted: bool) -> None:
+    cache, layout = node.cache(), replace(LAYOUT, digest=digest)
+    made = manifest(1, layout)
+    if adopted:
+        blob = cache.acquire("file-1", layout, None, 0, 0)
+        blob.digests[:] = made.digests
+    else:
+        blob = cache.acquire(made.id, layout, made.digests, 0, 0)
+    fill(blob, content(1))
+    cache.release(blob)
+    assert verify(node.root, node.live) == []
+    flip(blob.path, 7 * BLOCK + 3)
+    (damage,) = verify(node.root, node.live)
+    assert damage.blocks == (7,) and damage.mended
+
+
+def adopted_of_an_earlier_version(node: Node, seed: int = 1) -> CachedBlob:
+    """A complete file that is used where it lies, with digests of sha256, which nobody uses."""
+    cache = node.cache()
+    blob = cache.acquire("file-1", LAYOUT, None, 0, 0)
+    blob.digests[:] = manifest(seed).digests
+    fill(blob, content(seed))
+    cache.release(blob)
+    assert b"digest" not in (blob.folder / "manifest").read_bytes()
+    return blob
+
+
+@pytest.mark.parametrize("rebooted", [False, True])
+def test_digests_of_adopted_files_stay_valid_under_a_version_with_another(
+    node: Node, monkeypatch: pytest.MonkeyPatch, rebooted: bool
+) -> None:
+    folder = adopted_of_an_earlier_version(node).folder
+    if rebooted:
+        node.reboot(monkeypatch)
+    cache = node.cache()
+    assert cache.check() == []
+    blob = cache.acquire("file-1", replace(LAYOUT, digest=BLAKE3), None, 0, 0)
+    assert blob.layout == LAYOUT, "what the folder has of it counts"
+    assert set(blob.states[:]) == {UNCHECKED if rebooted else PRESENT}
+    cache.release(blob)
+    assert verify(node.root, node.live) == []
+    evict(node.root, node.live, 0)
+    assert not folder.exists()
+    assert cache.acquire("file-1", replace(LAYOUT, digest=BLAKE3), None, 0, 0).layout.digest == BLAKE3
+
+
+def test_killed_while_a_folder_changes_its_digest(node: Node, mocker: MockerFixture) -> None:
+    """Nothing that the earlier digests say may count for the new one."""
+    folder = adopted_of_an_earlier_version(node).folder
+    (folder / "manifest").write_bytes(b"damaged")
+    mocker.patch.object(CachedBlob, "_open_data", side_effect=KeyboardInterrupt)
+    new = replace(LAYOUT, digest=BLAKE3)
+    with pytest.raises(KeyboardInterrupt):
+        node.cache().acquire("file-1", new, None, 0, 0)
+    mocker.stopall()
+    blob = node.cache().acquire("file-1", new, None, 0, 0)
+    assert blob.layout == new and set(blob.states[:]) == {MISSING} and not any(blob.digests[:])
 
 
 def bootseer(node: Node, *words: str) -> Result:

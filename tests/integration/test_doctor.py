@@ -63,6 +63,7 @@ def test_a_bare_node(config: Config, tmp_path: Path) -> None:
         assert found[thing][0] is False
     assert found["store"][0] is True
     assert found["cache"][0] is True
+    assert found["digests"][0] is True
     assert found["pyxis importer"][0] is None
     (tmp_path / "store").rmdir()
     (tmp_path / "store").touch()

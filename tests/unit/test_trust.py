@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bootseer_slurm.blob.digest import BLAKE3
+from bootseer_slurm.blob.manifest import Layout, Manifest
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.image.trust import Key, is_signed, make_key, read_key, sign
 
@@ -25,6 +27,12 @@ def test_a_signature_is_for_one_user_and_one_manifest_and_one_key() -> None:
     assert not is_signed(KEY, 1000, "cd" * 32, signature)
     assert not is_signed(Key(bytes(32)), 1000, ID, signature)
     assert not is_signed(KEY, 100, "0" + ID[:-1], sign(KEY, 1000, ID))
+
+
+def test_a_signature_binds_what_the_digests_are() -> None:
+    one, other = (Manifest("image", layout, ID.encode()) for layout in (Layout(5), Layout(5, digest=BLAKE3)))
+    assert is_signed(KEY, 1000, one.id, sign(KEY, 1000, one.id))
+    assert not is_signed(KEY, 1000, other.id, sign(KEY, 1000, one.id))
 
 
 @pytest.mark.parametrize("odd", ["", "ä" * 64, "\udcff", "\0", "0" * 64, "x" * 10_000])

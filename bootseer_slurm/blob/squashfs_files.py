@@ -27,6 +27,7 @@ _BLOCK_STORED = 1 << 24
 _NO_FRAGMENT = 2**32 - 1
 _TABLE_LIMIT_BYTES = 2**30  # of inodes or folders, uncompressed: ten million files
 _DEPTH_LIMIT = 256
+_BLOCK_SIZES = {2**n for n in range(12, 21)}
 _CODECS = {1: "gzip", 5: "lz4_raw", 6: "zstd"}
 
 _HEAD = struct.Struct("<HHHHII")  # type, mode, uid, gid, mtime, number
@@ -71,6 +72,8 @@ class Squashfs(NamedTuple):
 def read_files(reader: ObjectReader, name: str) -> Squashfs:
     """All regular files of an image. name: for messages. Raises InputError when it is no whole squashfs."""
     head = read_superblock(reader, name)
+    if head.block_bytes not in _BLOCK_SIZES:
+        raise InputError(f"image {name}: its blocks have {head.block_bytes} bytes")
     try:
         image = _Image(reader, head)
         fragments = image.fragments()

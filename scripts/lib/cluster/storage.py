@@ -5,6 +5,9 @@ together. On the controller /shared is the folder of the state. The nodes mount 
 and default_permissions: the kernel checks permissions by the true owners. sshfs alone would leave what a user
 creates to root, so owner.c hands it over (see there). Like NFS it shows others' changes after 2 seconds at
 most, and the time stamps of SFTP have whole seconds.
+
+sshfs ends (libfuse 3.14, unlink_node) when a node renames a file to a name that it knew and that another
+machine has removed meanwhile. Whoever removes files behind the nodes mounts it anew on them.
 """
 
 from __future__ import annotations
@@ -82,6 +85,14 @@ def mount(state: State, node: str) -> None:
     argv = ["sshfs", "-f", "-o", options, f"{layout.address(STORE)}:/shared", "/shared"]
     process = spawn(pid, argv, log, env={"LD_PRELOAD": str(_owner_library(layout))})
     state.add(node, "sshfs", process)
+
+
+def unmount(state: State, node: str) -> None:
+    """Unmount a node's /shared; raises ClusterError when something there is in use."""
+    process = state.process(node, "sshfs")
+    run(state.init(node), ["umount", "/shared"])
+    if process and not process.wait(10):
+        raise ClusterError(f"{node}: sshfs does not end", state.layout.log(node, "sshfs"))
 
 
 def wait_mounted(state: State, node: str) -> None:

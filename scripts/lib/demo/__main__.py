@@ -1,6 +1,6 @@
 """The demo: one job, started as it is today and with --bootseer, on a real cluster of four nodes.
 
-Its steps: a cluster (cluster/), the inputs (inputs.py), the arms (arms.py, starts.py), the picture (picture.py).
+Its steps: a cluster (cluster/), the inputs (inputs.py), the arms (arms.py, starts.py), picture.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,16 +27,22 @@ ROUNDS, QUICK_ROUNDS = 2, 1
 console = Console()
 
 
-def progress() -> Progress:
-    """A bar over the steps, and what is being done. Seldom drawn: the cores are what is measured."""
-    columns = (SpinnerColumn(), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.description}"))  # fmt: skip
-    return Progress(*columns, console=console, refresh_per_second=2)
+def steps_bar() -> progress.Progress:
+    """A bar over the steps, and what is being done. Seldom drawn: the cores are for what is measured."""
+    return progress.Progress(
+        progress.SpinnerColumn(),
+        progress.BarColumn(bar_width=20),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("{task.description}"),
+        console=console,
+        refresh_per_second=2,
+    )
 
 
 def run(cluster: Cluster, *, store_link: str, with_all: bool, quick: bool) -> dict[str, Any]:
     """The whole demo on a cluster that is up."""
-    with progress() as bar:
+    with steps_bar() as bar:
         task = bar.add_task("", total=inputs.STEPS)
 
         def step(text: str) -> None:
@@ -48,7 +54,7 @@ def run(cluster: Cluster, *, store_link: str, with_all: bool, quick: bool) -> di
         bar.update(task, completed=inputs.STEPS, description="the inputs are there, and in the store")
     chosen = [arms.PLAIN, arms.FIRST, arms.AGAIN, *([arms.SPELLED] if with_all else [])]
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    with progress() as bar:
+    with steps_bar() as bar:
         task = bar.add_task("", total=arms.count(chosen, rounds))
         measured = arms.measure(
             cluster,
@@ -64,7 +70,7 @@ def run(cluster: Cluster, *, store_link: str, with_all: bool, quick: bool) -> di
 def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the cluster up, with all inputs.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Small inputs, one round: a try, no figures.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small inputs, one round: a try.")] = False,
     with_all: Annotated[bool, typer.Option("--all", help="Also: again, with the options.")] = False,
     store_link: Annotated[str, typer.Option(help="Rate of the store server's link.")] = STORE_LINK,
 ) -> None:

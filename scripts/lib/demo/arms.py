@@ -1,7 +1,7 @@
 """The demo's arms: the ways in which one job can start, each several times and interleaved.
 
-plain    image, environment and checkpoint are used from the shared storage (`--bootseer=observe`, which measures
-         and changes nothing)
+plain    image, environment and checkpoint are used from the shared storage (`--bootseer=observe`, which
+         measures and changes nothing)
 first    `--bootseer` and three options; nothing of this job has been recorded
 again    a bare `--bootseer`: what to bring, and in which order, was learned at the first start
 spelled  as again, with the three options
@@ -20,7 +20,7 @@ from typing import Any
 from cluster.client import Cluster
 from cluster.layout import ClusterError
 from demo import inputs, records
-from demo.starts import STAGES, Start, make_cold, start, wait_packed
+from demo.starts import STAGES, Start, Tell, make_cold, start, wait_packed
 
 SAVED, LEARNED = "saved", "learned"
 OPTIONS = (
@@ -47,7 +47,7 @@ SPELLED = Arm("spelled", ("--bootseer", *OPTIONS), LEARNED)
 
 @dataclass
 class Measured:
-    """All that was measured. local: starts with everything in the nodes' caches. rates: of the link, by dd."""
+    """All that was measured. local: starts with all in the nodes' caches. rates: of the link, by dd."""
 
     arms: dict[str, list[Start]] = field(default_factory=dict)
     local: list[Start] = field(default_factory=list)
@@ -65,7 +65,7 @@ def measure(
     *,
     rounds: int,
     store_link: str,
-    tell: Callable[[str], None],
+    tell: Tell,
     done: Callable[[], None],
 ) -> Measured:
     """Start each arm once in every round, on a cluster that has the inputs and whose store has them saved.
@@ -75,40 +75,43 @@ def measure(
     """
     measured = Measured()
     records.keep(cluster, SAVED)
-    for number in range(rounds):
+    for number in range(1, rounds + 1):
         cluster.script("link", "store", store_link)
-        tell(f"round {number + 1}: dd over the store's link")
+        tell(f"round {number}: dd over the store's link")
         measured.rates.append(measure_link(cluster))
         for arm in arms:
-
-            def tell_of(text: str, title: str = f"round {number + 1}: {arm.name}") -> None:
-                tell(f"{title}, {text}")
-
-            tell_of("making all nodes cold")
+            learns = arm == FIRST and number == 1
+            say = _titled(tell, f"round {number}: {arm.name}")
+            say("making all nodes cold")
             records.restore(cluster, arm.records)
             make_cold(cluster)
-            learns = arm == FIRST and number == 0
-
-            def pack(job_id: int, tell: Callable[[str], None] = tell_of) -> None:
-                tell("waiting for what the agent packs")
-                cluster.script("link", "store", "off")  # nothing is measured now
-                wait_packed(cluster, job_id)
-                cluster.script("link", "store", store_link)
-
-            # Of a first start nothing is known, not even by its name.
-            options = (*arm.options, f"--job-name=demo-{number + 1}") if arm == FIRST and number else arm.options
-            started = start(cluster, *options, tell=tell_of, while_training=pack if learns else None)
+            packs = {"while_training": _packing(cluster, store_link, say)} if learns else {}
+            started = start(cluster, *arm.options, tell=say, **packs)
             if learns:
                 records.keep(cluster, LEARNED)
             measured.arms.setdefault(arm.name, []).append(started)
             done()
-        tell(f"round {number + 1}: all local")
-        measured.local.append(start(cluster, *arms[-1].options, tell=lambda text: None))
+        say = _titled(tell, f"round {number}: all local")
+        measured.local.append(start(cluster, *AGAIN.options, tell=say))
         done()
     checksums = {each.checksum for starts in (*measured.arms.values(), measured.local) for each in starts}
     if len(checksums) != 1:
         raise ClusterError(f"the weights differ between starts: {checksums}")
     return measured
+
+
+def _titled(tell: Tell, title: str) -> Tell:
+    return lambda text: tell(f"{title}, {text}")
+
+
+def _packing(cluster: Cluster, store_link: str, tell: Tell) -> Callable[[int], None]:
+    def wait(job_id: int) -> None:
+        tell("waiting for what the agent packs")
+        cluster.script("link", "store", "off")  # nothing is measured now
+        wait_packed(cluster, job_id)
+        cluster.script("link", "store", store_link)
+
+    return wait
 
 
 def count(arms: Sequence[Arm], rounds: int) -> int:

@@ -3,8 +3,8 @@
 They lie in alice's folder on the cluster's shared storage and go with the cluster. The environment is made
 for the image's Python: its packages are downloaded on this machine, which has the network.
 
-The packages are those whose imports read much for the CPU that they cost. Four nodes share this machine's cores: with
-packages that compute for long while they are imported, these would be the limit, and not the store's link.
+The packages are those whose imports read much for the CPU that they cost. Four nodes share this machine's
+cores: with packages that compute for long while they are imported, these would be the limit, not the link.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Inputs:
 
 
 FULL = Inputs(
-    packages=("jax", "pyarrow", "numba", "opencv-python-headless", "av", "vtk", "tensorstore", "onnxruntime",
-              "h5py", "safetensors"),
-    imports=("jax.numpy", "pyarrow.dataset", "pyarrow.flight", "numba.core.types", "cv2", "av", "vtkmodules.all",
-             "tensorstore", "onnxruntime", "h5py"),
-    checkpoint_mib=128,
+    packages=("jax", "pyarrow", "numba", "opencv-python-headless", "av", "vtk", "tensorstore",
+              "onnxruntime", "h5py", "safetensors"),
+    imports=("jax.numpy", "pyarrow.dataset", "pyarrow.flight", "numba.core.types", "cv2", "av",
+             "vtkmodules.all", "tensorstore", "onnxruntime", "h5py"),
+    checkpoint_mib=64,
 )  # fmt: skip
 QUICK = Inputs(
     packages=("pyarrow", "numpy", "opencv-python-headless", "safetensors"),

@@ -15,7 +15,6 @@ from cluster.layout import ClusterError
 from demo.inputs import ALICE
 
 RECORDS = ("names", "traces", "classes")
-CLASSES = "classes"
 
 
 def keep(cluster: Cluster, name: str) -> None:
@@ -27,17 +26,10 @@ def keep(cluster: Cluster, name: str) -> None:
 
 
 def restore(cluster: Cluster, name: str) -> None:
-    """Give the store the names and traces that were set aside under this name, and no others.
-
-    Job classes are only put back, for sshfs fails (libfuse 3.14, `unlink_node`) when a node writes a file anew that
-    it knew and that was removed behind it. A start of which nothing shall be known needs a job name of its own.
-    """
+    """Give the store the records that were set aside under this name, and no others."""
     for records in RECORDS:
-        now, kept = folder(cluster) / records, _aside(cluster, name) / records
-        for path in now.rglob("*"):
-            if records != CLASSES and path.is_file() and not (kept / path.relative_to(now)).exists():
-                path.unlink()
-        _copy(kept, now)
+        shutil.rmtree(folder(cluster) / records, ignore_errors=True)
+        _copy(_aside(cluster, name) / records, folder(cluster) / records)
 
 
 def folder(cluster: Cluster) -> Path:
@@ -50,10 +42,10 @@ def _aside(cluster: Cluster, name: str) -> Path:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """What is in a folder, if it is there, into another, with its owners and times."""
+    """A folder, if it is there, under a new name, with its owners and times."""
     if not source.exists():
         return
-    target.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["cp", "-a", f"{source}/.", target], capture_output=True, text=True, check=False)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["cp", "-a", source, target], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ClusterError(f"records cannot be copied: {done.stderr.strip()}")

@@ -1,8 +1,8 @@
 """One start of the demo's job: made cold, submitted, watched, and measured.
 
-Cold: no page is cached, the agents' caches are empty. Two things are not what is measured, and so are warm: the
-disk of the store server, whose files are read into its memory, and each node's own programs (Slurm, the agent,
-squashfuse), for which a small job runs first.
+Cold: no page is cached, the agents' caches are empty. Two things are not what is measured, and so are warm:
+the disk of the store server, whose files are read into its memory, and each node's own programs (Slurm, the
+agent, squashfuse), for which a small job runs first.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ LOOK_EVERY_S = 0.2
 QUEUE_EVERY_S = 5.0  # asking Slurm costs CPU
 PACK_TIMEOUT_S = 300.0
 PACK_IDLE_S = 10.0
+PACKED = ("packed", "failed")
 NICENESS = "19"  # of what agents do in the background
 
 Tell = Callable[[str], None]
@@ -37,9 +38,10 @@ Tell = Callable[[str], None]
 class Start:
     """One start of the job.
 
-    total_s: from the hook in the prolog until training began, on the slowest node. stages: of the median node.
-    store_bytes: that the store sent until then. cpu_s: of the whole machine, from submission until then, and
-    cpu_busy the share of its cores. hot_bytes: of image and environment, what the plans held, over all nodes.
+    total_s: from the hook in the prolog until training began, on the slowest node. stages: of the median
+    node. store_bytes: that the store sent until then. cpu_s: of the whole machine, from submission until
+    then; cpu_busy: the share of its cores. hot_bytes: of image and environment, what the plans held, over all
+    nodes.
     """
 
     job_id: int
@@ -54,7 +56,7 @@ class Start:
 
 def make_cold(cluster: Cluster) -> None:
     """Forget what nodes and agents have cached; warm up what is not measured (see above)."""
-    cluster.script("drop-caches", "--bootseer")
+    cluster.script("drop-caches", "--bootseer", "--shared")  # records were removed behind the nodes
     read = f"find /shared/{inputs.FOLDER} /shared/bootseer -type f -print0 | xargs -0 cat > /dev/null"
     _succeed(cluster, "store", "bash", "-c", read)
     programs = "squashfuse --help; bwrap --version; fusermount3 --version"
@@ -63,7 +65,7 @@ def make_cold(cluster: Cluster) -> None:
 
 
 def start(
-    cluster: Cluster, *options: str, tell: Tell, while_training: Callable[[int], None] | None = None
+    cluster: Cluster, *options: str, tell: Tell, while_training: Callable[[int], None] = lambda job_id: None
 ) -> Start:
     """Submit the job and see it through. Raises ClusterError when it fails.
 
@@ -76,8 +78,7 @@ def start(
         submitted_ns = time.time_ns()
         job_id = cluster.sbatch((folder / "job.sh").read_text(), *place, output, *options)
         _watch(cluster, job_id, tell)
-    if while_training:
-        while_training(job_id)
+    while_training(job_id)
     tell("ending")
     stop = folder / f"stop.{job_id}"
     stop.touch()
@@ -117,8 +118,8 @@ def wait_packed(cluster: Cluster, job_id: int) -> None:
     while time.monotonic() < min(end_s, busy_s + PACK_IDLE_S):
         lines = cluster.exec("n1", "cat", journal).stdout.splitlines()
         events = [json.loads(line) for line in lines]
-        done = [each for each in events if each["kind"] == "snapshot" and each["name"] in ("packed", "failed")]
-        if {"image", "environment"} <= {each.get("what") for each in done}:
+        told = [each for each in events if each["kind"] == "snapshot" and each["name"] in PACKED]
+        if {"image", "environment"} <= {each.get("what") for each in told}:
             return
         if NICENESS in cluster.exec("n1", "ps", "-eo", "ni=").stdout.split():
             busy_s = time.monotonic()

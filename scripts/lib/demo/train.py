@@ -2,8 +2,8 @@
 
     train.py CHECKPOINT MODULE...
 
-It goes on "training" until the file stop.<job id> is there: what Bootseer does in the background after a start
-needs a job that runs.
+It goes on "training" until the file stop.<job id> is there: what Bootseer does in the background after a
+start needs a job that runs.
 """
 
 import hashlib

@@ -83,7 +83,7 @@ def make(cluster: Cluster, inputs: Inputs, step: Step) -> None:
         step(f"checkpoint: {inputs.checkpoint_mib} MiB of safetensors")
         for name in ("train.py", "checkpoint.py", "job.sh", "in_image.sh"):
             shutil.copy(HERE / name, folder / name)
-        (folder / "imports").write_text(" ".join(inputs.imports) + "\n")
+        (folder / "imports").write_text("\n".join(inputs.imports) + "\n")
         python, program = f"/shared/{FOLDER}/venv/bin/python", f"/shared/{FOLDER}/checkpoint.py"
         made_in_image = f"/shared/{FOLDER}/model.safetensors"
         _in_image(cluster, root, python, program, made_in_image, str(inputs.checkpoint_mib))

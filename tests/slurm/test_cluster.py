@@ -156,6 +156,42 @@ def test_link_has_its_rate(cluster: Any, rate: str) -> None:
     assert 0.93 * bits < up < bits
 
 
+def test_the_store_has_a_link_that_its_readers_share(cluster: Any) -> None:
+    size_bytes = 10_000_000
+    readers = ["n1", "n2"]
+    for node in readers:
+        (cluster.shared / "data" / node).write_bytes(os.urandom(size_bytes))
+
+    def read_s() -> dict[str, float]:
+        """Seconds that each needs, when both read at once."""
+        cluster.script("drop-caches")
+        for node in readers:
+            (cluster.shared / "data" / node).read_bytes()  # the server's disk is not what is measured
+        code = "import sys, time; t = time.monotonic(); open(sys.argv[1], 'rb').read(); print(time.monotonic() - t)"
+        running = {
+            node: cluster.start(node, "python3", "-c", code, f"/shared/data/{node}") for node in readers
+        }
+        return {node: float(process.communicate(timeout=60)[0]) for node, process in running.items()}
+
+    try:
+        for rate, bits in (("80mbit", 80e6), ("160mbit", 160e6)):  # live: nothing is started anew
+            cluster.script("link", "store", rate)
+            before_bytes = cluster.store_sent_bytes
+            taken_s = read_s()
+            sent_bytes = cluster.store_sent_bytes - before_bytes
+            expected_s = 2 * size_bytes * 8 / bits
+            assert 0.95 * expected_s < max(taken_s.values()) < 1.3 * expected_s, rate
+            assert min(taken_s.values()) > 0.6 * expected_s, "one of them had more than its share"
+            assert 2 * size_bytes < sent_bytes < 1.1 * 2 * size_bytes
+        assert "store=160mbit" in cluster.script("status").stdout
+        assert goodput_bits(cluster, "login", "n3", "n3") > 0.9e9, "only storage is limited"
+        assert goodput_bits(cluster, "store", "n3", "n3") < 160e6
+        assert goodput_bits(cluster, "n3", "store", "store") < 160e6
+    finally:
+        cluster.script("link", "store", "off")
+    assert goodput_bits(cluster, "store", "n3", "n3") > 0.9e9
+
+
 def test_drop_caches_makes_nodes_cold(cluster: Any) -> None:
     size_bytes = 20_000_000
     (cluster.shared / "data/cold").write_bytes(os.urandom(size_bytes))

@@ -1,4 +1,4 @@
-"""scripts/demo as a person runs it, on a cluster of its own, with a smaller checkpoint."""
+"""scripts/demo --quick as a person runs it, on a cluster of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from statistics import median
 
 import pytest
 from cluster.client import Cluster
@@ -14,13 +15,16 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 DEMO = Path(__file__).parents[2] / "scripts" / "demo"
 STAGES = {"prolog", "launch", "image", "environment", "checkpoint", "program"}
+ARM = {"runs_s", "median_s", "stages", "store_bytes", "cpu_s", "cpu_busy", "link_busy", "jobs"}
 
 
-def test_the_demo_starts_the_job_both_ways_and_leaves_nothing(spare_cluster: Cluster, tmp_path: Path) -> None:
+def test_the_demo_starts_the_job_in_all_ways_and_leaves_nothing(
+    spare_cluster: Cluster, tmp_path: Path
+) -> None:
     written = tmp_path / "demo.json"
     done = subprocess.run(
-        [DEMO, "--json", written, "--checkpoint-mib", "128", "--link", "500mbit"],
-        env=os.environ | {"BOOTSEER_CLUSTER_DIR": str(spare_cluster.state_dir)},
+        [DEMO, "--quick", "--all", "--json", written],
+        env=os.environ | {"BOOTSEER_CLUSTER_DIR": str(spare_cluster.state_dir), "COLUMNS": "80"},
         capture_output=True,
         text=True,
         timeout=800,
@@ -28,10 +32,31 @@ def test_the_demo_starts_the_job_both_ways_and_leaves_nothing(spare_cluster: Clu
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(written.read_text())
-    assert result["baseline_s"] > 0 and result["bootseer_s"] > 0
-    assert result["reduction"] == pytest.approx(1 - result["bootseer_s"] / result["baseline_s"])
-    assert set(result["stages"]) == STAGES
-    for stage in STAGES:
-        assert set(result["stages"][stage]) == {"baseline_s", "bootseer_s"}
-    assert "The weights are the same both times" in done.stdout
+
+    arms = result["arms"]
+    assert list(arms) == ["plain", "first", "again", "spelled"]
+    for arm in arms.values():
+        assert set(arm) == ARM and set(arm["stages"]) == STAGES
+        assert len(arm["runs_s"]) == len(arm["jobs"]) == 1 and arm["median_s"] == median(arm["runs_s"])
+        assert 0 < max(arm["stages"].values()) <= sum(arm["stages"].values())
+        assert 0 < arm["cpu_busy"] <= 1 and arm["cpu_s"] > 0
+        link_busy = arm["store_bytes"] / (result["link_bytes_per_s"] * arm["median_s"])
+        assert arm["link_busy"] == pytest.approx(link_busy)
+        assert 0 < link_busy < 1.2, "the link's rate holds for all nodes together"
+    checkpoints_bytes = result["nodes"] * result["checkpoint_bytes"]
+    assert result["nodes"] == 4
+    assert all(arm["store_bytes"] > checkpoints_bytes for arm in arms.values()), "a start was not cold"
+    assert 40e6 < result["link_bytes_per_s"] < 62.5e6, "the store's link has 500 Mbit/s"
+    for name in ("first", "again"):
+        reduction = 1 - arms[name]["median_s"] / arms["plain"]["median_s"]
+        assert result[f"reduction_{name}"] == pytest.approx(reduction)
+    assert result["floor_bytes"] > checkpoints_bytes
+    floor_s = result["floor_bytes"] / result["link_bytes_per_s"] + result["local_s"]
+    assert result["floor_s"] == pytest.approx(floor_s)
+
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    for title in (*arms, "floor"):
+        assert sum(line.startswith(f"{title} ") and " s  " in line for line in lines) == 1
+    assert "than plain" in done.stdout and "the floor of" in done.stdout
     assert not spare_cluster.up and not spare_cluster.shared.exists()

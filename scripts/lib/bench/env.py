@@ -25,7 +25,7 @@ from bench.image_inputs import ALICE, IMPORTS, PACKAGES
 from bench.rows import Row
 from bench.told import HOOK, events_of, figures, hook_environ
 from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError, Layout, poll
+from cluster.layout import REPO, STORE, ClusterError, Layout, poll
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 REPEATS = 5
@@ -288,10 +288,10 @@ def _words(env: dict[str, str]) -> list[str]:
 
 @contextlib.contextmanager
 def _index(cluster: Cluster, environment: Environment) -> Iterator[str]:
-    """The wheels, served by HTTP from the login machine, behind the node's link."""
-    address = Layout(cluster.state_dir).address("ctl")
+    """The wheels, served by HTTP from the store server, behind its link and the node's."""
+    address = Layout(cluster.state_dir).address(STORE)
     serve = f"python3 -m http.server --bind {address} --directory {environment.wheels} {INDEX_PORT}"
-    with cluster.start("login", "sh", "-c", f"{serve} >/dev/null 2>&1 & read -r end; kill $!") as process:
+    with cluster.start(STORE, "sh", "-c", f"{serve} >/dev/null 2>&1 & read -r end; kill $!") as process:
         try:
             yield f"http://{address}:{INDEX_PORT}/"
         finally:

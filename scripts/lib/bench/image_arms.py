@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.image_inputs import ALICE, HEAVY, IMPORTS, PYTHON, REFERENCE, Inputs, Registry
 from cluster.client import Cluster
-from cluster.layout import ClusterError, Layout
+from cluster.layout import STORE, ClusterError, Layout
 from cluster.storage import PORT, SSHFS_OPTIONS
 
 NODE = "n1"
@@ -189,11 +189,11 @@ def measure_dd(cluster: Cluster, inputs: Inputs, size_bytes: int) -> float:
 
 @contextlib.contextmanager
 def registry(cluster: Cluster, inputs: Inputs) -> Iterator[str]:
-    """The registry on the login machine, behind the nodes' links: gives HOST:PORT."""
-    address = f"{Layout(cluster.state_dir).address('ctl')}:5000"
+    """The registry on the store server, behind its link and the nodes': gives HOST:PORT."""
+    address = f"{Layout(cluster.state_dir).address(STORE)}:5000"
 
     def launch(*argv: str) -> subprocess.Popen[str]:
-        return cluster.start("login", *argv)
+        return cluster.start(STORE, *argv)
 
     with Registry(inputs.registry, address, launch):
         yield address
@@ -203,7 +203,7 @@ def registry(cluster: Cluster, inputs: Inputs) -> Iterator[str]:
 def far_store(cluster: Cluster, delay_s: float) -> Iterator[None]:
     """The node's /shared with `delay_s` more each way to its server (image_relay.py) until the block ends."""
     layout = Layout(cluster.state_dir)
-    relay = ["/usr/bin/python3", str(HERE / "image_relay.py"), str(RELAY_PORT), layout.address("ctl")]
+    relay = ["/usr/bin/python3", str(HERE / "image_relay.py"), str(RELAY_PORT), layout.address(STORE)]
     with cluster.start(NODE, *relay, str(PORT), str(delay_s)) as process:
         assert process.stdout
         try:

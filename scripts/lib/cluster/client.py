@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .layout import DEFAULT_DIR, REPO, ClusterError
+from . import network
+from .layout import DEFAULT_DIR, REPO, STORE, ClusterError, Layout, live
 
 SCRIPT = REPO / "scripts" / "cluster"
 ENDED = {
@@ -28,15 +29,15 @@ ENDED = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """The cluster below `state_dir`. Machines: "n1" ... and "login"; users: alice and bob (None: root)."""
+    """The cluster below `state_dir`. Machines: "n1" ..., "login", "store"; users: alice, bob (None: root)."""
 
     state_dir: Path
     node_count: int = 3
 
     @classmethod
-    def default(cls) -> Cluster:
+    def default(cls, node_count: int = 3) -> Cluster:
         """The one that scripts/cluster uses."""
-        return cls(Path(os.environ.get("BOOTSEER_CLUSTER_DIR", DEFAULT_DIR)))
+        return cls(Path(os.environ.get("BOOTSEER_CLUSTER_DIR", DEFAULT_DIR)), node_count)
 
     @property
     def nodes(self) -> list[str]:
@@ -57,6 +58,11 @@ class Cluster:
     def up(self) -> bool:
         """Whether it runs."""
         return self.script("env", check=False).returncode == 0
+
+    @property
+    def store_sent_bytes(self) -> int:
+        """What the store server has sent over its link until now."""
+        return network.sent_bytes(live(Layout(self.state_dir)), STORE)
 
     def script(
         self, *args: str, timeout_s: float = 120, check: bool = True

@@ -1,8 +1,8 @@
 """Starts the daemons of the cluster and waits until each really answers.
 
-On the controller munged, MariaDB, slurmdbd, slurmctld (and sftp.py, see storage); on each node slurmd and the
-node agent (and sshfs). All run in the foreground below their machine's first process. munged serves all
-machines through its socket in the state folder.
+On the controller munged, MariaDB, slurmdbd, slurmctld; on each node slurmd and the node agent. (sftp.py and
+sshfs: see storage.) All run in the foreground below their machine's first process. munged serves all machines
+through its socket in the state folder.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import namespaces
-from .layout import CONTROLLER, REPO, ClusterError, Process, State, poll
+from .layout import CONTROLLER, REPO, STORE, ClusterError, Process, State, poll
 from .settings import GROUP, USERS
 
 SLURMDBD_PORT = 6819
 AGENT = REPO / ".venv" / "bin" / "bootseer"
 AGENT_STOP_S = 15.0
+OWN_FOLDERS = {CONTROLLER: ("database",), STORE: ()}
 # Durability is of no use to a database that is deleted with its cluster.
 MARIADB_OPTIONS = [
     "--skip-networking",
@@ -42,10 +43,13 @@ DATABASE_SQL = (
 
 
 def make_machine(state: State, node: str) -> None:
-    """Make the namespaces and root file system of the controller or of a node; record its first process."""
+    """Make a machine's namespaces and root file system; record its first process.
+
+    The controller and the store server have the shared folder itself.
+    """
     layout = state.layout
     home = layout.dir / node
-    for name in ("root", "writes", "spool", "database" if node == CONTROLLER else "bootseer"):
+    for name in ("root", "writes", *OWN_FOLDERS.get(node, ("spool", "bootseer"))):
         (home / name).mkdir(parents=True, exist_ok=True)
 
     def prepare() -> None:
@@ -57,11 +61,12 @@ def make_machine(state: State, node: str) -> None:
         namespaces.bind(layout.etc / "bootseer", "/etc/bootseer")
         namespaces.bind(layout.munge_socket.parent, "/run/munge")
         Path("/run/lock").mkdir(mode=0o1777)
-        if node == CONTROLLER:
+        if node in OWN_FOLDERS:
             namespaces.bind(layout.shared, "/shared")
+        if node == CONTROLLER:
             for folder, owner in (("mysqld", "mysql"), ("slurm", "slurm")):
                 _give(Path("/run", folder), owner)
-        else:
+        elif node not in OWN_FOLDERS:
             namespaces.bind(home / "spool", "/var/spool/slurmd")
             namespaces.bind(home / "bootseer", "/var/lib/bootseer")
         # Last: a bind of a shared mount would share with it.

@@ -8,7 +8,7 @@ Layout of the state folder (BOOTSEER_CLUSTER_DIR, default /var/tmp/bootseer-clus
     shared/                what /shared shows
     munge/                 the munge socket, used by all nodes and by the host
     lib/                   what was compiled for this cluster
-    ctl/ n1/ n2/ ...       per machine: root/ (mount point), database/ or spool/ and bootseer/
+    ctl/ store/ n1/ ...    per machine: root/ (mount point); database/ of ctl, spool/ and bootseer/ of nodes
 
 The lock is an abstract unix socket: it goes with its process, and leaves no file.
 """
@@ -29,6 +29,7 @@ from pathlib import Path
 
 DEFAULT_DIR = "/var/tmp/bootseer-cluster"
 CONTROLLER = "ctl"
+STORE = "store"
 REPO = Path(__file__).resolve().parents[3]
 # It stands in mount options, in settings, and in a socket's address of at most 107 bytes.
 DIR_NAME = re.compile(r"/[A-Za-z0-9._/-]{1,79}")
@@ -77,8 +78,8 @@ class Layout:
         return f"10.{self.subnet}.0.254"
 
     def address(self, node: str) -> str:
-        """Address of the controller (.1) or of node n<i> (.10+i)."""
-        last = 1 if node == CONTROLLER else 10 + int(node[1:])
+        """Address of the controller (.1), of the store server (.2) or of node n<i> (.10+i)."""
+        last = {CONTROLLER: 1, STORE: 2}.get(node) or 10 + int(node[1:])
         return f"10.{self.subnet}.0.{last}"
 
     @property
@@ -220,6 +221,11 @@ class State:
         record = self.processes.get(f"{node}/{name}")
         return Process(*record) if record else None
 
+    @property
+    def machines(self) -> list[str]:
+        """All machines that were made: the controller, the store server where there is one, the nodes."""
+        return [node for node, name, _ in self.started() if name == "init"]
+
     def started(self) -> list[tuple[str, str, Process]]:
         """All recorded processes: node, name, process."""
         rows = []
@@ -234,7 +240,7 @@ class State:
             node = CONTROLLER
         process = self.process(node, "init")
         if process is None:
-            raise ClusterError(f"no node {node}: there are login, {', '.join([CONTROLLER, *self.nodes])}")
+            raise ClusterError(f"no node {node}: there are login, {', '.join(self.machines)}")
         if not process.alive:
             raise ClusterError(
                 f"node {node} is dead: scripts/cluster down, then up", self.layout.log(node, "init")
@@ -246,7 +252,7 @@ class State:
         """True when the start was finished and all machines still have their first process."""
         if self.phase != "up":
             return False
-        return all(Process(*self.processes[f"{node}/init"]).alive for node in [CONTROLLER, *self.nodes])
+        return all(process.alive for _, name, process in self.started() if name == "init")
 
 
 def live(layout: Layout) -> State:

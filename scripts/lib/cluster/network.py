@@ -1,4 +1,4 @@
-"""The network: a bridge in the controller's namespace, one veth pair to each node and to the host.
+"""The network: a bridge in the controller's namespace, one veth pair to each other machine and to the host.
 
 The host has one end of one pair and an address in the network, nothing else: no bridge, no route, no firewall
 rule.
@@ -45,8 +45,8 @@ def connect_host(state: State) -> None:
     _host("ip", "link", "set", link, "up")
 
 
-def connect_node(state: State, node: str) -> None:
-    """Link a node (its eth0) to the bridge."""
+def connect_machine(state: State, node: str) -> None:
+    """Link a node or the store server (its eth0) to the bridge."""
     node_pid, ctl_pid = state.init(node), state.init(CONTROLLER)
     # nsenter with the network only: a pid on ip's command line is read in the caller's PID namespace.
     net = ["nsenter", f"--net=/proc/{ctl_pid}/ns/net"]
@@ -61,7 +61,7 @@ def connect_node(state: State, node: str) -> None:
 
 
 def set_link(state: State, node: str, rate: str) -> None:
-    """Limit a node's link in both directions to a rate ("500mbit", "1gbit"), or not at all ("off")."""
+    """Limit a machine's link in both directions to a rate ("500mbit", "1gbit"), or not at all ("off")."""
     node_pid, ctl_pid = state.init(node), state.init(CONTROLLER)
     for pid, device in ((node_pid, "eth0"), (ctl_pid, node)):
         if rate == "off":
@@ -71,6 +71,15 @@ def set_link(state: State, node: str, rate: str) -> None:
             run(pid, ["tc", "qdisc", "replace", "dev", device, "root", *_tbf(rate)])
     state.links[node] = rate
     state.save()
+
+
+def sent_bytes(state: State, node: str) -> int:
+    """Bytes that a machine has sent over its link since it was made."""
+    for line in Path(f"/proc/{state.init(node)}/net/dev").read_text().splitlines():
+        device, _, counters = line.partition(":")
+        if device.strip() == "eth0":
+            return int(counters.split()[8])
+    raise ClusterError(f"{node} has no link")
 
 
 def _tbf(rate: str) -> list[str]:

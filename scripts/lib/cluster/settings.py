@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .layout import CONTROLLER, REPO, ClusterError, Layout
+from .layout import CONTROLLER, REPO, STORE, ClusterError, Layout
 
 USERS = {"alice": 20001, "bob": 20002}
 GROUP, GROUP_ID = "research", 20000
@@ -181,7 +181,7 @@ def _write_accounts(layout: Layout, nodes: list[str]) -> None:
         f"{layout.address(CONTROLLER)} {CONTROLLER} login",
         f"{layout.host_address} host",
     ]
-    hosts += [f"{layout.address(node)} {node}" for node in nodes]
+    hosts += [f"{layout.address(node)} {node}" for node in [STORE, *nodes]]
     _put(layout.etc / "passwd", passwd)
     _put(layout.etc / "group", group)
     _put(layout.etc / "shadow", shadow, mode=0o600)

@@ -1,9 +1,13 @@
-"""Shared storage that is really remote: sftp.py on the controller, sshfs over each node's own link.
+"""Shared storage that is really remote: sftp.py on the store server, sshfs over each node's own link.
 
-On the controller /shared is the folder of the state. The nodes mount it as root with allow_other and
-default_permissions: the kernel checks permissions by the true owners. sshfs alone would leave what a user
+The store server has a link of its own, which all nodes share: its rate limits what they read and write
+together. On the controller /shared is the folder of the state. The nodes mount it as root with allow_other
+and default_permissions: the kernel checks permissions by the true owners. sshfs alone would leave what a user
 creates to root, so owner.c hands it over (see there). Like NFS it shows others' changes after 2 seconds at
 most, and the time stamps of SFTP have whole seconds.
+
+sshfs ends (libfuse 3.14, unlink_node) when a node renames a file to a name that it knew and that another
+machine has removed meanwhile. Whoever removes files behind the nodes mounts it anew on them.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .layout import CONTROLLER, ClusterError, Layout, State, poll
+from .layout import STORE, ClusterError, Layout, State, poll
 from .namespaces import run, spawn
 from .settings import GROUP_ID, USERS
 
@@ -56,19 +60,19 @@ def prepare(layout: Layout) -> None:
 
 
 def serve(state: State) -> None:
-    """Start the server on the controller; it listens when this returns."""
+    """Start the server; it listens when this returns."""
     layout = state.layout
-    log = layout.log(CONTROLLER, "sftp")
+    log = layout.log(STORE, "sftp")
     clients = [layout.address(node) for node in state.nodes]
     argv = [
         sys.executable,
         "-I",
         str(Path(__file__).with_name("sftp.py")),
-        layout.address(CONTROLLER),
+        layout.address(STORE),
         str(PORT),
     ]
-    process = spawn(state.init(CONTROLLER), [*argv, *clients], log)
-    state.add(CONTROLLER, "sftp", process)
+    process = spawn(state.init(STORE), [*argv, *clients], log)
+    state.add(STORE, "sftp", process)
     if not poll(lambda: "serving" in log.read_text() or not process.alive, timeout_s=20) or not process.alive:
         raise ClusterError("the server of /shared does not start", log)
 
@@ -78,9 +82,17 @@ def mount(state: State, node: str) -> None:
     layout, pid = state.layout, state.init(node)
     log = layout.log(node, "sshfs")
     options = f"directport={PORT},{SSHFS_OPTIONS}{_symlink_option()}"
-    argv = ["sshfs", "-f", "-o", options, f"{layout.address(CONTROLLER)}:/shared", "/shared"]
+    argv = ["sshfs", "-f", "-o", options, f"{layout.address(STORE)}:/shared", "/shared"]
     process = spawn(pid, argv, log, env={"LD_PRELOAD": str(_owner_library(layout))})
     state.add(node, "sshfs", process)
+
+
+def unmount(state: State, node: str) -> None:
+    """Unmount a node's /shared; raises ClusterError when something there is in use."""
+    process = state.process(node, "sshfs")
+    run(state.init(node), ["umount", "/shared"])
+    if process and not process.wait(10):
+        raise ClusterError(f"{node}: sshfs does not end", state.layout.log(node, "sshfs"))
 
 
 def wait_mounted(state: State, node: str) -> None:

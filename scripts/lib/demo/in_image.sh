@@ -1,7 +1,6 @@
 #!/bin/bash
 # What pyxis and enroot do for a squashfs image, with Debian's tools: squashfuse mounts it, the task runs inside.
 set -euo pipefail
-export MPLCONFIGDIR=/tmp TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1
 root=$(mktemp -d /dev/shm/demo.XXXXXX)
 trap 'fusermount3 -qu "$root"; rmdir "$root"' EXIT
 squashfuse image.sqsh "$root"

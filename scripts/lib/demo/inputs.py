@@ -2,16 +2,21 @@
 
 They lie in alice's folder on the cluster's shared storage and go with the cluster. The environment is made
 for the image's Python: its packages are downloaded on this machine, which has the network.
+
+The packages are those whose imports read much for the CPU that they cost. Four nodes share this machine's
+cores: with packages that compute for long while they are imported, these would be the limit, not the link.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.client import Cluster
@@ -21,29 +26,47 @@ HERE = Path(__file__).resolve().parent
 FOLDER = "home/alice/demo"  # below /shared
 SUITE = "bookworm"
 PYTHON = "3.11"  # of that suite
-PACKAGES = [
-    "jax",
-    "flax",
-    "optax",
-    "transformers",
-    "pandas",
-    "pyarrow",
-    "scikit-learn",
-    "matplotlib",
-    "safetensors",
-]
 STRIPES = 8
 ALICE = 20001
+BOOTSEER = str(REPO / ".venv" / "bin" / "bootseer")
 # Wheels run on the image's glibc when they are of these; older tags are what most of them have.
 PLATFORMS = ["manylinux2014_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64"]
+STEPS = 8  # of make and save
+
+Step = Callable[[str], None]
 
 
-def make(cluster: Cluster, *, checkpoint_mib: int, step: Callable[[str], None]) -> None:
-    """Make the inputs, where they are not there yet. step: told what is being made."""
+@dataclass(frozen=True)
+class Inputs:
+    """How large they are. imports: modules of the packages, as the job imports them."""
+
+    packages: tuple[str, ...]
+    imports: tuple[str, ...]
+    checkpoint_mib: int
+
+
+FULL = Inputs(
+    packages=("jax", "pyarrow", "numba", "opencv-python-headless", "av", "vtk", "tensorstore",
+              "onnxruntime", "h5py", "safetensors"),
+    imports=("jax.numpy", "pyarrow.dataset", "pyarrow.flight", "numba.core.types", "cv2", "av",
+             "vtkmodules.all", "tensorstore", "onnxruntime", "h5py"),
+    checkpoint_mib=64,
+)  # fmt: skip
+QUICK = Inputs(
+    packages=("pyarrow", "numpy", "opencv-python-headless", "safetensors"),
+    imports=("pyarrow.dataset", "cv2"),
+    checkpoint_mib=32,
+)
+
+
+def make(cluster: Cluster, inputs: Inputs, step: Step) -> None:
+    """Make them, where they are not there yet. step: told what is being made."""
     folder = cluster.shared / FOLDER
-    if (folder / "model.safetensors").exists():
+    made = folder / "made.json"
+    if made.exists() and json.loads(made.read_text()) == json.loads(json.dumps(asdict(inputs))):
         return
-    folder.mkdir(mode=0o755, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o755)
     with tempfile.TemporaryDirectory(prefix="bootseer-demo-", dir="/var/tmp") as scratch:
         root = Path(scratch) / "root"
         step("image: Debian and Python, by mmdebstrap")
@@ -52,42 +75,51 @@ def make(cluster: Cluster, *, checkpoint_mib: int, step: Callable[[str], None]) 
         step("image: squashfs")
         _run("mksquashfs", str(root), str(folder / "image.sqsh"), "-comp", "zstd", "-noappend", "-quiet",
              "-no-progress")  # fmt: skip
-        step(f"environment: {' '.join(PACKAGES)}")
-        _make_environment(cluster, root, Path(scratch) / "source")
-        step("environment: byte-compiling")
-        _in_image(
-            cluster, root, "/usr/bin/python3", "-m", "compileall", "-q", "-j2", f"/shared/{FOLDER}/venv"
-        )
-        step(f"checkpoint: {checkpoint_mib} MiB of safetensors")
+        step(f"environment: {' '.join(inputs.packages)}")
+        _make_environment(cluster, root, Path(scratch) / "source", inputs.packages)
+        step("environment: byte code")
+        compileall = ("-m", "compileall", "-q", "-j0", f"/shared/{FOLDER}/venv")
+        _in_image(cluster, root, "/usr/bin/python3", *compileall)
+        step(f"checkpoint: {inputs.checkpoint_mib} MiB of safetensors")
         for name in ("train.py", "checkpoint.py", "job.sh", "in_image.sh"):
             shutil.copy(HERE / name, folder / name)
+        (folder / "imports").write_text("\n".join(inputs.imports) + "\n")
         python, program = f"/shared/{FOLDER}/venv/bin/python", f"/shared/{FOLDER}/checkpoint.py"
-        made = f"/shared/{FOLDER}/model.new"
-        _in_image(cluster, root, python, program, made, str(checkpoint_mib))
+        made_in_image = f"/shared/{FOLDER}/model.safetensors"
+        _in_image(cluster, root, python, program, made_in_image, str(inputs.checkpoint_mib))
     _run("chown", "-R", f"{ALICE}:{ALICE}", str(folder))
-    (folder / "model.new").rename(folder / "model.safetensors")
+    made.write_text(json.dumps(asdict(inputs)))
 
 
-def save(cluster: Cluster) -> None:
-    """Put them into the store, as alice does once; shows the progress of each."""
-    bootseer = str(REPO / ".venv" / "bin" / "bootseer")
-    if cluster.exec("login", bootseer, "store", "init").returncode != 0:
-        raise ClusterError("the store cannot be made")
-    for command in (
-        ("image", "push", f"/shared/{FOLDER}/image.sqsh"),
-        ("env", "save", f"/shared/{FOLDER}/venv"),
-        ("checkpoint", "stripe", "--stripes", str(STRIPES), f"/shared/{FOLDER}/model.safetensors"),
-    ):
-        cluster.show("login", bootseer, *command, user="alice")
+def save(cluster: Cluster, step: Step) -> None:
+    """Put them into the store, as alice does once. What was saved or learned before is forgotten."""
+    shutil.rmtree(cluster.shared / f"bootseer/users/{ALICE}", ignore_errors=True)
+    commands = {
+        "image into the store": ("image", "push", f"/shared/{FOLDER}/image.sqsh"),
+        "environment into the store": ("env", "save", f"/shared/{FOLDER}/venv"),
+        "checkpoint into the store": (
+            "checkpoint", "stripe", "--stripes", str(STRIPES), f"/shared/{FOLDER}/model.safetensors",
+        ),
+    }  # fmt: skip
+    _bootseer(cluster, "store", "init", user=None)
+    for title, command in commands.items():
+        step(title)
+        _bootseer(cluster, *command, user="alice")
 
 
-def _make_environment(cluster: Cluster, root: Path, source: Path) -> None:
+def _bootseer(cluster: Cluster, *command: str, user: str | None) -> None:
+    done = cluster.exec("login", BOOTSEER, *command, user=user, timeout_s=600)
+    if done.returncode != 0:
+        raise ClusterError(f"bootseer {' '.join(command)} failed: {done.stderr[-2000:]}")
+
+
+def _make_environment(cluster: Cluster, root: Path, source: Path, packages: tuple[str, ...]) -> None:
     venv = cluster.shared / FOLDER / "venv"
     _in_image(cluster, root, "/usr/bin/python3", "-m", "venv", "--without-pip", f"/shared/{FOLDER}/venv")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-compile"]
     target = ["--target", str(venv / "lib" / f"python{PYTHON}" / "site-packages"), "--upgrade"]
     platforms = [f"--platform={platform}" for platform in PLATFORMS]
-    _run(*pip, *target, *platforms, f"--python-version={PYTHON}", "--only-binary=:all:", *PACKAGES)
+    _run(*pip, *target, *platforms, f"--python-version={PYTHON}", "--only-binary=:all:", *packages)
     # A copy: setuptools builds in the folder it is given.
     shutil.copytree(REPO / "bootseer_slurm", source / "bootseer_slurm")
     for name in ("pyproject.toml", "README.md"):

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from bootseer_slurm.blob.manifest import Layout
 from bootseer_slurm.blob.trace import Plan
 
-# Blocks of a plan that lie side by side, and are this near each other in it, go by one read.
-_NEAR_BLOCKS = 64
+# Blocks of a plan that lie side by side, and are this near each other in it, go by one read: 16 MiB.
+_NEAR_BLOCKS = 256
 _FIRST_LIMIT_BYTES = 64 * 2**20
 _END_BYTES = 2**20  # safetensors has its header in front, a zip (.pt) its directory at the end
 _LATE_MS = 2**32  # after all that is known to be touched

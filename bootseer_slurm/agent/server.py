@@ -46,7 +46,7 @@ _TEND_EVERY_S = 60.0  # others fill the cache's disk too
 _PACK_TIMEOUT_S = 800.0  # for mksquashfs, after its last byte came
 _SAVE_ROUNDS = 10  # what a crash of the node can cost of the cache, in rounds; syncing is slow
 _IMAGE_MARGIN_S = 60.0  # for looking it up, twice
-_ATTACH_MARGIN_S = 5.0  # for seeing that the originals are the same, and making the mounts
+_ATTACH_MARGIN_S = 8.0  # for seeing that the originals are the same, and making the mounts
 
 
 class Agent:

@@ -51,6 +51,7 @@ _PUBLISH_DELAY_S = 2.0  # the other tasks' marks come within it
 _JOIN_S = 5.0  # for threads whose fetch process was killed
 _LOOK_UP_LIMIT_S = 25.0  # for an importer, which waits for one name
 _WHOLE_TRACE_EVERY = 8
+_FIRST_STEPS = ("batch", "interactive")
 _UNREAD = "not brought: the last start of this class was shown it and did not read it"
 
 
@@ -83,6 +84,7 @@ class Session:
         self._by_site = False  # the job did not ask, and may still do so in a step
         self._writable = False
         self._ending_start = False
+        self._step_seen = False
         no_key = Key(b"", "kernel_mount is off")
         self._key = no_key if config.image.kernel_mount == "off" else read_key(config.image.site_key)
         self._class = job_class(job.uid, job.account, job.name)
@@ -212,7 +214,9 @@ class Session:
         self.log.emit("step", "attach", step=step)
         self._recording.step()
         self.wait_looked_up(time.monotonic() + self._config.prefetch.attach_wait_s)
-        shown = self._shown.to_step()
+        # The batch step runs before all others. One that is not the first was seen on this node.
+        shown = self._shown.to_step(is_first=step in _FIRST_STEPS and not self._step_seen)
+        self._step_seen = True
         self._recording.shown(part for part in self._parts() if self._shown.is_readable(part.wish))
         self._measure.step(self._parts())
         return shown

@@ -28,12 +28,16 @@ class Shown:
         self._readable: set[Wish] = set()
         self._lock = threading.Lock()
 
-    def to_step(self) -> tuple[list[Bind], dict[str, str]]:
-        """Fresh mounts for a step (the caller closes them) and its variables, of what is looked up by now."""
+    def to_step(self, *, is_first: bool) -> tuple[list[Bind], dict[str, str]]:
+        """Fresh mounts for a step (the caller closes them) and its variables, of what is looked up by now.
+
+        is_first: see Target.bind.
+        """
         wanted = {wish: sought for wish, sought in self._wanted.all().items() if not sought.dropped}
         targets = [sought.target for sought in wanted.values() if sought.target is not None]
         with ThreadPoolExecutor(len(targets) or 1) as pool:  # one that does not answer holds up no other
-            binds = [bind for bind in pool.map(self._bind, targets) if bind]
+            made = pool.map(lambda target: self._bind(target, is_first), targets)
+            binds = [bind for bind in made if bind]
         for wish, sought in wanted.items():
             if not sought.looked_up.is_set():
                 self._tell("skipped", wish, "the store had not answered when the step started")
@@ -50,9 +54,9 @@ class Shown:
         with self._lock:
             self._named.close()
 
-    def _bind(self, target: Target) -> Bind | None:
+    def _bind(self, target: Target, is_first: bool) -> Bind | None:
         try:
-            bind = target.bind()
+            bind = target.bind(is_first=is_first)
         except Exception as error:  # the binds of others are to be shown, or closed
             self._tell("skipped", target.wish, str(error))
             return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from bootseer_slurm.agent.saving import View
 from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.source import adopted_id, remote_id
 from bootseer_slurm.blob.digest import DIGEST_BYTES, PREFERRED
-from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES, MAX_BLOB_BYTES, Layout
+from bootseer_slurm.blob.manifest import CHUNK_BYTES, MAX_BLOB_BYTES, Layout, block_bytes_of
 from bootseer_slurm.blob.reader import OnFault
 from bootseer_slurm.env.attach import Overlay, Unpacked
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound, StoreError
@@ -29,7 +30,9 @@ from bootseer_slurm.events import BELOW_LAYER
 from bootseer_slurm.fetch.process import FetchProcess, Reply
 from bootseer_slurm.image.trust import Key
 
-_SAME_TIMEOUT_S = 1.0  # a step waits for this
+# A step waits for this. On a full link it may take long, and without it the step reads all over that link.
+_SAME_TIMEOUT_S = 4.0
+_FRESH_S = 5.0
 _HUGE_BYTES = 64 * 2**30
 
 
@@ -90,6 +93,7 @@ class Target:
         fields, fds = reply.fields, list(reply.fds)
         # As the user's process says
         self.fingerprint = str(fields.get("fingerprint", ""))
+        self._looked_up_s = time.monotonic()
         self.warning: str | None = fields.get("warning")
         self.first: object = fields.get("first")
         self.image_digest = str(fields.get("image", ""))  # that an environment's snapshot is for
@@ -163,7 +167,7 @@ class Target:
 
     def _without_manifest(self, blob_id: str, size_bytes: int) -> Content:
         """A file that is used as it lies. A digest a block is kept in memory: a huge one has large blocks."""
-        block_bytes = CHUNK_BYTES if size_bytes > _HUGE_BYTES else BLOCK_BYTES
+        block_bytes = CHUNK_BYTES if size_bytes > _HUGE_BYTES else block_bytes_of(self.wish.kind)
         layout = Layout(size_bytes, block_bytes, digest=PREFERRED)
         self._allow(max(0, layout.blocks) * DIGEST_BYTES)
         return Content(blob_id, layout, None)
@@ -231,8 +235,10 @@ class Target:
             raise NotFound(f"{self.wish.name}: the job is over")
         return self.parts[0].served_path
 
-    def bind(self) -> Bind | None:
+    def bind(self, *, is_first: bool = False) -> Bind | None:
         """A fresh mount of the blob for one step; the caller closes its descriptor.
+
+        is_first: nothing of the job ran before this step, on any node, so what was just looked up is the same.
 
         Of a checkpoint without a path of its own: over its FUSE file, once all of it is in the cache, whose
         file is read without a detour. None where there is nothing to be shown.
@@ -246,15 +252,19 @@ class Target:
                 return None
             status = os.stat(served)
             return Bind(mounts.bind_clone(path), status.st_dev, status.st_ino, str(served))
-        fields: dict[str, Any] = {"kind": self.wish.kind, "name": self.path, "fingerprint": self.fingerprint}
-        if not self._process.call("same", timeout_s=_SAME_TIMEOUT_S, **fields).fields.get("same"):
-            raise InputError(f"{self.path}: was changed after it was looked up")
+        if not (is_first and time.monotonic() - self._looked_up_s < _FRESH_S):
+            self._check_same()
         status = os.fstat(self._original)
         if self._overlay:
             fd = mounts.bind_clone(self._overlay.path, read_only=not self._overlay.writable)
         else:
             fd = mounts.bind_clone(self._mounted or self.parts[0].path)
         return Bind(fd, status.st_dev, status.st_ino, self.path)
+
+    def _check_same(self) -> None:
+        fields: dict[str, Any] = {"kind": self.wish.kind, "name": self.path, "fingerprint": self.fingerprint}
+        if not self._process.call("same", timeout_s=_SAME_TIMEOUT_S, **fields).fields.get("same"):
+            raise InputError(f"{self.path}: was changed after it was looked up")
 
     def close(self) -> None:
         """Let go of the blobs, the mounts and the original."""

@@ -9,7 +9,7 @@ snapshot. Does no I/O. Not thread-safe: a touch that is lost costs one readahead
 
 from __future__ import annotations
 
-_MOST_BLOCKS = 16  # 4 MiB, one chunk
+_MOST_BLOCKS = 16  # 1 MiB of an image or environment
 
 
 class Ahead:

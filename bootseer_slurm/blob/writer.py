@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bootseer_slurm.blob.digest import DIGEST_BYTES, PREFERRED
-from bootseer_slurm.blob.manifest import Layout, Manifest
+from bootseer_slurm.blob.manifest import Layout, Manifest, block_bytes_of
 from bootseer_slurm.blob.names import Base, Name, user_folder, wait_until_settled, write_name
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.store import FileReader, Store
@@ -68,7 +68,7 @@ def store_blob(
     """
     before = path.stat()
     wait_until_settled(before)
-    layout = Layout(before.st_size, objects=max(1, objects), digest=PREFERRED)
+    layout = Layout(before.st_size, block_bytes_of(kind), objects=max(1, objects), digest=PREFERRED)
     folder = f"{user_folder(os.getuid())}/blobs/{secrets.token_hex(12)}"
     try:
         digests = write_objects(store, folder, path, layout, progress=progress)

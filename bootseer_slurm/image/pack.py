@@ -36,7 +36,7 @@ import psutil
 
 from bootseer_slurm.blob.compression import COMPRESSIONS, mksquashfs_options
 from bootseer_slurm.blob.digest import PREFERRED
-from bootseer_slurm.blob.manifest import Layout, Manifest
+from bootseer_slurm.blob.manifest import SQUASHFS_BLOCK_BYTES, Layout, Manifest
 from bootseer_slurm.blob.squashfs import check_squashfs
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 
@@ -53,7 +53,7 @@ _SQUASHFS = (
 # A job waits for its image. None waits for a snapshot: see env/archive.py.
 _COMPRESSION = {
     "image": mksquashfs_options("zstd", quick=True),
-    "environment": mksquashfs_options("lz4"),
+    "environment": mksquashfs_options("zstd"),
 }
 _MEMORY_MIB = 1024
 _ADDRESS_SPACE_BYTES = 8 * 2**30  # mksquashfs has some stacks and buffers for each thread
@@ -63,7 +63,7 @@ _LOG_TAIL_BYTES = 2000
 _KILL_TIMEOUT_S = 5.0
 _CLAIM_S = 60.0  # for who packs to ask for the result, once it is there
 _HASH_THREADS = 2
-_HASH_RUN_BLOCKS = 64
+_HASH_RUN_BLOCKS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,7 +370,7 @@ class _Image:
 
 def _digest(fd: int) -> tuple[Layout, bytes]:
     """Layout and digests of a file, by some threads."""
-    layout = Layout(os.fstat(fd).st_size, digest=PREFERRED)
+    layout = Layout(os.fstat(fd).st_size, SQUASHFS_BLOCK_BYTES, digest=PREFERRED)
 
     def digest_run(first: int) -> bytes:
         digests = bytearray()

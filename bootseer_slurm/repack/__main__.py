@@ -27,7 +27,7 @@ from bootseer_slurm import config as configuration
 from bootseer_slurm import scratch
 from bootseer_slurm.blob.compression import best_compression
 from bootseer_slurm.blob.lease import make_once
-from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
+from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, SQUASHFS_BLOCK_BYTES, Layout, decode
 from bootseer_slurm.blob.names import Name, list_names, write_name
 from bootseer_slurm.blob.plans import keep_trace, plan_of
 from bootseer_slurm.blob.squashfs import head_and_tables
@@ -153,12 +153,10 @@ class _Work:
                 configuration.load(None).agent.socket, str(self._task.job), warn=lambda message: None
             )
             written = self._packed(file, hot, packing)
-            touches = plan_touches(
-                hot_extents(_files_of(file), hot),
-                Layout(file.stat().st_size),
-                head_and_tables(FileReader(file), str(file)),
-            )
-            new_bytes = blocks_bytes(Layout(file.stat().st_size), (block for block, _ in touches))
+            layout = Layout(file.stat().st_size, SQUASHFS_BLOCK_BYTES)
+            tables = head_and_tables(FileReader(file), str(file))
+            touches = plan_touches(hot_extents(_files_of(file), hot), layout, tables)
+            new_bytes = blocks_bytes(layout, (block for block, _ in touches))
             if not self._saves_enough(new_bytes):
                 return f"lies as starts touch it: {format_bytes(new_bytes)} would be fetched in another order"
             beside = self._listed(written)

@@ -229,9 +229,9 @@ def test_what_cannot_be_named_does_not_lose_the_mounts_of_the_rest(mocker: Mocke
     """A job that ends while a step begins lets go of its blobs one after the other."""
     wanted, bind = Wanted(), Bind(7, 1, 2, "/ckpt/a")
     for name, target in {
-        "/ckpt/a": mocker.Mock(path="/ckpt/a", bind=lambda: bind),
-        "hdfs://nn/b": mocker.Mock(path=None, bind=lambda: None, served_path=mocker.Mock(side_effect=KeyError("gone"))),
-        "s3://bucket/c": mocker.Mock(path=None, bind=lambda: None, served_path=lambda: Path("/run/c")),
+        "/ckpt/a": mocker.Mock(path="/ckpt/a", bind=lambda **_: bind),
+        "hdfs://nn/b": mocker.Mock(path=None, bind=lambda **_: None, served_path=mocker.Mock(side_effect=KeyError("gone"))),
+        "s3://bucket/c": mocker.Mock(path=None, bind=lambda **_: None, served_path=lambda: Path("/run/c")),
     }.items():
         target.wish = Wish("checkpoint", name)
         sought, _ = wanted.seek(target.wish, asked=True)
@@ -240,7 +240,7 @@ def test_what_cannot_be_named_does_not_lose_the_mounts_of_the_rest(mocker: Mocke
     log = EventLog(1, 0, "n1")
     of_job = Shown(wanted, mocker.Mock(), log)
     for _ in range(3):
-        binds, variables = of_job.to_step()
+        binds, variables = of_job.to_step(is_first=False)
         assert binds == [bind] and variables == {"BOOTSEER_CHECKPOINT": "/run/c"}
     told = [(event.name, event.target) for event in log.events()]
     assert told == [("shown", "/ckpt/a"), ("skipped", "hdfs://nn/b")], "once, however many steps there are"

@@ -287,7 +287,7 @@ def test_the_commands(scene: Scene) -> None:
     listed = command("list").stdout
     assert name in listed and listed.splitlines()[0].split() == ["image", "blob", "fingerprint", "pushed"]
     shown = command("show", short).stdout
-    assert f"{user_folder(UID)}/blobs/" in shown and "of 256 KiB in 1 objects" in shown
+    assert f"{user_folder(UID)}/blobs/" in shown and "of 64 KiB in 1 objects" in shown
     assert command("verify", short).stdout.endswith("blocks are right\n")
     record = read_name(scene.store, UID, name)
     assert record is not None

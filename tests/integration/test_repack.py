@@ -21,8 +21,8 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root, /dev/fuse"),
     pytest.mark.skipif(not shutil.which("squashfuse"), reason="no squashfuse"),
 ]
-FILES = 600
-FILE_BYTES = 40_000
+FILES = 3000
+FILE_BYTES = 20_000
 HOT = range(7, FILES, 15)  # here and there, one in fifteen
 SITE = "lib/python3.11/site-packages/thing"
 
@@ -31,16 +31,16 @@ def make(node: Node) -> Path:
     """alice's environment with many files, a large one of which a part is read, and a link."""
     root = make_venv(node)
     for number in range(FILES):
-        (root / SITE / f"f{number:03}").write_bytes(random.Random(number).randbytes(FILE_BYTES))
+        (root / SITE / f"f{number:04}").write_bytes(random.Random(number).randbytes(FILE_BYTES))
     (root / SITE / "large").write_bytes(random.Random(-1).randbytes(8_000_000))
-    (root / SITE / "hard").hardlink_to(root / SITE / "f100")
+    (root / SITE / "hard").hardlink_to(root / SITE / "f0100")
     give_alice(root)
     return root
 
 
 def read_hot(view: Path) -> bytes:
     """What a start reads, from the back to the front."""
-    content = b"".join((view / SITE / f"f{number:03}").read_bytes() for number in reversed(HOT))
+    content = b"".join((view / SITE / f"f{number:04}").read_bytes() for number in reversed(HOT))
     with (view / SITE / "large").open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         file.seek(5_000_000)
@@ -61,7 +61,7 @@ def start(node: Node, job: int, root: Path, *, until: str = "") -> tuple[bytes, 
     elif until:
         wait_until(lambda: f'"name":"{until}"' in told.read_text(), 60)
     tree = {str(path.relative_to(view)): path.lstat().st_mode for path in view.rglob("*")}
-    assert set(tree) >= {f"{SITE}/f{number:03}" for number in range(FILES)}
+    assert set(tree) >= {f"{SITE}/f{number:04}" for number in range(FILES)}
     return content, end(node, job, view)
 
 
@@ -101,8 +101,8 @@ def test_the_next_start_fetches_little_more_than_it_reads(signed: bool) -> None:
         got, events = start(node, 2, root, until="log: lies as starts touch it")
         assert got == want
         read_bytes = len(HOT) * FILE_BYTES + 200_000
-        assert read_bytes < hot_bytes(events) < 1.5 * read_bytes + 2 * 2**18, "the tables, and the last blocks"
-        assert fetched(events) <= hot_bytes(events) + 2 * 2**18, "nearly all that it reads was in the plan"
+        assert read_bytes < hot_bytes(events) < 1.25 * read_bytes, "with the tables"
+        assert fetched(events) <= hot_bytes(events) + 2**20, "the rest the kernel reads ahead"
         assert names(node) == [after], "it lies well now"
         assert "in the store already" in node.bootseer("env", "save", str(root))
 
@@ -116,11 +116,11 @@ def test_hot_files_lie_in_front_in_the_order_of_touch() -> None:
         (record,) = names(node)
         image = node.folder / "store" / record["folder"] / "0"
         files = read_files(FileReader(image), "image").files
-        hot = [files[f"{SITE}/f{number:03}"].blocks[0].offset for number in HOT]
-        cold = [files[f"{SITE}/f{number:03}"].blocks[0].offset for number in range(FILES) if number not in HOT]
+        hot = [files[f"{SITE}/f{number:04}"].blocks[0].offset for number in HOT]
+        cold = [files[f"{SITE}/f{number:04}"].blocks[0].offset for number in range(FILES) if number not in HOT]
         large = files[f"{SITE}/large"].blocks[:-1]  # without its tail, in a fragment
         behind = [offset for offset in hot if offset > min(large)[0]]
-        assert len(behind) <= 3, "the last fragment is filled with cold files, and written then"
+        assert len(behind) <= 6, "the last fragment is filled with cold files, and written then"
         assert max(large)[0] < min(cold)
         assert sum(hot[:10]) > sum(hot[-10:]), "read from the back to the front"
 

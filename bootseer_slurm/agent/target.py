@@ -238,7 +238,7 @@ class Target:
     def bind(self, *, is_first: bool = False) -> Bind | None:
         """A fresh mount of the blob for one step; the caller closes its descriptor.
 
-        is_first: nothing of the job ran before this step, on any node, so what was just looked up is the same.
+        is_first: nothing of the job ran before this step on any node: what was just looked up is the same.
 
         Of a checkpoint without a path of its own: over its FUSE file, once all of it is in the cache, whose
         file is read without a detour. None where there is nothing to be shown.

@@ -21,7 +21,7 @@ from cluster.layout import ClusterError
 from demo import arms, inputs, picture
 
 NODES = 4
-STORE_LINK = "500mbit"
+STORE_LINK = "400mbit"
 ROUNDS, QUICK_ROUNDS = 2, 1
 
 console = Console()

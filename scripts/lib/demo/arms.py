@@ -92,7 +92,7 @@ def measure(
             measured.arms.setdefault(arm.name, []).append(started)
             done()
         say = _titled(tell, f"round {number}: all local")
-        measured.local.append(start(cluster, *AGAIN.options, tell=say))
+        measured.local.append(start(cluster, *SPELLED.options, tell=say))
         done()
     checksums = {each.checksum for starts in (*measured.arms.values(), measured.local) for each in starts}
     if len(checksums) != 1:

@@ -46,12 +46,18 @@ class Inputs:
 
 
 FULL = Inputs(
-    packages=("jax", "pyarrow", "numba", "opencv-python-headless", "av", "vtk", "tensorstore",
-              "onnxruntime", "h5py", "safetensors"),
-    imports=("jax.numpy", "pyarrow.dataset", "pyarrow.flight", "numba.core.types", "cv2", "av",
-             "vtkmodules.all", "tensorstore", "onnxruntime", "h5py"),
+    packages=("jax", "pyarrow", "numba", "vtk", "av", "h5py", "safetensors"),
+    imports=(
+        "jax.numpy",
+        "pyarrow.dataset",
+        "pyarrow.flight",
+        "numba.core.types",
+        "vtkmodules.all",
+        "av",
+        "h5py",
+    ),
     checkpoint_mib=64,
-)  # fmt: skip
+)
 QUICK = Inputs(
     packages=("pyarrow", "numpy", "opencv-python-headless", "safetensors"),
     imports=("pyarrow.dataset", "cv2"),
@@ -92,7 +98,10 @@ def make(cluster: Cluster, inputs: Inputs, step: Step) -> None:
 
 
 def save(cluster: Cluster, step: Step) -> None:
-    """Put them into the store, as alice does once. What was saved or learned before is forgotten."""
+    """Put them into the store, as alice does once. What was saved or learned before is forgotten.
+
+    The site has a key, as a real one: so the kernel mounts what its agents pack.
+    """
     shutil.rmtree(cluster.shared / f"bootseer/users/{ALICE}", ignore_errors=True)
     commands = {
         "image into the store": ("image", "push", f"/shared/{FOLDER}/image.sqsh"),
@@ -102,6 +111,8 @@ def save(cluster: Cluster, step: Step) -> None:
         ),
     }  # fmt: skip
     _bootseer(cluster, "store", "init", user=None)
+    if not (cluster.state_dir / "etc/bootseer/site.key").exists():
+        _bootseer(cluster, "image", "make-key", user=None)
     for title, command in commands.items():
         step(title)
         _bootseer(cluster, *command, user="alice")

@@ -51,7 +51,7 @@ from bootseer_slurm.repack.touched import touched_blocks
 from bootseer_slurm.store import FileReader, Store, open_store
 from bootseer_slurm.units import format_bytes
 
-_WORTH = 0.8  # of what a start fetches now: what is left must be less, or the layout stays
+_WORTH = 0.9  # of what a start fetches now: what is left must be less, or the layout stays
 _LEAST_SAVED_BYTES = 4 * 2**20
 _PLACE = "TMPDIR must name a folder with room for the image"
 _SAMPLES = 64  # blocks, of all the files that a start touches

@@ -86,7 +86,7 @@ def main(
             json_path.write_text(json.dumps(content, indent=2) + "\n")
         picture.show(content, console)
         if quick:
-            console.print("--quick: small inputs and one round show that it works, not how fast.", style="dim")
+            console.print("Small inputs, one round: that shows that it works, not how fast.", style="dim")
     except ClusterError as error:
         console.print(f"scripts/demo: {error}", style="red", markup=False)
         raise typer.Exit(1) from None

@@ -210,6 +210,22 @@ def test_drop_caches_makes_nodes_cold(cluster: Any) -> None:
     assert received_bytes() - before > size_bytes
 
 
+def test_drop_caches_can_mount_shared_anew(cluster: Any) -> None:
+    """A node that knew a file which another machine removed can write it again."""
+    write = "echo {} > /shared/data/new && mv /shared/data/new /shared/data/again"
+    assert cluster.exec("n1", "sh", "-c", write.format("one")).returncode == 0
+    (cluster.shared / "data/again").unlink()
+    cluster.script("drop-caches", "--shared")
+    assert cluster.exec("n1", "sh", "-c", write.format("two")).returncode == 0
+    assert (cluster.shared / "data/again").read_text() == "two\n"
+    for node in cluster.nodes:
+        mounts = cluster.exec(node, "cat", "/proc/mounts").stdout
+        assert mounts.count(" /shared ") == 1
+        assert cluster.exec(node, "ls", "/shared").stdout.split() == ["bootseer", "data", "home"]
+        status = cluster.script("status").stdout
+        assert not any(line.startswith(node) and "DEAD" in line for line in status.splitlines())
+
+
 def test_down_leaves_nothing(spare_cluster: Any) -> None:
     before = traces(spare_cluster.state_dir)
     spare_cluster.script("up", "--nodes", "1", "--no-agent")

@@ -130,7 +130,7 @@ def _make_tree(folder: Path, step: Callable[[str], None]) -> None:
 
 
 class Registry:
-    """Debian's docker-registry over a folder, on this machine or (`start`) in the cluster's login machine."""
+    """Debian's docker-registry over a folder, on this machine or (`start`) in a machine of the cluster."""
 
     def __init__(
         self, storage: Path, address: str, start: Callable[..., subprocess.Popen[str]] | None = None

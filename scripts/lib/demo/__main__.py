@@ -80,10 +80,13 @@ def main(
     try:
         with console.status(f"starting a cluster of {NODES} nodes"):
             cluster.script("up", "--nodes", str(NODES), "--link", "off", timeout_s=900)
+            cluster.script("link", "store", store_link)
         content = run(cluster, store_link=store_link, with_all=with_all, quick=quick)
         if json_path:
             json_path.write_text(json.dumps(content, indent=2) + "\n")
         picture.show(content, console)
+        if quick:
+            console.print("Small inputs, one round: that shows that it works, not how fast.", style="dim")
     except ClusterError as error:
         console.print(f"scripts/demo: {error}", style="red", markup=False)
         raise typer.Exit(1) from None

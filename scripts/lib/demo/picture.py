@@ -54,7 +54,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(text, "", sentence(result, ascii_only=console.options.ascii_only), sep="\n")
     for name, arm in result["arms"].items():
         if arm["cpu_busy"] > BUSY_LIMIT:
-            busy = f"{name}: the cores were {arm['cpu_busy']:.0%} busy, so they may have been the limit"
+            busy = f"{name}: the cores were {_percent(arm['cpu_busy'])} busy, so they may have been the limit"
             console.print(busy, style="yellow")
 
 
@@ -90,7 +90,11 @@ def sentence(result: dict[str, Any], *, ascii_only: bool) -> Text:
 
 
 def _shorter(reduction: float) -> str:
-    return f"{reduction:.0%} shorter" if reduction >= 0 else f"{-reduction:.0%} longer"
+    return f"{_percent(abs(reduction))} {'shorter' if reduction >= 0 else 'longer'}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _bar(parts: dict[str, float], looks: dict[str, Look], scale: float, ascii_only: bool) -> Text:
@@ -107,7 +111,7 @@ def _figures(arm: dict[str, Any]) -> str:
     longest = sorted(arm["stages"].items(), key=lambda item: -item[1])[:2]
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in longest)
     sent = f"{arm['store_bytes'] / 1e9:.2f} GB sent"
-    return f"{stages}; {sent}, link {arm['link_busy']:.0%}, cores {arm['cpu_busy']:.0%} busy"
+    return f"{stages}; {sent}, link {_percent(arm['link_busy'])}, cores {_percent(arm['cpu_busy'])} busy"
 
 
 def main() -> None:

@@ -53,13 +53,14 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A regular file. blocks: one extent for each `block_bytes` of it; the last may be a fragment's.
+    """A regular file. blocks: one extent for each `block_bytes` of it.
 
-    A block that is a hole has an extent of 0 bytes.
+    A block that is a hole has an extent of 0 bytes. in_fragment: the last one is that of a fragment.
     """
 
     size_bytes: int
     blocks: tuple[Extent, ...]
+    in_fragment: bool = False
 
 
 class Squashfs(NamedTuple):
@@ -217,7 +218,7 @@ class _Inodes:
             first += stored_bytes
         if in_fragment:
             extents.append(self._fragments[fragment])
-        self.files[number] = StoredFile(size_bytes, tuple(extents))
+        self.files[number] = StoredFile(size_bytes, tuple(extents), in_fragment)
         return offset + 4 * count
 
 

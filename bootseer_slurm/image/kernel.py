@@ -51,6 +51,7 @@ _LO_FLAGS_AUTOCLEAR = 4
 _LOOP_CONFIG = struct.Struct("=II 40x12xI64s96x16x 64x")
 _LOOP_FLAGS = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR
 _LOOP_ATTEMPTS = 32  # another process may take the device that was free
+_READ_AHEAD_KB = 128  # a block of squashfs
 _FSTYPE = "squashfs"
 STEPS = ("loop devices", "squashfs driver", "idmapped mounts", "locked mounts")
 
@@ -260,8 +261,10 @@ def _attach_loop(image: Path) -> int:
     except OSError as error:
         os.close(backing)
         raise BootseerError(f"no loop devices: {error}", hint="modprobe loop") from None
-    # Without LO_FLAGS_DIRECT_IO, which loses the file's read-ahead: a whole image took 2.5 times as long over
-    # ext4, and imports over FUSE 3.5 times as many reads. And so pushed blocks (FUSE_NOTIFY_STORE) are found.
+    # squashfs asks for whole blocks. What the file's own read-ahead adds is fetched in vain: imports read 365
+    # instead of 219 MB. Buffered all the same (no LO_FLAGS_DIRECT_IO): so pushed blocks are found
+    # (FUSE_NOTIFY_STORE), and pieces of tables are read once.
+    os.posix_fadvise(backing, 0, 0, os.POSIX_FADV_RANDOM)
     config = _LOOP_CONFIG.pack(backing, 0, _LOOP_FLAGS, os.fsencode(image)[-63:])
     try:
         for _ in range(_LOOP_ATTEMPTS):
@@ -270,6 +273,7 @@ def _attach_loop(image: Path) -> int:
             )
             try:
                 fcntl.ioctl(device, _LOOP_CONFIGURE, config)
+                _bound_read_ahead(device)
                 return device
             except OSError as error:
                 os.close(device)
@@ -281,6 +285,14 @@ def _attach_loop(image: Path) -> int:
     finally:
         os.close(control)
         os.close(backing)
+
+
+def _bound_read_ahead(device: int) -> None:
+    """Have page faults bring a block or two. Loop devices may come with 2.5 MiB: 313 instead of 243 MB."""
+    number = os.fstat(device).st_rdev
+    with contextlib.suppress(OSError):  # /sys may be read-only: it costs bytes, no more
+        path = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/queue/read_ahead_kb")
+        path.write_text(f"{_READ_AHEAD_KB}\n")
 
 
 def _mount_squashfs(device: str, folder: Path) -> None:

@@ -17,7 +17,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -47,7 +46,7 @@ from bootseer_slurm.repack.order import (
     in_order_of_touch,
     plan_touches,
 )
-from bootseer_slurm.repack.touched import touched_blocks
+from bootseer_slurm.repack.touched import is_tail_in_memory
 from bootseer_slurm.store import FileReader, Store, open_store
 from bootseer_slurm.units import format_bytes
 
@@ -113,15 +112,15 @@ class _Work:
         )
         if not self._plan.full_starts:
             return []  # on a node that was warm, less was seen than is read
-        hot = hot_files(self._image, self._plan, layout, self._touched)
+        hot = hot_files(self._image, self._plan, layout, self._is_tail_touched)
         extents = hot_extents(self._image, hot)
         return hot if self._saves_enough(sum(extent.size_bytes for extent in extents)) else []
 
-    def _touched(self, path: str, file: StoredFile) -> Sequence[int]:
+    def _is_tail_touched(self, path: str, file: StoredFile) -> bool:
         try:
-            return touched_blocks(self._root / path, file.size_bytes, self._image.block_bytes)
+            return is_tail_in_memory(self._root / path, file.size_bytes, self._image.block_bytes)
         except OSError:
-            return ()
+            return False
 
     def _saves_enough(self, new_bytes: int) -> bool:
         """Whether a start that fetches so much fetches noticeably less than now."""

@@ -5,7 +5,7 @@ Pure functions over what the image's tables say (blob/squashfs_files.py) and wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 from bootseer_slurm.blob.manifest import Layout
@@ -28,21 +28,35 @@ class HotFile(NamedTuple):
 
 
 def hot_files(
-    image: Squashfs, plan: Plan, layout: Layout, touched: Callable[[str, StoredFile], Sequence[int]]
+    image: Squashfs, plan: Plan, layout: Layout, is_tail_touched: Callable[[str, StoredFile], bool]
 ) -> list[HotFile]:
     """The files that starts touch, in the order of touch.
 
-    plan: what starts touched of the image, in blocks of its layout. touched: which blocks of a file were
-    read; asked only where the plan has some of its bytes.
+    plan: what starts touched of the image, in blocks of its layout. A block of a file was read if
+    all of it was touched. That says nothing of small files, and of tails: a fragment holds many.
+    is_tail_touched: whether a file's last block was read; asked only where its fragment was touched.
     """
     times_ms = dict(zip(plan.blocks, plan.times_ms, strict=True))
-    found = []
+
+    def touched_ms(extent: Extent) -> int | None:
+        known = [times_ms.get(block) for block in _blocks_of((extent,), layout)]
+        found = [at_ms for at_ms in known if at_ms is not None]
+        is_whole = bool(found) and len(found) == len(known)
+        return min(found) if is_whole else None
+
+    hot = []
     for path, file in image.files.items():
-        known = [times_ms[block] for block in _blocks_of(file.blocks, layout) if block in times_ms]
-        if known and (blocks := touched(path, file)):
-            is_sparse = 2 * len(blocks) < len(file.blocks)
-            found.append(HotFile(path, min(known), tuple(blocks), is_sparse))
-    return sorted(found, key=lambda hot: hot.at_ms)
+        at_ms = {
+            number: known
+            for number, each in enumerate(file.blocks)
+            if (known := touched_ms(each)) is not None
+        }
+        tail = len(file.blocks) - 1
+        if file.in_fragment and tail in at_ms and not is_tail_touched(path, file):
+            del at_ms[tail]
+        if at_ms:
+            hot.append(HotFile(path, min(at_ms.values()), tuple(at_ms), 2 * len(at_ms) < len(file.blocks)))
+    return sorted(hot, key=lambda each: each.at_ms)
 
 
 def hot_extents(image: Squashfs, hot: Iterable[HotFile]) -> dict[Extent, int]:

@@ -1,8 +1,9 @@
-"""Which blocks of the files in a mounted image were read: those whose pages the kernel keeps.
+"""Whether small files in a mounted image were read: whether the kernel keeps pages of them.
 
-The recorder sees blocks of the image, and in one of 256 KiB lie many small files. Pages tell files apart.
-They are of this mount alone, which was made for the start, so nothing else has read them. Runs as the files'
-user.
+The recorder sees blocks of the image, and in a fragment lie many small files. Pages tell them
+apart. They are of this mount alone, which was made for the start, so nothing else has read them.
+Where memory was short some have gone; then the next start reads such a file in its turn. Runs as
+the files' user.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 _PAGE_BYTES = mmap.PAGESIZE
@@ -24,22 +24,22 @@ _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
-def touched_blocks(path: Path, size_bytes: int, block_bytes: int) -> tuple[int, ...]:
-    """Which blocks of a file have pages in memory, by their numbers. size_bytes: of the file, more than 0.
+def is_tail_in_memory(path: Path, size_bytes: int, block_bytes: int) -> bool:
+    """Whether any page of a file's last block is in memory. size_bytes: of the file, more than 0.
 
     The file is not read. Raises OSError.
     """
+    begin = (size_bytes - 1) // block_bytes * block_bytes
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        pages = _resident_pages(fd, size_bytes)
+        return any(page & _RESIDENT for page in _resident_pages(fd, begin, size_bytes - begin))
     finally:
         os.close(fd)
-    return tuple(_blocks_with(pages, max(1, block_bytes // _PAGE_BYTES)))
 
 
-def _resident_pages(fd: int, size_bytes: int) -> bytes:
-    """mincore(2) of a file: a byte for each page."""
-    address = _libc.mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+def _resident_pages(fd: int, offset: int, size_bytes: int) -> bytes:
+    """mincore(2) of a range of a file: a byte for each page."""
+    address = _libc.mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
     if address == _FAILED:
         raise OSError(ctypes.get_errno(), "cannot be mapped")
     try:
@@ -49,9 +49,3 @@ def _resident_pages(fd: int, size_bytes: int) -> bytes:
         return pages.raw
     finally:
         _libc.munmap(address, size_bytes)
-
-
-def _blocks_with(pages: bytes, per_block: int) -> Iterator[int]:
-    for number, start in enumerate(range(0, len(pages), per_block)):
-        if any(page & _RESIDENT for page in pages[start : start + per_block]):
-            yield number

@@ -18,35 +18,39 @@ SHARED = Extent(3 * BLOCK_BYTES, 5000)  # a fragment
 IMAGE = Squashfs(
     131072,
     {
-        "cold": StoredFile(10, (Extent(9 * BLOCK_BYTES, 10),)),
+        "cold": StoredFile(131072, (Extent(9 * BLOCK_BYTES, 10),)),
         "late": StoredFile(131072, (Extent(BLOCK_BYTES - 1, 2),)),  # in two blocks
-        "early": StoredFile(300, (SHARED,)),
-        "beside": StoredFile(400, (SHARED,)),
+        "half": StoredFile(131072, (Extent(2 * BLOCK_BYTES - 1, 2),)),  # in two, of which one was touched
+        "early": StoredFile(300, (SHARED,), in_fragment=True),
+        "beside": StoredFile(400, (SHARED,), in_fragment=True),
         "hole": StoredFile(131072, (Extent(0, 0),)),
         "sparse": StoredFile(131072 * 5, tuple(Extent((4 + n) * BLOCK_BYTES, 9) for n in range(5))),
+        "large": StoredFile(131072 + 5, (Extent(100, 9), SHARED), in_fragment=True),
     },
 )
 LAYOUT = Layout(10 * BLOCK_BYTES)
-READ = {"late": (0,), "early": (0,), "sparse": (0, 3)}
 
 
 def hot() -> list[HotFile]:
     plan = Plan((3, 1, 0, 4, 7), (5, 40, 60, 70, 80), 1)
-    return hot_files(IMAGE, plan, LAYOUT, lambda path, file: READ.get(path, ()))
+    return hot_files(IMAGE, plan, LAYOUT, lambda path, file: path == "early")
 
 
-def test_a_file_is_hot_when_it_was_read_from_when_its_block_was_touched_on() -> None:
+def test_a_block_of_a_file_is_hot_when_all_of_it_was_touched_and_a_fragments_when_it_was_read() -> None:
     assert hot() == [
         HotFile("early", 5, (0,), False),
         HotFile("late", 40, (0,), False),
+        HotFile("large", 60, (0,), False),
         HotFile("sparse", 70, (0, 3), True),
     ]
 
 
-def test_only_where_the_plan_has_bytes_of_a_file_it_is_asked_whether_they_were_read() -> None:
+def test_only_of_fragments_that_were_touched_it_is_asked() -> None:
     asked: list[str] = []
-    hot_files(IMAGE, Plan((9,), (1,), 1), LAYOUT, lambda path, file: asked.append(path) or ())  # type: ignore[func-returns-value]
-    assert asked == ["cold"]
+    hot_files(IMAGE, Plan((9, 0), (1, 2), 1), LAYOUT, lambda path, file: asked.append(path) is None)
+    assert asked == []
+    hot_files(IMAGE, Plan((3,), (1,), 1), LAYOUT, lambda path, file: asked.append(path) is None)
+    assert asked == ["early", "beside", "large"]
 
 
 def test_a_shared_fragment_counts_once_and_at_its_first_touch() -> None:

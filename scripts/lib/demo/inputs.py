@@ -101,28 +101,31 @@ def make(cluster: Cluster, inputs: Inputs, step: Step) -> None:
 def save(cluster: Cluster, step: Step) -> None:
     """Put them into the store, as alice does once. What was saved or learned before is forgotten.
 
-    The site has a key, as a real one: so the kernel mounts what its agents pack.
+    The site has a key, as a real one: so the kernel mounts what its agents pack, and the environment is saved
+    in a job, whose agent packs it.
     """
     shutil.rmtree(cluster.shared / f"bootseer/users/{ALICE}", ignore_errors=True)
+    cluster.script("drop-caches", "--shared")  # they were removed behind the nodes
+    in_job = ("srun", "--bootseer", "--job-name=save", "--nodes=1", "--chdir=/tmp")
     commands = {
-        "image into the store": ("image", "push", f"/shared/{FOLDER}/image.sqsh"),
-        "environment into the store": ("env", "save", f"/shared/{FOLDER}/venv"),
+        "image into the store": (BOOTSEER, "image", "push", f"/shared/{FOLDER}/image.sqsh"),
+        "environment into the store": (*in_job, BOOTSEER, "env", "save", f"/shared/{FOLDER}/venv"),
         "checkpoint into the store": (
-            "checkpoint", "stripe", "--stripes", str(STRIPES), f"/shared/{FOLDER}/model.safetensors",
+            BOOTSEER, "checkpoint", "stripe", "--stripes", str(STRIPES), f"/shared/{FOLDER}/model.safetensors",
         ),
     }  # fmt: skip
-    _bootseer(cluster, "store", "init", user=None)
+    _succeed(cluster, BOOTSEER, "store", "init", user=None)
     if not (cluster.state_dir / "etc/bootseer/site.key").exists():
-        _bootseer(cluster, "image", "make-key", user=None)
+        _succeed(cluster, BOOTSEER, "image", "make-key", user=None)
     for title, command in commands.items():
         step(title)
-        _bootseer(cluster, *command, user="alice")
+        _succeed(cluster, *command, user="alice")
 
 
-def _bootseer(cluster: Cluster, *command: str, user: str | None) -> None:
-    done = cluster.exec("login", BOOTSEER, *command, user=user, timeout_s=600)
+def _succeed(cluster: Cluster, *command: str, user: str | None) -> None:
+    done = cluster.exec("login", *command, user=user, timeout_s=600)
     if done.returncode != 0:
-        raise ClusterError(f"bootseer {' '.join(command)} failed: {done.stderr[-2000:]}")
+        raise ClusterError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
 
 
 def _make_environment(cluster: Cluster, root: Path, source: Path, packages: tuple[str, ...]) -> None:

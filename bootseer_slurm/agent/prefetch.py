@@ -106,7 +106,16 @@ class Prefetch:
         self._start_over = False
         self._cold_busy = False
         self._cold_from_s = 0.0
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._more = threading.Condition(self._lock)  # there is something to do
+        self._hot_ends = threading.Condition(self._lock)  # of some part
+        self._retrying = Retrying(
+            retry=retry_if_exception_type(StoreError),
+            stop=stop_after_attempt(_ATTEMPTS),
+            wait=wait_exponential(multiplier=0.2, max=5),
+            sleep=self._pause,
+            reraise=True,
+        )
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -128,7 +137,7 @@ class Prefetch:
         times_ms = hot_times(layout, plan, first, ends if plan.blocks or not planned else ())
         work = _Work(part, times_ms, planned)
         lacking = work.lacking()
-        with self._changed:
+        with self._lock:
             self._works = [each for each in self._works if each.part is not part]  # it was dropped
             self._works.append(work)
             self._works.sort(key=lambda work: _ORDER.index(work.part.wish.kind))
@@ -140,26 +149,26 @@ class Prefetch:
                 self._threads.append(threading.Thread(target=self._stream, name="prefetch", daemon=True))
                 self._threads[-1].start()
             self._settle(work)
-            self._changed.notify_all()
+            self._more.notify_all()
         if not (planned or work.ended or part.wish.kind == "checkpoint"):
             part.reader.bring_ahead = functools.partial(self._bring_ahead, work)
 
     def _bring_ahead(self, work: _Work, first: int, last: int) -> None:
         """Have these blocks brought before the others: a read, which must not wait, came near them."""
-        with self._changed:
+        with self._lock:
             if not self._start_over and not work.part.reader.blob.has(first, last):
                 heapq.heappush(self._hot, _Run(_AHEAD_MS, next(self._numbers), first, last, work))
-                self._changed.notify()
+                self._more.notify()
 
     def drop(self, part: Part) -> None:
         """Bring no more of this part, which nobody will read; `add` brings it again."""
-        with self._changed:
+        with self._lock:
             for work in self._works:
                 if work.part is part and not work.ended:
                     work.hot_over = work.exhausted = work.ended = True
                     self._forget_reads(work)
                     self._tell(work, "stopped")
-            self._changed.notify_all()
+            self._hot_ends.notify_all()
 
     def wait_hot(self, part: Part, timeout_s: float) -> bool:
         """Wait until what the part's start needs is there, or will be there before it is needed.
@@ -168,7 +177,7 @@ class Prefetch:
         of them would cost the time that the first take. False when they are not, in that time or at all.
         """
         deadline_s = time.monotonic() + timeout_s
-        with self._changed:
+        with self._lock:
             work = next((work for work in self._works if work.part is part), None)
             while work is not None and not (work.hot_over or self._over.is_set()):
                 left_s = deadline_s - time.monotonic()
@@ -176,32 +185,33 @@ class Prefetch:
                     work.in_time, work.forecast_s = self._comes_in_time(work), time.monotonic()
                 if left_s <= 0 or work.in_time:
                     return left_s > 0
-                self._changed.wait(min(left_s, _FORECAST_EVERY_S))
+                self._hot_ends.wait(min(left_s, _FORECAST_EVERY_S))
             return work is not None and work.hot_there
 
     def queued(self) -> tuple[int, int]:
         """How many runs of hot blocks wait, and how many parts that are read whole are not done."""
-        with self._changed:
+        with self._lock:
             return len(self._hot), sum(self._wants_more(work) for work in self._works)
 
     def start_over(self) -> None:
         """The job trains: all that is left is cold."""
-        with self._changed:
+        with self._lock:
             self._start_over = True
             self._hot = [run for run in self._hot if not run.ahead]
             for work in self._works:
                 if not work.hot_over:
                     self._end_hot(work, there=False)
                 self._settle(work)
-            self._changed.notify_all()
+            self._more.notify_all()
 
     def stop(self) -> None:
         """Begin no more reads; those in flight end with their fetch process."""
-        with self._changed:
+        with self._lock:
             if self._over.is_set():
                 return
             self._over.set()
-            self._changed.notify_all()
+            self._more.notify_all()
+            self._hot_ends.notify_all()
             for work in self._works:
                 self._forget_reads(work)
                 if not work.ended:
@@ -229,7 +239,7 @@ class Prefetch:
                 failure = StoreError(f"{type(error).__name__}: {error}")
             if failure and not self._over.is_set():
                 self._on_fault("prefetch_failed", f"{work.part.label}: {failure.message}")
-            with self._changed:
+            with self._lock:
                 work.in_flight -= 1
                 if failure and run is None:
                     work.exhausted = True
@@ -237,12 +247,12 @@ class Prefetch:
                     self._end_hot(work, there=False)
                 if cold:
                     self._cold_busy = False
+                    self._more.notify()
                 self._settle(work)
-                self._changed.notify_all()
 
     def _next(self) -> tuple[_Work, _Run | None, bool] | None:
         """Wait for a hot run, or a part to go on with, and whether that is cold; None at the end."""
-        with self._changed:
+        with self._lock:
             while not self._over.is_set():
                 while self._hot:
                     run = heapq.heappop(self._hot)
@@ -256,7 +266,7 @@ class Prefetch:
                     work.in_flight += 1
                     self._cold_busy = cold
                     return work, None, cold
-                self._changed.wait(pause_s if work is not None and pause_s > 0 else None)
+                self._more.wait(pause_s if work is not None and pause_s > 0 else None)
         return None
 
     def _wants_more(self, work: _Work) -> bool:
@@ -272,7 +282,7 @@ class Prefetch:
             first = self._retried(work, first, run.last)
         else:
             first = run.last + 1
-        with self._changed:
+        with self._lock:
             if first <= run.last:
                 self._queue(work, run.at_ms, first, run.last)
             if run.ahead:
@@ -285,28 +295,23 @@ class Prefetch:
             blob.wait(lacking[0], _OTHERS_S)
             if not blob.has(lacking[0], lacking[0]):
                 self._retried(work, lacking[0], lacking[0])
-        with self._changed:
+        with self._lock:
             if not work.hot_over:
                 self._end_hot(work, there=not lacking)
 
     def _bring_any(self, work: _Work, *, cold: bool) -> None:
         begin_s = time.monotonic()
         count_bytes = self._retried(work)
-        with self._changed:
+        with self._lock:
             work.exhausted = work.exhausted or not count_bytes
             if cold:
                 self._cold_from_s = begin_s + count_bytes / self._config.cold_rate_bytes
 
     def _retried(self, work: _Work, first: int = -1, last: int = -1) -> int:
         """Fetch a hot run, and give the block to go on with; or what is missing, and give its bytes."""
-        retrying = Retrying(
-            retry=retry_if_exception_type(StoreError),
-            stop=stop_after_attempt(_ATTEMPTS),
-            wait=wait_exponential(multiplier=0.2, max=5),
-            sleep=self._pause,
-            reraise=True,
-        )
-        return retrying(self._fetch_any, work) if first < 0 else retrying(self._fetch_hot, work, first, last)
+        if first < 0:
+            return self._retrying(self._fetch_any, work)
+        return self._retrying(self._fetch_hot, work, first, last)
 
     def _pause(self, pause_s: float) -> None:
         self._over.wait(pause_s)
@@ -363,6 +368,7 @@ class Prefetch:
 
     def _end_hot(self, work: _Work, *, there: bool) -> None:
         work.hot_over, work.hot_there = True, there
+        self._hot_ends.notify_all()
         if there and work.planned:
             layout = work.part.reader.blob.layout
             self._log.emit(

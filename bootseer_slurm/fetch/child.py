@@ -287,7 +287,8 @@ class Child:
         finally:
             with self._no_demand:
                 self._demands -= 1
-                self._no_demand.notify_all()
+                if not self._demands:
+                    self._no_demand.notify_all()
 
     def _same(self, request: dict[str, Any], received: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Whether the original is still what it was."""

@@ -40,10 +40,12 @@ class Turns:
     """The reads of one job on one node. Thread-safe."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._waiting = 0
-        self._urgent_line: deque[object] = deque()  # runs that wait
-        self._line: deque[object] = deque()  # behind those
+        self._waiting_from_s = 0.0  # when it last became more than 0
+        # Runs that wait, each with a condition of its own: only the next one is woken.
+        self._urgent_line: deque[threading.Condition] = deque()
+        self._line: deque[threading.Condition] = deque()  # behind those
         self._in_flight_bytes = 0
         self._least_s = 1.0
         self._bytes_per_s = 0.0
@@ -53,14 +55,17 @@ class Turns:
     @contextlib.contextmanager
     def demand(self) -> Iterator[None]:
         """Something that somebody waits for: it begins at once, and the prefetch holds meanwhile."""
-        with self._changed:
+        with self._lock:
+            if not self._waiting:
+                self._waiting_from_s = time.monotonic()
             self._waiting += 1
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._waiting -= 1
-                self._changed.notify_all()
+                if not self._waiting:
+                    self._wake_next()
 
     @contextlib.contextmanager
     def prefetch(self, size_bytes: int = CHUNK_BYTES, *, urgent: bool = False) -> Iterator[int]:
@@ -69,34 +74,44 @@ class Turns:
         size_bytes: what it wants. A short run counts as what it is, so that many of them fill the link too.
         urgent: before all others that wait.
         """
-        held_until_s = time.monotonic() + HOLD_S
-        with self._changed:
-            ticket = object()
+        asked_s = time.monotonic()
+        with self._lock:
+            ticket = threading.Condition(self._lock)
             line = self._urgent_line if urgent else self._line
             line.append(ticket)
             try:
-                while self._waiting and (left_s := held_until_s - time.monotonic()) > 0:
-                    self._changed.wait(left_s)
                 while True:
                     step_bytes = min(self.step_bytes, size_bytes)
                     has_room = self._in_flight_bytes + step_bytes <= self._limit_bytes()
                     # In the order of asking: else a long run would wait until there are no short ones.
                     is_next = (self._urgent_line or self._line)[0] is ticket
-                    if is_next and (has_room or not self._in_flight_bytes):
+                    held_s = self._held_s(asked_s)
+                    if held_s <= 0 and is_next and (has_room or not self._in_flight_bytes):
                         break
-                    self._changed.wait()
+                    ticket.wait(held_s if held_s > 0 and is_next else None)
             finally:
                 line.remove(ticket)
-                self._changed.notify_all()
+                self._wake_next()
             if self._in_flight_bytes == 0:
                 self._sample_bytes, self._sample_start_s = 0, time.monotonic()
             self._in_flight_bytes += step_bytes
         try:
             yield min(step_bytes * _RUN_STEPS, CHUNK_BYTES, size_bytes)
         finally:
-            with self._changed:
+            with self._lock:
                 self._in_flight_bytes -= step_bytes
-                self._changed.notify_all()
+                self._wake_next()
+
+    def _held_s(self, asked_s: float) -> float:
+        """For how long a run holds, unless nobody waits before: not if nobody did at some time since it asked."""
+        if not self._waiting or self._waiting_from_s > asked_s:
+            return 0.0
+        return asked_s + HOLD_S - time.monotonic()
+
+    def _wake_next(self) -> None:
+        """Have the next run look whether it may begin. With the lock held."""
+        if line := self._urgent_line or self._line:
+            line[0].notify()
 
     @property
     def is_waited_for(self) -> bool:
@@ -116,7 +131,7 @@ class Turns:
 
     def measured(self, size_bytes: int, steps: int, dur_s: float) -> None:
         """Learn from a run that ended."""
-        with self._changed:
+        with self._lock:
             self._least_s = min(self._least_s, dur_s / steps)
             self._sample_bytes += size_bytes
             now_s = time.monotonic()

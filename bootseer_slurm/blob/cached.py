@@ -57,6 +57,7 @@ class CachedBlob:
         self._has_room = has_room
         self._step_bytes = self._unasked_bytes = step_bytes
         self._saving = threading.Lock()
+        self._writing = threading.Lock()  # the kernel takes one write of a file, and has others spin
         self._unsaved = True
         manifest = (
             encode_adopted(layout) if digests is None else manifest_of(place.id, layout, digests).encode()
@@ -183,8 +184,9 @@ class CachedBlob:
                     self.full = True
                     return False
             done = 0
-            while done < len(view):
-                done += os.pwrite(self.fd, view[done:], offset + done)
+            with self._writing:
+                while done < len(view):
+                    done += os.pwrite(self.fd, view[done:], offset + done)
         except (
             OSError
         ) as error:  # full, or failed and now read-only: the bytes in hand are served all the same

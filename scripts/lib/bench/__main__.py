@@ -14,16 +14,17 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import checkpoint, digest, env, image, prolog, report
+from bench import checkpoint, cpu, digest, env, image, prolog, report
 from bench.rows import Row
 from cluster.client import Cluster
 from cluster.layout import ClusterError
 
-BENCHMARKS = {"env": env.run, "image": image.run, "prolog": prolog.run, "report": report.run}
+BENCHMARKS = {"cpu": cpu.run, "env": env.run, "image": image.run, "prolog": prolog.run, "report": report.run}
 WITHOUT_CLUSTER = {"checkpoint": checkpoint.run, "digest": digest.run}
 PARTS = {"checkpoint": ("disk", "node", "hdfs")}
 NAMES = [*BENCHMARKS, *WITHOUT_CLUSTER]
-NODES = {"env": 1, "image": 1, "report": 1}  # what one that is started has; three, where nothing is said
+# What a cluster that is started has; three, where nothing is said.
+NODES = {"cpu": 1, "env": 1, "image": 1, "report": 1}
 
 console = Console()
 

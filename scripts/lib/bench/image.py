@@ -172,7 +172,7 @@ def link_rounds(cluster: Cluster, inputs: Inputs, link: str, step: Callable[[str
         result = image_ours.measured(cluster, inputs, image_ours.URI, **options)
         results.setdefault(name, []).append(result)
 
-    image_ours.publish(cluster, inputs)
+    image_ours.publish(cluster, inputs.shared)
     image_ours.forget(cluster)
     for heavy in (False, True):  # these are recorded, and not counted
         step("recording")

@@ -32,8 +32,9 @@ URI = f"docker://registry.example/bench@{DIGEST}"
 _job_ids = itertools.count(800_000 + int(time.time()) % 100_000 * 10)
 
 
-def publish(cluster: Cluster, inputs: Inputs) -> None:
-    """Put the image into the store as alice's, under a registry's name, signed as packed by the site.
+def publish(cluster: Cluster, image: str) -> None:
+    """Put an image of the shared storage into the store as alice's, under a registry's name, with the site's
+    signature.
 
     The node gets the key, as every node of a site has it.
     """
@@ -41,8 +42,8 @@ def publish(cluster: Cluster, inputs: Inputs) -> None:
     program = str(REPO / "scripts" / "lib" / "bench" / "image_publish.py")
     for user, *command in (
         (None, str(BIN / "bootseer"), "store", "init"),
-        ("alice", str(BIN / "bootseer"), "image", "push", inputs.shared),
-        (None, python, program, inputs.shared, URI, DIGEST, str(ALICE)),
+        ("alice", str(BIN / "bootseer"), "image", "push", image),
+        (None, python, program, image, URI, DIGEST, str(ALICE)),
     ):
         done = cluster.exec("login", *command, user=user, timeout_s=300)
         if done.returncode != 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.rows import Row
-from bench.start_rows import Result, describe, floor_row, seconds_rows
+from bench.start_rows import Result, describe, floor_row, limit_s, seconds_rows
 from cluster.client import Cluster
 from demo import arms
 from demo.starts import Tell
@@ -35,7 +35,7 @@ def rows_of(result: Result) -> list[Row]:
     again_target = max(AGAIN_SHARE, NEAR_FLOOR * floor_s / plain_s) if many else 1.0
 
     def against_plain(name: str, target: float) -> Row:
-        value, limit = seconds[name] / plain_s, floor_s / plain_s
+        value, limit = seconds[name] / plain_s, limit_s(result) / plain_s
         return Row(f"{title}: {name} / plain", value, "×", target, limit, describe(result, name, "plain"))
 
     bare = seconds["again"] / seconds["spelled"]

@@ -22,7 +22,7 @@ from bench import index
 from bench.image_arms import registry
 from bench.image_inputs import Registry, run
 from bench.rows import Row
-from bench.start_rows import Result, describe, floor_row, seconds_rows
+from bench.start_rows import Result, describe, floor_row, limit_s, seconds_rows
 from cluster.client import Cluster
 from cluster.layout import STORE, ClusterError
 from demo import arms, inputs
@@ -69,7 +69,7 @@ def rows_of(result: Result, parts: str) -> list[Row]:
     """What follows from one link's starts. parts: how long those of stock took, in words."""
     seconds = {name: arm["median_s"] for name, arm in result["arms"].items()}
     title = f"paper, {result['store_link']}"
-    limit = 1 - result["floor_s"] / seconds["stock"]
+    limit = 1 - limit_s(result) / seconds["stock"]
 
     def shorter(name: str) -> Row:
         how = f"{describe(result, name, 'stock')}; of stock {parts}"

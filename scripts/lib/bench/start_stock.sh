@@ -21,7 +21,7 @@ mkdir "$work/root" "$work/job"
 reached begin
 skopeo --insecure-policy copy --quiet --src-tls-verify=false "docker://$image" "oci:$work/oci:1"
 reached pull
-umoci unpack --rootless --image "$work/oci:1" "$work/bundle"
+umoci --log error unpack --rootless --image "$work/oci:1" "$work/bundle"
 reached unpack
 # enroot.conf(5): the default of ENROOT_SQUASH_OPTIONS, and what enroot itself adds.
 mksquashfs "$work/bundle/rootfs" "$work/image.sqsh" -comp lzo -noD -all-root -noappend -quiet -no-progress

@@ -36,13 +36,13 @@ def rows_of(result: Result) -> list[Row]:
 
     def against_plain(name: str, target: float) -> Row:
         value, limit = seconds[name] / plain_s, limit_s(result) / plain_s
-        return Row(f"{title}: {name} / plain", value, "×", target, limit, describe(result, name, "plain"))
+        return Row(f"{title}: {name} / plain", value, "×", target, limit, describe(result))
 
     bare = seconds["again"] / seconds["spelled"]
     return [
         floor_row(title, result, "again"),
         floor_row(title, result, "spelled"),
-        Row(f"{title}: again / spelled", bare, "×", BARE, 1.0, describe(result, "again", "spelled")),
+        Row(f"{title}: again / spelled", bare, "×", BARE, 1.0, describe(result)),
         against_plain("first", first_target),
         against_plain("again", min(again_target, 1.0)),
         *seconds_rows(title, result),

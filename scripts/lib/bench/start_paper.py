@@ -72,7 +72,7 @@ def rows_of(result: Result, parts: str) -> list[Row]:
     limit = 1 - limit_s(result) / seconds["stock"]
 
     def shorter(name: str) -> Row:
-        how = f"{describe(result, name, 'stock')}; of stock {parts}"
+        how = f"{describe(result)}; of stock {parts}"
         value = 1 - seconds[name] / seconds["stock"]
         return Row(f"{title}: {name} shorter than stock by", value, "", SHORTER, limit, how, at_least=True)
 

@@ -25,9 +25,9 @@ def floor_row(title: str, result: Result, name: str) -> Row:
     """An arm against the floor. No target where the cores may have been the limit."""
     arm = result["arms"][name]
     busy = arm["cpu_busy"] > BUSY_LIMIT
-    how = describe(result, name)
+    how = describe(result)
     if busy:
-        how += f"; the cores were the limit ({arm['cpu_busy']:.0%} busy), so there is no target"
+        how += f"; {name}: the cores may be the limit ({arm['cpu_busy']:.0%} busy), so there is no target"
     value = arm["median_s"] / result["floor_s"]
     limit = limit_s(result) / result["floor_s"]
     return Row(f"{title}: {name} / floor", value, "×", None if busy else ABOVE_FLOOR, limit, how)
@@ -37,20 +37,20 @@ def seconds_rows(title: str, result: Result) -> list[Row]:
     """Each arm's seconds."""
     limit = limit_s(result)
     return [
-        Row(f"{title}: {name}", arm["median_s"], "s", None, limit, describe(result, name))
+        Row(f"{title}: {name}", arm["median_s"], "s", None, limit, describe(result))
         for name, arm in result["arms"].items()
     ]
 
 
-def describe(result: Result, *names: str) -> str:
-    """What was run, the floor, and what each of these arms cost."""
+def describe(result: Result) -> str:
+    """What was run, the floor, and what each arm cost."""
     rounds = len(next(iter(result["arms"].values()))["runs_s"])
     node_count = result["nodes"]
     how = f"{node_count} node{'s' if node_count > 1 else ''}, the store's link at {result['store_link']} "
     how += f"(dd: {result['link_bytes_per_s'] / 1e6:.0f} MB/s), cold, medians of {rounds} rounds; "
     how += f"floor {result['floor_s']:.2f} s: {result['floor_bytes'] / 1e6:.0f} MB over the link, and "
     how += f"{result['local_s']:.2f} s of a start with all on the nodes"
-    return "; ".join([how, *(_cost(name, result["arms"][name]) for name in names)])
+    return "; ".join([how, *(_cost(name, arm) for name, arm in result["arms"].items())])
 
 
 def _cost(name: str, arm: Result) -> str:

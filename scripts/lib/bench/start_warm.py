@@ -33,7 +33,7 @@ from demo.starts import Tell, make_cold, start, wait_packed
 ROUNDS = 12  # a multiple of the arms of both jobs, whose order rotates
 TARGET_S = 0.1
 NODE = "n1"
-LOCAL = "bench-start"  # below the node's /var/lib/bootseer
+LOCAL = "bench-start-warm"  # below the node's /var/lib/bootseer
 BOUND = ("image.sqsh", "venv", "model.safetensors")
 PROGRAM = "warm_job.py"
 TIMEOUT_S = 120.0
@@ -84,9 +84,9 @@ def measure(cluster: Cluster, tell: Tell, done: Callable[[], None]) -> list[Row]
     make_cold(cluster)
     start(cluster, *arms.FIRST.options, tell=tell, while_training=lambda job_id: wait_packed(cluster, job_id))
     done()
-    _copy_inputs(cluster)
-    empty = _rounds(cluster, "empty", EMPTY, tell, done)
-    demo = _rounds(cluster, "demo", DEMO, tell, done)
+    with _copied(cluster):
+        empty = _rounds(cluster, "empty", EMPTY, tell, done)
+        demo = _rounds(cluster, "demo", DEMO, tell, done)
     return [
         *rows_of("empty job, until its script", "script", empty),
         *rows_of("empty job, until its task", "task", empty),
@@ -120,15 +120,20 @@ def _added_s(plain: list[float], theirs: list[float]) -> float:
     return median(with_it - without for with_it, without in zip(theirs, plain, strict=True))
 
 
-def _copy_inputs(cluster: Cluster) -> None:
-    """The inputs on the node's own disk, and the program beside those on /shared."""
+@contextlib.contextmanager
+def _copied(cluster: Cluster) -> Iterator[None]:
+    """The inputs are on the node's own disk until the block ends, and the program beside those on /shared."""
     local = cluster.state_dir / NODE / "bootseer" / LOCAL
     shutil.rmtree(local, ignore_errors=True)
     local.mkdir()
     local.chmod(0o755)
-    for name in BOUND:
-        run("cp", "-a", str(cluster.shared / inputs.FOLDER / name), str(local))
     shutil.copy(HERE / "start_warm_job.py", cluster.shared / inputs.FOLDER / PROGRAM)
+    try:
+        for name in BOUND:
+            run("cp", "-a", str(cluster.shared / inputs.FOLDER / name), str(local))
+        yield
+    finally:
+        shutil.rmtree(local)
 
 
 def _rounds(

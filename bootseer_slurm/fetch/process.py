@@ -49,6 +49,10 @@ _END_S = 5.0  # for a killed process; one held by a file system ends when that a
 _RING_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
+class NoAnswer(StoreError):
+    """A file system or store did not answer in time."""
+
+
 @dataclass(frozen=True, slots=True)
 class User:
     """Whose rights a fetch process has."""
@@ -117,7 +121,7 @@ class FetchProcess:
     ) -> Reply:
         """Ask for one operation and wait, before the prefetch's reads.
 
-        Raises the error that it gave, StoreError on a timeout.
+        Raises the error that it gave, NoAnswer on a timeout.
         """
         with self.turns.demand():
             number, future = self._send(op, fds, fields)
@@ -269,5 +273,5 @@ def _error(fields: dict[str, Any]) -> BootseerError:
     return cls(str(fields["error"])[:500])
 
 
-def _no_answer(timeout_s: float) -> StoreError:
-    return StoreError(f"no answer from the file system in {timeout_s:g} s")
+def _no_answer(timeout_s: float) -> NoAnswer:
+    return NoAnswer(f"no answer from the file system in {timeout_s:g} s")

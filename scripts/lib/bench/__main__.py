@@ -14,17 +14,18 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import checkpoint, cpu, digest, env, image, prolog, report
+from bench import checkpoint, cpu, digest, env, image, prolog, report, start
 from bench.rows import Row
 from cluster.client import Cluster
 from cluster.layout import ClusterError
 
 BENCHMARKS = {"cpu": cpu.run, "env": env.run, "image": image.run, "prolog": prolog.run, "report": report.run}
 WITHOUT_CLUSTER = {"checkpoint": checkpoint.run, "digest": digest.run}
-PARTS = {"checkpoint": ("disk", "node", "hdfs")}
-NAMES = [*BENCHMARKS, *WITHOUT_CLUSTER]
+IN_PARTS = {"start": start.run}
+PARTS = {"checkpoint": ("disk", "node", "hdfs"), "start": start.PARTS}
+NAMES = [*BENCHMARKS, *IN_PARTS, *WITHOUT_CLUSTER]
 # What a cluster that is started has; three, where nothing is said.
-NODES = {"cpu": 1, "env": 1, "image": 1, "report": 1}
+NODES = {"cpu": 1, "env": 1, "image": 1, "report": 1, "start": start.NODES}
 
 console = Console()
 
@@ -48,15 +49,21 @@ def show(rows: list[Row]) -> None:
 def main(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(NAMES)}.")],
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
-    only: Annotated[str, typer.Option(help="Measure one part of it: of checkpoint disk, node or hdfs.")] = "",
+    only: Annotated[
+        str,
+        typer.Option(
+            help="Measure one part of it: of checkpoint disk, node or hdfs; of start paper, warm or demo, "
+            "or one cell, paper-1gbit, demo-4-1gbit."
+        ),
+    ] = "",
 ) -> None:
     """Measure, show a table, and write its rows. Exit status 0 when it could measure, targets met or not."""
     if name not in NAMES:
         raise typer.BadParameter(f"{name!r} is none of: {', '.join(NAMES)}")
     if only and only not in PARTS.get(name, ()):
-        raise typer.BadParameter(f"{only!r} is no part of {name}")
+        raise typer.BadParameter(f"{only!r} is no part of {name}: {', '.join(PARTS.get(name, ()))}")
     try:
-        rows = WITHOUT_CLUSTER[name](only) if name in WITHOUT_CLUSTER else on_cluster(name)
+        rows = WITHOUT_CLUSTER[name](only) if name in WITHOUT_CLUSTER else on_cluster(name, only)
     except ClusterError as error:
         console.print(f"scripts/bench: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
@@ -65,16 +72,17 @@ def main(
         json_path.write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n")
 
 
-def on_cluster(name: str) -> list[Row]:
-    """The rows of a benchmark, on the cluster that is up or on one that is started for it."""
-    cluster = Cluster.default()
+def on_cluster(name: str, only: str) -> list[Row]:
+    """The rows of a benchmark or of a part of it, on the cluster that is up or on one that is started."""
+    node_count = NODES.get(name, 3)
+    cluster = Cluster.default(node_count)
     was_up = cluster.up
     try:
         if not was_up:
             with console.status("starting a cluster"):
-                cluster.script("up", "--nodes", str(NODES.get(name, 3)), timeout_s=900)
+                cluster.script("up", "--nodes", str(node_count), timeout_s=900)
         console.print(f"measuring: {name}")
-        return BENCHMARKS[name](cluster)
+        return IN_PARTS[name](cluster, only) if name in IN_PARTS else BENCHMARKS[name](cluster)
     finally:
         if not was_up:
             cluster.script("down")

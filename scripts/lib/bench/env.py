@@ -7,25 +7,23 @@ One run takes about an hour on two cores, and longer the first time.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from bench import env_inputs, image_inputs
+from bench import env_inputs, image_inputs, index
 from bench.env_inputs import PEERS, Environment
 from bench.image_arms import HERE, JOB_ENV, NODE, WORK, Result, Step, far_store, make_cold, measure_dd
 from bench.image_inputs import ALICE, IMPORTS, PACKAGES
 from bench.rows import Row
 from bench.told import HOOK, events_of, figures, hook_environ
 from cluster.client import Cluster
-from cluster.layout import REPO, STORE, ClusterError, Layout, poll
+from cluster.layout import REPO, ClusterError, poll
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 REPEATS = 5
@@ -34,7 +32,6 @@ DD_BYTES = 256 * 2**20
 DELAY_S = 0.0005  # each way
 PLACE = f"{WORK}/env"  # where other arms put the environment
 UV_CACHE = f"{WORK}/uv-cache"
-INDEX_PORT = 8003
 PYTHON = str(REPO / ".venv" / "bin" / "python")
 BOOTSEER = str(REPO / ".venv" / "bin" / "bootseer")
 ENTER = str(HERE / "env_enter.py")
@@ -96,12 +93,12 @@ def run(cluster: Cluster) -> list[Row]:
         saved.append(save(cluster, second))
         cluster.script("link", NODE, LINK)
         results: dict[str, list[Result]] = {}
-        with _index(cluster, environment) as index:
+        with index.serving(cluster, environment.wheels) as address:
             for number in range(REPEATS):
                 step(f"dd, {number + 1} of {REPEATS}")
                 rate = measure_dd(cluster, inputs, DD_BYTES)
                 results.setdefault("dd", []).append({"bytes_per_s": rate})
-                for arm in arms(environment, index):
+                for arm in arms(environment, address):
                     step(f"{arm.name}, {number + 1} of {REPEATS}")
                     results.setdefault(arm.name, []).append(start(cluster, environment, arm))
                 for arm in with_layer(second):
@@ -114,12 +111,12 @@ def run(cluster: Cluster) -> list[Row]:
     return rows_of(environment, results, saved)
 
 
-def arms(environment: Environment, index: str) -> list[Arm]:
+def arms(environment: Environment, address: str) -> list[Arm]:
     """One round. Of Bootseer's arms the second finds what the first brought."""
     uv = [str(PEERS / "bin" / "uv"), "pip", "install", "--quiet", "--python", str(PEERS / "bin" / "python")]
     pip = [str(PEERS / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
-    pip += ["--trusted-host", index.split("/")[2].partition(":")[0]]
-    wanted = ["--no-index", "--find-links", index, "--target", PLACE, *PACKAGES]
+    pip += ["--trusted-host", address.split("/")[2].partition(":")[0]]
+    wanted = ["--no-index", "--find-links", address, "--target", PLACE, *PACKAGES]
     cold, warm = next(_job_ids), next(_job_ids)
 
     def alice(name: str, *argv: str, **env: str) -> Step:
@@ -284,19 +281,6 @@ def save(cluster: Cluster, environment: Environment) -> Saved:
 
 def _words(env: dict[str, str]) -> list[str]:
     return [f"{name}={value}" for name, value in env.items()]
-
-
-@contextlib.contextmanager
-def _index(cluster: Cluster, environment: Environment) -> Iterator[str]:
-    """The wheels, served by HTTP from the store server, behind its link and the node's."""
-    address = Layout(cluster.state_dir).address(STORE)
-    serve = f"python3 -m http.server --bind {address} --directory {environment.wheels} {INDEX_PORT}"
-    with cluster.start(STORE, "sh", "-c", f"{serve} >/dev/null 2>&1 & read -r end; kill $!") as process:
-        try:
-            yield f"http://{address}:{INDEX_PORT}/"
-        finally:
-            assert process.stdin
-            process.stdin.close()
 
 
 def rows_of(environment: Environment, results: dict[str, list[Result]], saved: list[Saved]) -> list[Row]:

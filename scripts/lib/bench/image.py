@@ -189,7 +189,7 @@ def link_rounds(cluster: Cluster, inputs: Inputs, link: str, step: Callable[[str
         with arms.far_store(cluster, DELAY_S):
             merge(results, arms.rounds(cluster, inputs, arms.far(inputs), 1, step))
             ours("at 1 ms")
-    with arms.registry(cluster, inputs) as address:
+    with arms.registry(cluster, inputs.registry) as address:
         merge(results, arms.rounds(cluster, inputs, [arms.stock(address)], STOCK_REPEATS, step))
     return results
 

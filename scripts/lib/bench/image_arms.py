@@ -188,14 +188,14 @@ def measure_dd(cluster: Cluster, inputs: Inputs, size_bytes: int) -> float:
 
 
 @contextlib.contextmanager
-def registry(cluster: Cluster, inputs: Inputs) -> Iterator[str]:
-    """The registry on the store server, behind its link and the nodes': gives HOST:PORT."""
+def registry(cluster: Cluster, storage: Path) -> Iterator[str]:
+    """The registry of a folder on the store server, behind its link and the nodes': gives HOST:PORT."""
     address = f"{Layout(cluster.state_dir).address(STORE)}:5000"
 
     def launch(*argv: str) -> subprocess.Popen[str]:
         return cluster.start(STORE, *argv)
 
-    with Registry(inputs.registry, address, launch):
+    with Registry(storage, address, launch):
         yield address
 
 

@@ -11,38 +11,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import progress
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cluster.client import Cluster
 from cluster.layout import ClusterError
-from demo import arms, inputs, picture
+from demo import arms, inputs, picture, records
+from demo.bar import steps_bar
 
 NODES = 4
-STORE_LINK = "400mbit"
+STORE_LINK = "300mbit"
 ROUNDS, QUICK_ROUNDS = 2, 1
 
 console = Console()
 
 
-def steps_bar() -> progress.Progress:
-    """A bar over the steps, and what is being done. Seldom drawn: the cores are for what is measured."""
-    return progress.Progress(
-        progress.SpinnerColumn(),
-        progress.BarColumn(bar_width=20),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("{task.description}"),
-        console=console,
-        refresh_per_second=2,
-    )
-
-
 def run(cluster: Cluster, *, store_link: str, with_all: bool, quick: bool) -> dict[str, Any]:
     """The whole demo on a cluster that is up."""
-    with steps_bar() as bar:
+    with steps_bar(console) as bar:
         task = bar.add_task("", total=inputs.STEPS)
 
         def step(text: str) -> None:
@@ -51,10 +38,11 @@ def run(cluster: Cluster, *, store_link: str, with_all: bool, quick: bool) -> di
         cluster.script("link", "store", "off")
         inputs.make(cluster, inputs.QUICK if quick else inputs.FULL, step)
         inputs.save(cluster, step)
+        records.keep(cluster, arms.SAVED)
         bar.update(task, completed=inputs.STEPS, description="the inputs are there, and in the store")
     chosen = [arms.PLAIN, arms.FIRST, arms.AGAIN, *([arms.SPELLED] if with_all else [])]
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    with steps_bar() as bar:
+    with steps_bar(console) as bar:
         task = bar.add_task("", total=arms.count(chosen, rounds))
         measured = arms.measure(
             cluster,

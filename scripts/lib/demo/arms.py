@@ -32,11 +32,17 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to start. records: those that the store has when it begins (records.py)."""
+    """One way to start.
+
+    records: those that the store has when it begins (records.py). script: of the job, in the inputs' folder.
+    prepare: what the nodes need beside, done when they are cold.
+    """
 
     name: str
     options: tuple[str, ...]
     records: str
+    script: str = "job.sh"
+    prepare: Callable[[Cluster], None] = lambda cluster: None
 
 
 PLAIN = Arm("plain", ("--bootseer=observe",), SAVED)
@@ -70,11 +76,11 @@ def measure(
 ) -> Measured:
     """Start each arm once in every round, on a cluster that has the inputs and whose store has them saved.
 
+    The records of that must have been set aside as SAVED.
     tell: is told what happens. done: is called after each of `count` starts. Raises ClusterError, also when
     two starts did not load the same weights.
     """
     measured = Measured()
-    records.keep(cluster, SAVED)
     for number in range(1, rounds + 1):
         cluster.script("link", "store", store_link)
         tell(f"round {number}: dd over the store's link")
@@ -85,8 +91,9 @@ def measure(
             say("making all nodes cold")
             records.restore(cluster, arm.records)
             make_cold(cluster)
-            packs = {"while_training": _packing(cluster, store_link, say)} if learns else {}
-            started = start(cluster, *arm.options, tell=say, **packs)
+            arm.prepare(cluster)
+            packs = _packing(cluster, store_link, say) if learns else _nothing
+            started = start(cluster, *arm.options, tell=say, script=arm.script, while_training=packs)
             if learns:
                 records.keep(cluster, LEARNED)
             measured.arms.setdefault(arm.name, []).append(started)
@@ -114,6 +121,10 @@ def _packing(cluster: Cluster, store_link: str, tell: Tell) -> Callable[[int], N
     return wait
 
 
+def _nothing(job_id: int) -> None:
+    """The job ends as soon as it trains."""
+
+
 def count(arms: Sequence[Arm], rounds: int) -> int:
     """How many starts `measure` makes."""
     return rounds * (len(arms) + 1)
@@ -138,7 +149,8 @@ def result(cluster: Cluster, measured: Measured, store_link: str) -> dict[str, A
     rate = measured.bytes_per_s
     medians = {name: median(each.total_s for each in starts) for name, starts in measured.arms.items()}
     checkpoint_bytes = (cluster.shared / inputs.FOLDER / "model.safetensors").stat().st_size
-    hot_bytes = median(each.hot_bytes for each in measured.arms[AGAIN.name])
+    # Of starts that have all: in others training may begin before all that the plan holds is there.
+    hot_bytes = median(each.hot_bytes for each in measured.local)
     floor_bytes = hot_bytes + checkpoint_bytes * cluster.node_count
     local_s = median(each.total_s for each in measured.local)
     return {

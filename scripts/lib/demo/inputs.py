@@ -86,14 +86,14 @@ def make(cluster: Cluster, inputs: Inputs, step: Step) -> None:
         _make_environment(cluster, root, Path(scratch) / "source", inputs.packages)
         step("environment: byte code")
         compileall = ("-m", "compileall", "-q", "-j0", f"/shared/{FOLDER}/venv")
-        _in_image(cluster, root, "/usr/bin/python3", *compileall)
+        in_image(cluster, root, "/usr/bin/python3", *compileall)
         step(f"checkpoint: {inputs.checkpoint_mib} MiB of safetensors")
         for name in ("train.py", "checkpoint.py", "job.sh", "in_image.sh"):
             shutil.copy(HERE / name, folder / name)
         (folder / "imports").write_text("\n".join(inputs.imports) + "\n")
         python, program = f"/shared/{FOLDER}/venv/bin/python", f"/shared/{FOLDER}/checkpoint.py"
         made_in_image = f"/shared/{FOLDER}/model.safetensors"
-        _in_image(cluster, root, python, program, made_in_image, str(inputs.checkpoint_mib))
+        in_image(cluster, root, python, program, made_in_image, str(inputs.checkpoint_mib))
     _run("chown", "-R", f"{ALICE}:{ALICE}", str(folder))
     made.write_text(json.dumps(asdict(inputs)))
 
@@ -107,13 +107,12 @@ def save(cluster: Cluster, step: Step) -> None:
     shutil.rmtree(cluster.shared / f"bootseer/users/{ALICE}", ignore_errors=True)
     cluster.script("drop-caches", "--shared")  # they were removed behind the nodes
     in_job = ("srun", "--bootseer", "--job-name=save", "--nodes=1", "--chdir=/tmp")
+    stripe = (BOOTSEER, "checkpoint", "stripe", "--stripes", str(STRIPES))
     commands = {
         "image into the store": (BOOTSEER, "image", "push", f"/shared/{FOLDER}/image.sqsh"),
         "environment into the store": (*in_job, BOOTSEER, "env", "save", f"/shared/{FOLDER}/venv"),
-        "checkpoint into the store": (
-            BOOTSEER, "checkpoint", "stripe", "--stripes", str(STRIPES), f"/shared/{FOLDER}/model.safetensors",
-        ),
-    }  # fmt: skip
+        "checkpoint into the store": (*stripe, f"/shared/{FOLDER}/model.safetensors"),
+    }
     _succeed(cluster, BOOTSEER, "store", "init", user=None)
     if not (cluster.state_dir / "etc/bootseer/site.key").exists():
         _succeed(cluster, BOOTSEER, "image", "make-key", user=None)
@@ -130,19 +129,24 @@ def _succeed(cluster: Cluster, *command: str, user: str | None) -> None:
 
 def _make_environment(cluster: Cluster, root: Path, source: Path, packages: tuple[str, ...]) -> None:
     venv = cluster.shared / FOLDER / "venv"
-    _in_image(cluster, root, "/usr/bin/python3", "-m", "venv", "--without-pip", f"/shared/{FOLDER}/venv")
+    in_image(cluster, root, "/usr/bin/python3", "-m", "venv", "--without-pip", f"/shared/{FOLDER}/venv")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-compile"]
     target = ["--target", str(venv / "lib" / f"python{PYTHON}" / "site-packages"), "--upgrade"]
     platforms = [f"--platform={platform}" for platform in PLATFORMS]
     _run(*pip, *target, *platforms, f"--python-version={PYTHON}", "--only-binary=:all:", *packages)
-    # A copy: setuptools builds in the folder it is given.
-    shutil.copytree(REPO / "bootseer_slurm", source / "bootseer_slurm")
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(REPO / name, source)
+    copy_source(source)
     _run(*pip, *target, "--no-deps", str(source))
 
 
-def _in_image(cluster: Cluster, root: Path, *command: str) -> None:
+def copy_source(folder: Path) -> None:
+    """This project, for pip: setuptools builds in the folder that it is given."""
+    shutil.copytree(REPO / "bootseer_slurm", folder / "bootseer_slurm")
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(REPO / name, folder)
+
+
+def in_image(cluster: Cluster, root: Path, *command: str) -> None:
+    """Run a command with the image's tree as /. Raises ClusterError when it fails."""
     # Byte code is what this is about: a machine may have it switched off.
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     mounts = [

@@ -60,23 +60,30 @@ def make_cold(cluster: Cluster) -> None:
     read = f"find /shared/{inputs.FOLDER} /shared/bootseer -type f -print0 | xargs -0 cat > /dev/null"
     _succeed(cluster, "store", "bash", "-c", read)
     programs = "squashfuse --help; bwrap --version; fusermount3 --version"
-    warm = ["srun", "--bootseer", "--job-name=warm-up", f"--nodes={cluster.node_count}", "--chdir=/tmp"]
+    place = [f"--nodelist={','.join(cluster.nodes)}", "--chdir=/tmp"]
+    warm = ["srun", "--bootseer", "--job-name=warm-up", *place]
     _succeed(cluster, "login", *warm, "sh", "-c", f"{{ {programs}; true; }} >/dev/null 2>&1", user="alice")
 
 
 def start(
-    cluster: Cluster, *options: str, tell: Tell, while_training: Callable[[int], None] = lambda job_id: None
+    cluster: Cluster,
+    *options: str,
+    tell: Tell,
+    script: str = "job.sh",
+    while_training: Callable[[int], None] = lambda job_id: None,
 ) -> Start:
     """Submit the job and see it through. Raises ClusterError when it fails.
 
-    while_training: called with the job's id when all nodes train, before the job is told to end.
+    script: its name in the inputs' folder. while_training: called with the job's id when all nodes train,
+    before the job is told to end.
     """
     folder = cluster.shared / inputs.FOLDER
-    place = [f"--nodes={cluster.node_count}", f"--chdir=/shared/{inputs.FOLDER}"]
+    # Named, for the cluster may have more nodes, of which one may still be ending its last job.
+    place = [f"--nodelist={','.join(cluster.nodes)}", f"--chdir=/shared/{inputs.FOLDER}"]
     output = f"--output=/shared/{inputs.FOLDER}/%j.out"
     with Meter(lambda: cluster.store_sent_bytes) as meter:
         submitted_ns = time.time_ns()
-        job_id = cluster.sbatch((folder / "job.sh").read_text(), *place, output, *options)
+        job_id = cluster.sbatch((folder / script).read_text(), *place, output, *options)
         _watch(cluster, job_id, tell)
     while_training(job_id)
     tell("ending")

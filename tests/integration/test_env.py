@@ -114,6 +114,31 @@ def test_saved_once_shown_and_never_when_it_changed(node: Node) -> None:
     assert len(blobs(node)) == 2 and (old / "unused").exists(), "it goes a day after it was replaced"
 
 
+# On a link that is full the check of the original has no answer in time.
+_UNCHECKED = """
+from bootseer_slurm.agent import target
+from bootseer_slurm.fetch.process import FetchProcess, NoAnswer
+call = FetchProcess.call
+def busy(process, op, **fields):
+    if op == "same":
+        raise NoAnswer("no answer from the file system")
+    return call(process, op, **fields)
+FetchProcess.call = busy
+target._FRESH_S = 0
+"""
+
+
+@pytest.mark.parametrize("recent_s", [60, 0])
+def test_what_was_looked_up_just_now_is_shown_where_the_check_has_no_answer(node: Node, recent_s: int) -> None:
+    root = make_venv(node)
+    node.bootseer("env", "save", str(root))
+    node.start(f"{_UNCHECKED}target._RECENT_S = {recent_s}\n")
+    view = shown(node, 1, root)
+    assert (view is not None) == (recent_s > 0)
+    skipped = [each for each in end(node, 1, view) if (each["kind"], each["name"]) == ("shadow", "skipped")]
+    assert [each["message"] for each in skipped] == ([] if recent_s else ["no answer from the file system"])
+
+
 def test_the_commands(node: Node) -> None:
     root = make_venv(node)
     assert "has no snapshot" in refused(node, "env", "why", str(root))

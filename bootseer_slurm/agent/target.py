@@ -32,9 +32,9 @@ from bootseer_slurm.image.trust import Key
 
 # A step waits for the check that an original is still the same.
 _SAME_TIMEOUT_S = 4.0
-# On a full link the check takes long: an environment's asks for a hundred small files, one after the other. A
-# step that was left with the original then read all of it over that link, and its start took twice as long. So
-# what was looked up this recently counts as the same when there is no answer.
+# On a full link the check is slow: an environment's asks for a hundred small files, one after the other. A
+# step that was left with the original read all of it over that link: its start took twice as long. So what
+# was looked up this recently counts as the same when there is no answer.
 _RECENT_S = 60.0
 _RECENT_TIMEOUT_S = 1.0
 _FRESH_S = 5.0

@@ -3,9 +3,9 @@
 The reads themselves tell. Behind each touch of a new block one block is brought, and one more for every
 `_RUN_BLOCKS` of the run of touched blocks that ends there, `_MOST_BLOCKS` at most. Unlike a window for each
 reader this needs no order: it grows too where readers fill a region here and there, as imports do in a
-snapshot. Imports of 220 MB bring 20 MB in vain this way, and wait for a fifth of the blocks; readahead that is
-half as long as the run brings 40 MB in vain, and more reads wait. Does no I/O. Not thread-safe: a touch that
-is lost costs one readahead.
+snapshot. Imports that touch 246 MB bring 20 MB in vain this way, and wait for a fifth of the blocks. With
+readahead half as long as the run they bring 42 MB in vain, and more reads wait. Does no I/O. Not thread-safe:
+a touch that is lost costs one readahead.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Turns:
                 self._wake_next()
 
     def _held_s(self, asked_s: float) -> float:
-        """For how long a run holds, unless nobody waits before: not if nobody did at some time since it asked."""
+        """For how long a run still holds: for nobody, if at some time since it asked nobody waited."""
         if not self._waiting or self._waiting_from_s > asked_s:
             return 0.0
         return asked_s + HOLD_S - time.monotonic()

@@ -99,7 +99,7 @@ def write_settings(layout: Layout, nodes: list[str], replication: int) -> None:
                 "dfs.heartbeat.interval": "1",
                 "dfs.namenode.heartbeat.recheck-interval": "1000",
                 "dfs.namenode.safemode.extension": "0",
-                # DataNodes share this machine's cores: a late heartbeat makes one look busy, and it gets no blocks.
+                # All share this machine's cores: a DataNode's late heartbeat would make it look busy.
                 "dfs.namenode.redundancy.considerLoad": "false",
                 "dfs.datanode.data.dir": f"file://{data}/data",
                 "dfs.datanode.hostname": layout.address(node),

@@ -1,4 +1,4 @@
-"""Readahead: one block behind each touch, more behind a long run, and little in vain."""
+"""Readahead: as much behind a touch as was touched before it."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from bootseer_slurm.blob.ahead import Ahead
 def test_a_touch_brings_the_next_block() -> None:
     ahead = Ahead(1000)
     assert ahead.touch(7, 7) == (8, 8)
-    assert ahead.touch(20, 21) == (22, 22)
+    assert ahead.touch(20, 21) == (22, 23)
     assert ahead.touch(20, 21) is None, "they were touched before"
 
 
-def test_a_long_run_brings_more_up_to_a_mebibyte() -> None:
+def test_a_run_brings_as_much_as_it_is_long_up_to_a_mebibyte() -> None:
     ahead = Ahead(1000)
-    found = [ahead.touch(block, block) for block in range(400)]
-    assert found[14] == (15, 15)
-    assert found[15] == (16, 17), "the run has 16 blocks"
-    assert found[399] == (400, 415)
+    found = [ahead.touch(block, block) for block in range(40)]
+    assert found[:4] == [(1, 1), (2, 3), (3, 5), (4, 7)]
+    assert found[39] == (40, 55)
 
 
 def test_a_gap_begins_a_new_run() -> None:
     ahead = Ahead(1000)
-    for block in range(40):
+    for block in range(10):
         ahead.touch(block, block)
-    assert ahead.touch(41, 41) == (42, 42)
-    assert ahead.touch(40, 40) == (41, 43), "the gap is filled, and 41 blocks lie before its end"
+    assert ahead.touch(11, 11) == (12, 12)
+    assert ahead.touch(10, 10) == (11, 21), "the gap is filled"
 
 
 def test_it_grows_whatever_the_order() -> None:
     ahead = Ahead(1000)
-    for block in range(31, -1, -1):
+    for block in (4, 2, 0, 1, 3):
         ahead.touch(block, block)
-    assert ahead.touch(32, 32) == (33, 35)
+    assert ahead.touch(5, 5) == (6, 11)
 
 
 def test_nothing_lies_behind_the_end() -> None:
@@ -43,7 +42,7 @@ def test_nothing_lies_behind_the_end() -> None:
     assert ahead.touch(38, 39) is None
 
 
-def test_what_is_brought_in_vain_is_less_than_what_was_touched() -> None:
+def test_what_is_brought_in_vain_is_no_more_than_what_was_touched() -> None:
     for seed in range(20):
         chance, ahead = random.Random(seed), Ahead(4000)
         touched, brought = set(), set()
@@ -53,4 +52,4 @@ def test_what_is_brought_in_vain_is_less_than_what_was_touched() -> None:
                 touched.add(block)
                 first, last = ahead.touch(block, block) or (1, 0)
                 brought.update(range(first, last + 1))
-        assert len(brought - touched) < len(touched) / 4
+        assert len(brought - touched) <= len(touched)

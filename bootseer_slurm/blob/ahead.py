@@ -1,10 +1,10 @@
 """Readahead: which blocks to bring behind a read, for a blob of which no start was recorded.
 
 The reads themselves tell. Behind each touch of a new block as many may be brought as the run of touched
-blocks is long that ends there, `_MOST_BLOCKS` at most. Unlike a window for each reader this needs no order: it
-grows too where readers fill a region here and there, as imports do in a snapshot. Whoever brings them takes
-fewer where the link is slow (agent/prefetch.py). Does no I/O. Not thread-safe: a touch that is lost costs one
-readahead.
+blocks is long that ends there, `_MOST_BLOCKS` at most. Unlike a window for each reader this needs no order:
+it grows too where readers fill a region here and there, as imports do in a snapshot. Whoever brings them
+takes fewer where the link is slow (agent/prefetch.py). Does no I/O. Not thread-safe: a touch that is lost
+costs one readahead.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,10 +79,8 @@ def make(cluster: Cluster, step: Callable[[str], None]) -> Inputs:
 
     step: told what is being made. Raises ClusterError.
     """
-    folder = CACHE / hashlib.sha256("\n".join(RECIPE).encode()).hexdigest()[:12]
+    folder = kept(CACHE, RECIPE)
     if not (folder / "made").exists():
-        shutil.rmtree(CACHE, ignore_errors=True)
-        folder.mkdir(parents=True)
         _make_tree(folder, step)
         step("squashfs (minutes)")
         run("mksquashfs", str(folder / "root"), str(folder / "image.sqsh"), *SQUASHFS)
@@ -102,6 +100,27 @@ def make(cluster: Cluster, step: Callable[[str], None]) -> Inputs:
     )
 
 
+def kept(cache: Path, recipe: Sequence[str]) -> Path:
+    """The folder of what a recipe makes: empty, and without those of other recipes, until it has `made`."""
+    folder = cache / hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:12]
+    if not (folder / "made").exists():
+        shutil.rmtree(cache, ignore_errors=True)
+        folder.mkdir(parents=True)
+    return folder
+
+
+def install(root: Path, packages: Sequence[str], step: Callable[[str], None]) -> None:
+    """Packages for the Python of an image's tree, byte-compiled by it. Raises ClusterError."""
+    step(f"{len(packages)} packages from PyPI (minutes)")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-compile"]
+    where = ["--target", str(root / SITE), "--upgrade", f"--python-version={PYTHON}", "--only-binary=:all:"]
+    run(*pip, *where, *(f"--platform={platform}" for platform in PLATFORMS), *packages)
+    step("byte code")
+    compiling = ["/usr/bin/python3", "-m", "compileall", "-q", "-j2", f"/{SITE}"]
+    # Files for other versions of Python, which some packages hold, do not compile.
+    _bwrap(root, *compiling, check=False)
+
+
 def _make_tree(folder: Path, step: Callable[[str], None]) -> None:
     """root/, and the registry's two layers as it grows."""
     root, layout = folder / "root", f"{folder / 'oci'}:1"
@@ -111,14 +130,7 @@ def _make_tree(folder: Path, step: Callable[[str], None]) -> None:
     run("umoci", "init", "--layout", str(folder / "oci"))
     run("umoci", "new", "--image", layout)
     run("umoci", "insert", "--image", layout, str(root), "/")
-    step(f"{len(PACKAGES)} packages from PyPI (minutes)")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-compile"]
-    where = ["--target", str(root / SITE), "--upgrade", f"--python-version={PYTHON}", "--only-binary=:all:"]
-    run(*pip, *where, *(f"--platform={platform}" for platform in PLATFORMS), *PACKAGES)
-    step("byte code")
-    compiling = ["/usr/bin/python3", "-m", "compileall", "-q", "-j2", f"/{SITE}"]
-    # Files for other versions of Python, which some packages hold, do not compile.
-    _bwrap(root, *compiling, check=False)
+    install(root, PACKAGES, step)
     step("layer of the registry's image (minutes)")
     run("umoci", "insert", "--image", layout, str(root / SITE), f"/{SITE}")
     step("registry")

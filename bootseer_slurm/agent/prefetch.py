@@ -30,6 +30,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from bootseer_slurm.agent.hot import hot_times, runs
 from bootseer_slurm.agent.memory import Memory
 from bootseer_slurm.agent.part import Part
+from bootseer_slurm.blob.ahead import Ahead
 from bootseer_slurm.blob.reader import OnFault
 from bootseer_slurm.blob.trace import Plan
 from bootseer_slurm.config import PrefetchConfig
@@ -155,15 +156,17 @@ class Prefetch:
             self._settle(work)
             self._more.notify_all()
         if not (planned or work.ended or part.wish.kind == "checkpoint"):
-            part.reader.bring_ahead = functools.partial(self._bring_ahead, work)
+            part.reader.on_read = functools.partial(self._bring_ahead, work, Ahead(layout.blocks))
 
-    def _bring_ahead(self, work: _Work, first: int, last: int) -> None:
-        """Have of these blocks those next to a read, which must not wait, brought before the others."""
-        block_bytes = work.part.reader.blob.layout.block_bytes
-        last = min(last, first + int(self._turns.bytes_per_s * _AHEAD_S) // block_bytes)
+    def _bring_ahead(self, work: _Work, ahead: Ahead, first: int, last: int) -> None:
+        """Have what lies behind a read, which must not wait, brought before all that plans name."""
+        blob = work.part.reader.blob
+        most_blocks = int(self._turns.bytes_per_s * _AHEAD_S) // blob.layout.block_bytes
+        if (behind := ahead.touch(first, last, max(1, most_blocks))) is None or blob.has(*behind):
+            return
         with self._lock:
-            if not self._start_over and not work.part.reader.blob.has(first, last):
-                heapq.heappush(self._hot, _Run(_AHEAD_MS, next(self._numbers), first, last, work))
+            if not self._start_over:
+                heapq.heappush(self._hot, _Run(_AHEAD_MS, next(self._numbers), *behind, work))
                 self._more.notify()
 
     def drop(self, part: Part) -> None:
@@ -350,9 +353,9 @@ class Prefetch:
 
     def _forget_reads(self, work: _Work) -> None:
         """Be told no more of this part's reads; another job's prefetch may be."""
-        told = work.part.reader.bring_ahead
-        if isinstance(told, functools.partial) and told.args == (work,):
-            work.part.reader.bring_ahead = None
+        told = work.part.reader.on_read
+        if isinstance(told, functools.partial) and told.args[0] is work:
+            work.part.reader.on_read = None
 
     def _comes_in_time(self, work: _Work) -> bool:
         """Whether each block that is not there yet will come before a start that begins now touches it."""

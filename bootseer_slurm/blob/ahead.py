@@ -1,31 +1,38 @@
 """Readahead: which blocks to bring behind a read, for a blob of which no start was recorded.
 
-The reads themselves tell. Behind each touch of a new block as many may be brought as the run of touched
-blocks is long that ends there, `_MOST_BLOCKS` at most. Unlike a window for each reader this needs no order:
-it grows too where readers fill a region here and there, as imports do in a snapshot. Whoever brings them
-takes fewer where the link is slow (agent/prefetch.py). Does no I/O. Not thread-safe: a touch that is lost
-costs one readahead.
+The reads themselves tell. Behind each touch of a new block as many shall be there as the run of touched
+blocks is long that ends there, `MOST_BLOCKS` at most. Unlike a window for each reader this needs no order:
+it grows too where readers fill a region here and there, as imports do in a snapshot. No block is asked for
+twice, and none while half of what shall be there is on its way: a long request costs less CPU for each
+byte than short ones. Does no I/O. Not thread-safe: a touch that is lost costs one readahead.
 """
 
 from __future__ import annotations
 
-_MOST_BLOCKS = 16  # 1 MiB of an image or environment
+MOST_BLOCKS = 16  # 1 MiB of an image or environment
 
 
 class Ahead:
-    """The touched blocks of one blob."""
+    """The touched blocks of one blob, and those that were asked for."""
 
     def __init__(self, blocks: int) -> None:
         self._touched = bytearray(blocks)
+        self._asked = bytearray(blocks)  # touched ones too: readers bring these themselves
 
-    def touch(self, first: int, last: int) -> tuple[int, int] | None:
-        """Note a read of the blocks first to last; which (first, last) may be brought behind it, if any.
+    def touch(self, first: int, last: int, most_blocks: int = MOST_BLOCKS) -> tuple[int, int] | None:
+        """Note a read of the blocks first to last; which (first, last) to bring behind it, if any.
 
-        None too for a read of blocks that were all touched before. On the way of every read.
+        most_blocks: that shall be there, at least one. None too for a read of blocks that were all touched
+        before. On the way of every read.
         """
         if self._touched.find(0, first, last + 1) < 0:
             return None
-        self._touched[first : last + 1] = b"\1" * (last + 1 - first)
+        self._touched[first : last + 1] = self._asked[first : last + 1] = b"\1" * (last + 1 - first)
         run_blocks = last - self._touched.rfind(0, 0, first)
-        ahead_blocks = min(run_blocks, _MOST_BLOCKS, len(self._touched) - 1 - last)
-        return (last + 1, last + ahead_blocks) if ahead_blocks > 0 else None
+        end = min(last + min(run_blocks, most_blocks, MOST_BLOCKS), len(self._touched) - 1)
+        start = self._asked.find(0, last + 1, end + 1)
+        asked_blocks, wanted_blocks = start - last - 1, end - last
+        if start < 0 or 2 * asked_blocks > wanted_blocks:
+            return None
+        self._asked[start : end + 1] = b"\1" * (end + 1 - start)
+        return start, end

@@ -22,7 +22,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from bootseer_slurm.blob.ahead import Ahead
 from bootseer_slurm.blob.cache import MISSING, PRESENT, CachedBlob
 from bootseer_slurm.blob.digest import NO_DIGEST, place_of_digest
 from bootseer_slurm.blob.trace import Recorder
@@ -37,8 +36,8 @@ _RETRY_PAUSE_S = 0.5
 OnFault = Callable[[str, str], None]
 # Gives bytes from an offset on to the kernel, before anybody asks it for them.
 Push = Callable[[int, memoryview], None]
-# Has blocks, first to last, brought behind a read, and does not wait for them.
-BringAhead = Callable[[int, int], None]
+# Is told of each read, by its blocks, first to last, before it is served; must not wait.
+OnRead = Callable[[int, int], None]
 
 
 class Source(Protocol):
@@ -98,8 +97,7 @@ class Reader:
         self.usage = Usage()
         self.waits = Waits()
         self.push: Push | None = None
-        self.bring_ahead: BringAhead | None = None
-        self._ahead = Ahead(blob.layout.blocks)
+        self.on_read: OnRead | None = None
         self._kept = _Kept(blob)
         self._recorders: tuple[Recorder, ...] = ()
         self._users: dict[OnFault, set[str]] = {}  # and of what each was told already
@@ -140,9 +138,8 @@ class Reader:
         first, last = offset // block_bytes, (offset + size - 1) // block_bytes
         for recorder in self._recorders:
             recorder.touch(first, last)
-        bring_ahead = self.bring_ahead
-        if bring_ahead is not None and (ahead := self._ahead.touch(first, last)):
-            bring_ahead(*ahead)
+        if (on_read := self.on_read) is not None:
+            on_read(first, last)
         return self.blob.fd if self.blob.has(first, last) else None
 
     @property

@@ -14,26 +14,42 @@ def test_a_touch_brings_the_next_block() -> None:
     assert ahead.touch(20, 21) is None, "they were touched before"
 
 
-def test_a_run_brings_as_much_as_it_is_long_up_to_a_mebibyte() -> None:
+def test_a_run_has_as_much_behind_it_as_it_is_long_up_to_a_mebibyte() -> None:
     ahead = Ahead(1000)
-    found = [ahead.touch(block, block) for block in range(40)]
-    assert found[:4] == [(1, 1), (2, 3), (3, 5), (4, 7)]
-    assert found[39] == (40, 55)
+    asked_until = 0
+    for block in range(40):
+        _, asked_until = ahead.touch(block, block) or (0, asked_until)
+        shall_be_there = min(block + 1, 16)
+        assert shall_be_there / 2 <= asked_until - block <= shall_be_there
+
+
+def test_a_long_run_asks_for_half_a_mebibyte_at_once() -> None:
+    ahead = Ahead(1000)
+    found = [ahead.touch(block, block) for block in range(200)]
+    late = [each for each in found[100:] if each]
+    assert {last - first + 1 for first, last in late} == {8}
+    assert [first for first, _ in late[1:]] == [last + 1 for _, last in late[:-1]], "each block once"
+
+
+def test_no_more_is_asked_for_than_shall_be_there() -> None:
+    ahead = Ahead(1000)
+    found = [ahead.touch(block, block, 1) for block in range(10)]
+    assert found == [(block + 1, block + 1) for block in range(10)]
 
 
 def test_a_gap_begins_a_new_run() -> None:
     ahead = Ahead(1000)
     for block in range(10):
         ahead.touch(block, block)
-    assert ahead.touch(11, 11) == (12, 12)
-    assert ahead.touch(10, 10) == (11, 21), "the gap is filled"
+    assert ahead.touch(30, 30) == (31, 31)
 
 
 def test_it_grows_whatever_the_order() -> None:
     ahead = Ahead(1000)
     for block in (4, 2, 0, 1, 3):
-        ahead.touch(block, block)
-    assert ahead.touch(5, 5) == (6, 11)
+        ahead.touch(block, block, 1)
+    assert ahead.touch(6, 6) == (7, 7)
+    assert ahead.touch(5, 5) == (8, 11), "6 shall be there, of which two were asked for"
 
 
 def test_nothing_lies_behind_the_end() -> None:

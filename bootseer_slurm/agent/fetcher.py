@@ -7,14 +7,16 @@ import threading
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import StoreError
 from bootseer_slurm.fetch.process import FetchProcess, User
+from bootseer_slurm.fetch.spare import Spare
 
 
 class Fetcher:
     """Gives the one fetch process of a job. Thread-safe."""
 
-    def __init__(self, uid: int, gid: int, config: Config) -> None:
+    def __init__(self, uid: int, gid: int, config: Config, spare: Spare) -> None:
         self._uid, self._gid = uid, gid
         self._config = config
+        self._spare = spare
         self._user: User | None = None
         self._process: FetchProcess | None = None
         self._over = False
@@ -34,6 +36,7 @@ class Fetcher:
                     self._config.store.uri,
                     streams=self._config.prefetch.streams,
                     timeout_s=self._config.store.timeout_s,
+                    spare=self._spare,
                 )
             return self._process
 
@@ -42,9 +45,10 @@ class Fetcher:
         return self._process is not None
 
     def kill(self) -> None:
-        """End the process; there is no other one."""
+        """End the process; there is no other one. The next job's is started, which nobody waits for now."""
         with self._lock:
             self._over = True
             process = self._process
         if process is not None:
             process.kill()
+        self._spare.prepare()

@@ -33,6 +33,7 @@ from bootseer_slurm.blob.cache import Cache
 from bootseer_slurm.config import Config
 from bootseer_slurm.env.attach import unpacked_folder
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
+from bootseer_slurm.fetch.spare import Spare
 from bootseer_slurm.fuse import Server
 from bootseer_slurm.image.pack import Packer
 from bootseer_slurm.image.trust import read_key, sign
@@ -74,6 +75,7 @@ class Agent:
             min_free_bytes=config.cache.min_free_bytes,
         )
         self._journal = Journal(self._home)
+        self._spare = Spare()
         observe_all = config.report.observe == "all"
         self._table = Table(self._session, self._journal, observe_all=observe_all)
         self._say_observe_all(observe_all)
@@ -87,7 +89,7 @@ class Agent:
         self._start_ns = time.time_ns()
 
     def _session(self, job: Job, node: str) -> Session:
-        return Session(job, node or self._node, self._config, self._shelf, self._journal)
+        return Session(job, node or self._node, self._config, self._shelf, self._journal, self._spare)
 
     def _say_observe_all(self, observe_all: bool) -> None:
         """Have the hook tell every job, or only those that asked."""
@@ -111,7 +113,9 @@ class Agent:
         threading.Thread(target=self._tend, daemon=True).start()
         metrics = self._start_metrics()
         _log.info("agent serves %s", self._config.agent.socket, extra={"node": self._node})
+        self._spare.prepare()
         self._stop.wait()
+        self._spare.close()
         self._packer.close()
         self._table.end_all("agent stopped")
         if metrics is not None:

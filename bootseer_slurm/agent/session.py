@@ -43,6 +43,7 @@ from bootseer_slurm.config import Config
 from bootseer_slurm.env.attach import unmount_left, unpacked_folder
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.events import EventLog
+from bootseer_slurm.fetch.spare import Spare
 from bootseer_slurm.image.trust import Key, read_key
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,9 @@ _UNREAD = "not brought: the last start of this class was shown it and did not re
 class Session:
     """A job that asked for Bootseer. Thread-safe."""
 
-    def __init__(self, job: Job, node: str, config: Config, shelf: Shelf, journal: Journal) -> None:
+    def __init__(
+        self, job: Job, node: str, config: Config, shelf: Shelf, journal: Journal, spare: Spare
+    ) -> None:
         self.job = job
         self.log = EventLog(job.job_id, job.restart, node, path=journal.events_path(job.job_id, job.restart))
         self._config = config
@@ -75,7 +78,7 @@ class Session:
         self._recalled = threading.Event()  # it is known what was learned
         self._recalled.set()
         self._recalled_record: list[Remembered] | None = None
-        self._fetcher = Fetcher(job.uid, job.gid, config)
+        self._fetcher = Fetcher(job.uid, job.gid, config, spare)
         self._memory = Memory()
         named = Named(config.agent.blobs.parent / "named" / f"{job.job_id}.{job.restart}")
         self._shown = Shown(self._wanted, named, self.log)

@@ -5,10 +5,11 @@ objects into memory shared with the agent, and writes the job's events. It holds
 nothing: the agent believes no byte of it unless a digest agrees, or unless the bytes are shown to this user
 alone. When a file system hangs, the agent kills this process and stays well itself.
 
-    python -I -m bootseer_slurm.fetch.child <socket fd> <ring fd> <slot bytes> <threads> <store uri>
+    python -I -m bootseer_slurm.fetch.child <socket fd>
 
-One SEQPACKET message is one JSON object; requests carry an "id" that the reply repeats. The process ends
-when the agent's end of the socket is closed.
+One SEQPACKET message is one JSON object. The first says whom to become, and comes with the ring's descriptor:
+until then the process is root, and reads nothing else. All others are requests with an "id" that the reply
+repeats. The process ends when the agent's end of the socket is closed.
 """
 
 from __future__ import annotations
@@ -353,15 +354,31 @@ def _memory_file(content: bytes) -> int:
     return fd
 
 
-def main() -> None:
-    """The process the agent starts; see the module's first lines for its arguments."""
-    # An exec makes a process dumpable again: without this the user's other processes could ptrace it.
+def _become(order: dict[str, Any]) -> None:
+    """Be the job's user for good; an agent that is not root has its own rights to give only."""
+    if os.geteuid() == 0:
+        os.setgroups(order["groups"])
+        os.setresgid(*[order["gid"]] * 3)
+        os.setresuid(*[order["uid"]] * 3)
+    if "home" in order:
+        os.environ["HOME"] = order["home"]
+    # Without this the user's other processes could ptrace this one: an exec makes it dumpable, and a change
+    # of rights does where the site wants core dumps of such processes (fs.suid_dumpable).
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def main() -> None:
+    """The process the agent starts; see the module's first lines for its argument."""
     os.umask(0o077)
-    link_fd, ring_fd, slot_bytes, threads = (int(text) for text in sys.argv[1:5])
-    link = socket.socket(fileno=link_fd)
-    ring = mmap.mmap(ring_fd, 0)
-    Child(link, ring, slot_bytes, sys.argv[5]).run(threads)
+    link = socket.socket(fileno=int(sys.argv[1]))
+    message, fds, _, _ = socket.recv_fds(link, _MESSAGE_BYTES, 1)
+    if not message:
+        return  # it was a spare one, and is not needed
+    order = json.loads(message)
+    _become(order)
+    ring = mmap.mmap(fds[0], 0)
+    os.close(fds[0])
+    Child(link, ring, order["slot_bytes"], order["store"]).run(order["slots"])
     os._exit(0)  # threads may hang in a file system that does not answer
 
 

@@ -22,7 +22,6 @@ import pwd
 import queue
 import socket
 import subprocess
-import sys
 import threading
 import time
 from array import array
@@ -36,6 +35,7 @@ from typing import Any
 from bootseer_slurm import errors
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.errors import BootseerError, StoreError
+from bootseer_slurm.fetch.spare import Spare
 from bootseer_slurm.fetch.turns import Turns
 
 _log = logging.getLogger(__name__)
@@ -82,10 +82,13 @@ class Reply:
 class FetchProcess:
     """A running fetch process. Thread-safe."""
 
-    def __init__(self, user: User, store_uri: str, *, streams: int, timeout_s: float) -> None:
-        """Start it. streams: parallel prefetch reads. timeout_s: when a read has failed.
+    def __init__(
+        self, user: User, store_uri: str, *, streams: int, timeout_s: float, spare: Spare | None = None
+    ) -> None:
+        """Start it, or take the spare one.
 
-        Raises StoreError when it cannot be started.
+        streams: parallel prefetch reads. timeout_s: when a read has failed. Raises StoreError when it cannot
+        be started.
         """
         self.user = user
         self._timeout_s = timeout_s
@@ -102,14 +105,14 @@ class FetchProcess:
         os.ftruncate(ring_fd, slots * CHUNK_BYTES)
         fcntl.fcntl(ring_fd, fcntl.F_ADD_SEALS, _RING_SEALS)
         self._ring = memoryview(mmap.mmap(ring_fd, 0))
-        self._link, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        order = {"slot_bytes": CHUNK_BYTES, "slots": slots, "store": store_uri, **_identity(user)}
         try:
-            self._process = _start(user, far, ring_fd, slots, store_uri)
+            started = (spare or Spare()).take()
+            self._process, self._link = started.process, started.link
+            socket.send_fds(self._link, [json.dumps(order).encode()], [ring_fd])
         except (OSError, subprocess.SubprocessError) as error:
-            self._link.close()
             raise StoreError(f"fetch process of uid {user.uid} cannot be started: {error}") from error
         finally:
-            far.close()
             os.close(ring_fd)
         self._receiver = threading.Thread(
             target=self._receive, name=f"fetch-{self._process.pid}", daemon=True
@@ -245,25 +248,12 @@ class FetchProcess:
         return True
 
 
-def _start(
-    user: User, link: socket.socket, ring_fd: int, slots: int, store_uri: str
-) -> subprocess.Popen[bytes]:
-    arguments = [str(link.fileno()), str(ring_fd), str(CHUNK_BYTES), str(slots), store_uri]
-    privileged = os.geteuid() == 0
-    environ = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
-    with contextlib.suppress(KeyError):  # where clients of stores look for the user's credentials
-        environ["HOME"] = pwd.getpwuid(user.uid).pw_dir
-    return subprocess.Popen(
-        [sys.executable, "-I", "-m", "bootseer_slurm.fetch.child", *arguments],
-        pass_fds=(link.fileno(), ring_fd),
-        stdin=subprocess.DEVNULL,
-        cwd="/",
-        env=environ,
-        start_new_session=True,
-        user=user.uid if privileged else None,
-        group=user.gid if privileged else None,
-        extra_groups=list(user.groups) if privileged else None,
-    )
+def _identity(user: User) -> dict[str, Any]:
+    """Whom a fetch process becomes, and where clients of stores look for that user's credentials."""
+    identity = {"uid": user.uid, "gid": user.gid, "groups": user.groups}
+    with contextlib.suppress(KeyError):
+        identity["home"] = pwd.getpwuid(user.uid).pw_dir
+    return identity
 
 
 def _error(fields: dict[str, Any]) -> BootseerError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -25,6 +24,7 @@ from bootseer_slurm.blob.trace import STARTS, Plan, Trace, decode_plan
 from bootseer_slurm.blob.writer import store_file
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, StoreError
 from bootseer_slurm.fetch.process import FetchProcess, Reply, User
+from bootseer_slurm.fetch.spare import Started
 from bootseer_slurm.store import FileStore
 
 SELF = User(os.getuid(), os.getgid(), ())
@@ -78,11 +78,11 @@ def open_fds() -> int:
 
 
 def open_ring(process: FetchProcess) -> int:
-    """The ring as the user's other processes can open it before this one is closed to them."""
+    """The ring as the process itself has it, which is the user's and may do what it likes."""
+    resolve(process, Path("/etc/hostname"))  # it has taken its user, and the ring
     for link in Path(f"/proc/{process._process.pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # one that the starting interpreter has closed
-            if "bootseer-ring" in os.readlink(link):
-                return os.open(link, os.O_RDWR)
+        if "bootseer-ring" in os.readlink(link):
+            return os.open(link, os.O_RDWR)
     raise AssertionError("no ring")
 
 
@@ -285,6 +285,7 @@ HOSTILE = """
 import json, os, socket, sys, time
 link = socket.socket(fileno=int(sys.argv[1]))
 fds = [os.open("/", os.O_RDONLY) for _ in range(4)]
+link.recv(65536)  # whom to become
 while True:
     message, received, _, _ = socket.recv_fds(link, 65536, 4)
     if not message:
@@ -308,10 +309,13 @@ while True:
 def hostile(mocker: MockerFixture) -> Iterator[FetchProcess]:
     """A process that sends four descriptors with every reply."""
 
-    def start(user: User, link: socket.socket, *_: object) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", HOSTILE, str(link.fileno())], pass_fds=[link.fileno()])
+    def start() -> Started:
+        link, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with far:
+            command = [sys.executable, "-c", HOSTILE, str(far.fileno())]
+            return Started(subprocess.Popen(command, pass_fds=[far.fileno()]), link)
 
-    mocker.patch("bootseer_slurm.fetch.process._start", start)
+    mocker.patch("bootseer_slurm.fetch.spare.start", start)
     made = FetchProcess(SELF, "file:///", streams=1, timeout_s=5)
     yield made
     made.kill()

@@ -1,0 +1,115 @@
+"""Fetch processes that are started ahead of their jobs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bootseer_slurm.agent.fetcher import Fetcher
+from bootseer_slurm.config import Config
+from bootseer_slurm.fetch.process import FetchProcess, User
+from bootseer_slurm.fetch.spare import Spare
+
+ALICE = User(20001, 20001, (20001, 20005))
+END_S = 5.0
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+
+
+@pytest.fixture
+def spare() -> Iterator[Spare]:
+    made = Spare()
+    yield made
+    made.close()
+
+
+def take_waiting(spare: Spare) -> psutil.Process:
+    """The process that waits, which stays there."""
+    assert spare._started is not None
+    return psutil.Process(spare._started.process.pid)
+
+
+def start(spare: Spare, user: User = ALICE) -> FetchProcess:
+    """A fetch process that has answered, and so has become its user."""
+    process = FetchProcess(user, "file:///", streams=1, timeout_s=5, spare=spare)
+    process.call("locate", name="/etc/hostname", newest=False, limit=1, rank=0, nodes=1)
+    return process
+
+
+@as_root
+def test_a_spare_process_becomes_the_user_for_good(spare: Spare) -> None:
+    spare.prepare()
+    waiting = take_waiting(spare)
+    assert waiting.uids().real == 0
+    process = start(spare)
+    try:
+        assert process._process.pid == waiting.pid
+        status = dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{waiting.pid}/status").read_text().splitlines()
+        )
+        assert status["Uid"].split() == ["20001"] * 4
+        assert status["Gid"].split() == ["20001"] * 4
+        assert status["Groups"].split() == ["20001", "20005"]
+        for capabilities in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+            assert int(status[capabilities], 16) == 0, capabilities
+    finally:
+        process.kill()
+
+
+@as_root
+def test_the_users_other_processes_cannot_look_into_it(spare: Spare) -> None:
+    spare.prepare()
+    process = start(spare)
+    try:
+        for name in ("fd", "mem", "environ"):
+            command = ["setpriv", "--reuid=20001", "--regid=20001", "--clear-groups"]
+            looking = ["ls"] if name == "fd" else ["head", "-c", "1"]
+            path = f"/proc/{process._process.pid}/{name}"
+            done = subprocess.run([*command, *looking, path], capture_output=True, text=True)
+            assert "Permission denied" in done.stderr, name
+    finally:
+        process.kill()
+
+
+def test_no_process_serves_two_jobs(spare: Spare) -> None:
+    spare.prepare()
+    me = User(os.getuid(), os.getgid(), ())
+    first, second = start(spare, me), start(spare, me)
+    assert first._process.pid != second._process.pid
+    first.kill()
+    second.kill()
+
+
+def test_a_spare_process_that_was_killed_is_not_taken(spare: Spare) -> None:
+    spare.prepare()
+    waiting = take_waiting(spare)
+    waiting.kill()
+    psutil.wait_procs([waiting], END_S)
+    process = start(spare, User(os.getuid(), os.getgid(), ()))
+    assert process._process.pid != waiting.pid
+    process.kill()
+
+
+def test_a_spare_process_ends_with_its_agent(spare: Spare) -> None:
+    spare.prepare()
+    waiting = take_waiting(spare)
+    assert spare._started is not None
+    spare._started.link.close()  # as when the agent is killed
+    _, alive = psutil.wait_procs([waiting], END_S)
+    assert not alive
+
+
+def test_the_next_one_waits_once_a_job_is_over_and_none_after_the_last(spare: Spare) -> None:
+    fetcher = Fetcher(os.getuid(), os.getgid(), Config(), spare)
+    fetcher()
+    assert spare._started is None, "not while a job starts"
+    fetcher.kill()
+    waiting = take_waiting(spare)
+    spare.close()
+    assert not waiting.is_running()
+    spare.prepare()
+    assert spare._started is None

@@ -118,6 +118,7 @@ class Agent:
         self._spare.close()
         self._packer.close()
         self._table.end_all("agent stopped")
+        self._shelf.close_idle(all_of_them=True)
         if metrics is not None:
             metrics.join(_METRICS_END_S)
 
@@ -150,6 +151,7 @@ class Agent:
         while not self._stop.wait(_TEND_EVERY_S):
             rounds += 1
             try:
+                self._shelf.close_idle()  # first: what was removed of the cache takes its room until then
                 self._cache.make_room()
                 if rounds % _SAVE_ROUNDS == 0:
                     self._cache.save()

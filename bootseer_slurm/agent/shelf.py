@@ -3,13 +3,19 @@ an image that the kernel may mount, that mount.
 
 Jobs of one user that use the same blob share all of them. Thread-safe. Mounts of images lie below
 <run>/images/<uid>/<blob id>, where only root may look; a container gets a detached copy of one.
+
+The kernel forgets what it unpacked of an image when that is unmounted. So the mount of a whole one stays for
+`_IDLE_S` after its last job, and reads the cache's own file from then on: the same job started again on this
+node finds all in memory. It holds no pin: the cache may remove the blob, and `close_idle` frees its bytes.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,7 +27,12 @@ from bootseer_slurm.errors import NotFound
 from bootseer_slurm.fuse import Server
 from bootseer_slurm.image.kernel import KernelMount
 
+_log = logging.getLogger(__name__)
+
 _Key = tuple[int, str]
+
+# A job that failed is started again within minutes.
+_IDLE_S = 600.0
 
 
 @dataclass(slots=True)
@@ -32,9 +43,28 @@ class _Place:
     server: Server
     path: Path
     mount: KernelMount | None = None
+    mount_reads_cache: bool = False  # its own file there, not the FUSE file
     mount_lock: threading.Lock = field(default_factory=threading.Lock)
     gone: bool = False
     bypassed: bool = False  # somebody reads the cache's own file
+
+
+@dataclass(frozen=True, slots=True)
+class _Idle:
+    """A mount that no job uses, of a file of the cache that was whole."""
+
+    mount: KernelMount
+    file: Path
+    inode: int
+    since_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the cache removed the file, whose bytes the mount keeps on the disk."""
+        try:
+            return self.file.stat().st_ino != self.inode
+        except OSError:
+            return True
 
 
 class Shelf:
@@ -49,6 +79,7 @@ class Shelf:
         self._servers = servers
         self._images = images
         self._places: dict[_Key, _Place] = {}
+        self._idle: dict[_Key, _Idle] = {}
         self._past = Usage()  # of what is not here any more
         self._lock = threading.Lock()
 
@@ -82,12 +113,21 @@ class Shelf:
                 server = self._servers["checkpoints" if kind == "checkpoint" else "blobs"]
                 warm = server.known(_name(reader))
                 place = _Place(reader, server, server.add(_name(reader), reader))
-                place.mount = KernelMount.adopt(self._folder(reader))  # of an agent before this one
+                self._adopt_mount(place)
                 self._places[uid, blob_id] = place
-                return reader, warm
+                return reader, warm or place.mount is not None
         except BaseException:
             self._cache.release(blob)
             raise
+
+    def _adopt_mount(self, place: _Place) -> None:
+        """Use the mount of a job, or an agent, before this one; with the lock held."""
+        reader = place.reader
+        idle = self._idle.pop((reader.uid, reader.blob.id), None)
+        if idle is not None and idle.gone:
+            idle.mount.close()
+        place.mount = KernelMount.adopt(self._folder(reader))
+        place.mount_reads_cache = idle is not None and place.mount is not None
 
     def hold(
         self, blob_id: str, *, kind: str, uid: int, gid: int, sources: list[Source], on_fault: OnFault
@@ -142,9 +182,9 @@ class Shelf:
         folder = self._folder(reader)
         with place.mount_lock:
             if place.mount is None and not place.gone:
-                place.mount = KernelMount.open_image(
-                    self.path(reader), folder, uid=reader.uid, gid=reader.gid
-                )
+                path = self.path(reader)
+                place.mount = KernelMount.open_image(path, folder, uid=reader.uid, gid=reader.gid)
+                place.mount_reads_cache = path == reader.blob.path
         return folder
 
     def clone_mount(self, image: str, uid: int) -> int:
@@ -170,11 +210,35 @@ class Shelf:
             reader.push = None
             with place.mount_lock:
                 place.gone = True
-                if place.mount is not None:
-                    place.mount.close()
+                self._put_away(place)
             place.server.remove(_name(reader))
 
         self._cache.release(reader.blob, on_last=forget)
+
+    def _put_away(self, place: _Place) -> None:
+        """Leave the mount for a while where it can do without the FUSE file, else close it."""
+        blob, mount = place.reader.blob, place.mount
+        if mount is None:
+            return
+        if blob.complete and not place.mount_reads_cache:
+            try:
+                mount.read_from(blob.path)
+                place.mount_reads_cache = True
+            except OSError as error:
+                _log.info("blob %s: its mount is not kept: %s", blob.id[:12], error)
+        if place.mount_reads_cache:
+            with self._lock:
+                self._idle[blob.uid, blob.id] = _Idle(mount, blob.path, os.fstat(blob.fd).st_ino)
+        else:
+            mount.close()
+
+    def close_idle(self, *, all_of_them: bool = False) -> None:
+        """Take away the mounts that no job has used for long, and those of blobs that the cache removed."""
+        with self._lock:
+            for key, idle in list(self._idle.items()):
+                if all_of_them or idle.gone or time.monotonic() - idle.since_s > _IDLE_S:
+                    del self._idle[key]
+                    idle.mount.close()
 
     def usage(self) -> Usage:
         """What was read and fetched of all blobs since the agent started."""
@@ -188,6 +252,7 @@ class Shelf:
         """Sessions of an agent before this one were taken up: what nobody uses of it goes."""
         with self._lock:
             used = {self._folder(place.reader) for place in self._places.values()}
+            used |= {idle.mount.folder for idle in self._idle.values()}
             for folder in self._images.glob("*/*"):
                 if folder not in used and (mount := KernelMount.adopt(folder)):
                     mount.close()

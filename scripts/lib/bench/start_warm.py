@@ -71,7 +71,7 @@ DEMO = (
     Arm("bare", DEMO_SH, ("--bootseer",), bound=True),
     Arm("cached", DEMO_SH, ("--bootseer", *arms.OPTIONS)),
 )
-STEPS = (ROUNDS + 1) * (len(EMPTY) + len(DEMO)) + 1
+STEPS = (ROUNDS + 1) * (len(EMPTY) + len(DEMO)) + 2
 
 Runs = dict[str, list[dict[str, float]]]
 
@@ -83,6 +83,9 @@ def measure(cluster: Cluster, tell: Tell, done: Callable[[], None]) -> list[Row]
     records.restore(cluster, arms.SAVED)
     make_cold(cluster)
     start(cluster, *arms.FIRST.options, tell=tell, while_training=lambda job_id: wait_packed(cluster, job_id))
+    done()
+    tell("a start that trains until all is on the node")
+    start(cluster, *arms.SPELLED.options, tell=tell, while_training=lambda job_id: _wait_local(cluster))
     done()
     with _copied(cluster):
         empty = _rounds(cluster, "empty", EMPTY, tell, done)
@@ -134,6 +137,18 @@ def _copied(cluster: Cluster) -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(local)
+
+
+def _wait_local(cluster: Cluster) -> None:
+    """Wait until the node's cache has all of each blob: its file has no holes then."""
+    cache = cluster.state_dir / NODE / "bootseer" / "cache"
+
+    def whole() -> bool:
+        files = [path.stat() for path in cache.glob("*/*/data")]
+        return len(files) > 0 and all(file.st_blocks * 512 >= file.st_size for file in files)
+
+    if not poll(whole, TIMEOUT_S, 0.5):
+        raise ClusterError(f"not all came to {NODE} in {TIMEOUT_S:g} s")
 
 
 def _rounds(

@@ -33,6 +33,7 @@ _Key = tuple[int, str]
 
 # A job that failed is started again within minutes.
 _IDLE_S = 600.0
+_MOST_IDLE = 16  # each has a loop device
 
 
 @dataclass(slots=True)
@@ -229,14 +230,17 @@ class Shelf:
         if place.mount_reads_cache:
             with self._lock:
                 self._idle[blob.uid, blob.id] = _Idle(mount, blob.path, os.fstat(blob.fd).st_ino)
+            self.close_idle()
         else:
             mount.close()
 
     def close_idle(self, *, all_of_them: bool = False) -> None:
         """Take away the mounts that no job has used for long, and those of blobs that the cache removed."""
+        most = 0 if all_of_them else _MOST_IDLE
         with self._lock:
-            for key, idle in list(self._idle.items()):
-                if all_of_them or idle.gone or time.monotonic() - idle.since_s > _IDLE_S:
+            for key, idle in list(self._idle.items()):  # the longest unused first
+                too_many = len(self._idle) > most
+                if too_many or idle.gone or time.monotonic() - idle.since_s > _IDLE_S:
                     del self._idle[key]
                     idle.mount.close()
 

@@ -96,6 +96,17 @@ def test_it_goes_when_nobody_used_it_for_long(node: Node) -> None:
     start_and_end(node, 4, root)
 
 
+def test_no_more_stay_than_the_node_has_loop_devices_for(node: Node) -> None:
+    node.start("from bootseer_slurm.agent import shelf\nshelf._MOST_IDLE = 0\n")
+    root = make_large_venv(node)
+    assert shown(node, 1, root) is None
+    saved(node, 1)
+    end(node, 1)
+    for job in (2, 3):
+        start_and_end(node, job, root)
+        wait_until(lambda: mount_ids(node) == [])
+
+
 def test_a_blob_that_the_cache_removes_does_not_stay_on_the_disk(node: Node) -> None:
     node.start(OFTEN)
     root = start_with_all_in_the_cache(node)

@@ -526,7 +526,7 @@ def test_what_a_job_writes_goes_with_it_where_the_profile_says_so(packed: str) -
         os.close(int(third.name))
         end(node, 3, view)
         wait_until(lambda: mounts.mounts_below(node.run / "env") == [])
-        assert list((node.run / "env").iterdir()) == []
+        wait_until(lambda: list((node.run / "env").iterdir()) == [])
         view = shown(node, 4, root)
         assert view is not None and (view / file).read_text() == "VALUE = 1\n" and not (view / "new").exists()
         end(node, 4, view)

@@ -239,7 +239,7 @@ def test_an_environment_goes_on_under_the_next_agent_or_is_mounted_anew(node: No
         os.close(mount)
     node.ask("epilog", JOB_ID=1)
     wait_until(lambda: mounts.mounts_below(node.run / "env") == [] and squashfuses(node) == [])
-    assert list((node.run / "env").iterdir()) == []
+    wait_until(lambda: list((node.run / "env").iterdir()) == [])
 
 
 @needs_squashfuse
@@ -258,7 +258,7 @@ if not pathlib.Path({str(flag)!r}).exists():
     node.processes[0].send_signal(signal.SIGHUP)
     node.wait_for_another(pid)
     wait_until(lambda: mounts.mounts_below(node.run / "env") == [] and squashfuses(node) == [])
-    assert list((node.run / "env").iterdir()) == []
+    wait_until(lambda: list((node.run / "env").iterdir()) == [])
 
 
 def test_an_agent_that_waits_for_its_own_files_can_be_killed(node: Node) -> None:

@@ -118,13 +118,14 @@ class KernelMount:
 
     def read_from(self, file: Path) -> None:
         """Have the kernel read another file of the same bytes from now on. Raises OSError."""
-        source = next(entry.source for entry in mounts.mounts_at(self.folder) if entry.fstype == _FSTYPE)
+        entries = [entry for entry in mounts.mounts_at(self.folder) if entry.fstype == _FSTYPE]
+        if not entries:
+            raise FileNotFoundError(errno.ENOENT, "no image is mounted", str(self.folder))
         with contextlib.ExitStack() as opened:
-            device = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+            device = os.open(entries[-1].source, os.O_RDONLY | os.O_CLOEXEC)
             opened.callback(os.close, device)
-            backing = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            backing = _open_backing(file)
             opened.callback(os.close, backing)
-            os.posix_fadvise(backing, 0, 0, os.POSIX_FADV_RANDOM)  # as in _attach_loop
             fcntl.ioctl(device, _LOOP_CHANGE_FD, backing)
 
     def close(self) -> None:
@@ -265,18 +266,24 @@ def _make(image: Path, folder: Path, uid: int, gid: int, done: Callable[[], obje
     return fd
 
 
+def _open_backing(image: Path) -> int:
+    """A descriptor of the file for a loop device to read."""
+    backing = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    # squashfs asks for whole blocks. What the file's own read-ahead adds is fetched in vain: imports read 365
+    # instead of 219 MB. Buffered all the same (no LO_FLAGS_DIRECT_IO): so pushed blocks are found
+    # (FUSE_NOTIFY_STORE), and pieces of tables are read once.
+    os.posix_fadvise(backing, 0, 0, os.POSIX_FADV_RANDOM)
+    return backing
+
+
 def _attach_loop(image: Path) -> int:
     """A free loop device over the file, read-only, which ends with its last user."""
-    backing = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    backing = _open_backing(image)
     try:
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         os.close(backing)
         raise BootseerError(f"no loop devices: {error}", hint="modprobe loop") from None
-    # squashfs asks for whole blocks. What the file's own read-ahead adds is fetched in vain: imports read 365
-    # instead of 219 MB. Buffered all the same (no LO_FLAGS_DIRECT_IO): so pushed blocks are found
-    # (FUSE_NOTIFY_STORE), and pieces of tables are read once.
-    os.posix_fadvise(backing, 0, 0, os.POSIX_FADV_RANDOM)
     config = _LOOP_CONFIG.pack(backing, 0, _LOOP_FLAGS, os.fsencode(image)[-63:])
     try:
         for _ in range(_LOOP_ATTEMPTS):

@@ -130,6 +130,22 @@ def test_a_mount_of_a_removed_blob_is_not_used(node: Node) -> None:
     end(node, 4, view)
 
 
+def test_a_mount_that_somebody_took_away_is_no_reason_to_keep_the_blob(node: Node) -> None:
+    node.start()
+    root = start_with_all_in_the_cache(node)
+    node.crash()  # the next agent does not know what the mount reads
+    wait_until(lambda: mount_ids(node) == [])
+    view = shown(node, 3, root)
+    assert view is not None
+    node.crash()
+    wait_until(node.answers)
+    (mount,) = mounts.mounts_below(node.run / "images")
+    mounts.unmount(mount.point)
+    end(node, 3, view)
+    start_and_end(node, 4, root)
+    assert "is not let go" not in node.log
+
+
 @pytest.mark.parametrize("end_agent", ["stop", "kill"])
 def test_it_does_not_outlive_its_agent(node: Node, end_agent: str) -> None:
     keeper = node.start()

@@ -35,7 +35,7 @@ from typing import Any
 from bootseer_slurm import errors
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.errors import BootseerError, StoreError
-from bootseer_slurm.fetch.spare import Spare
+from bootseer_slurm.fetch.spare import Spare, Started
 from bootseer_slurm.fetch.turns import Turns
 
 _log = logging.getLogger(__name__)
@@ -106,14 +106,17 @@ class FetchProcess:
         fcntl.fcntl(ring_fd, fcntl.F_ADD_SEALS, _RING_SEALS)
         self._ring = memoryview(mmap.mmap(ring_fd, 0))
         order = {"slot_bytes": CHUNK_BYTES, "slots": slots, "store": store_uri, **_identity(user)}
+        started: Started | None = None
         try:
             started = (spare or Spare()).take()
-            self._process, self._link = started.process, started.link
-            socket.send_fds(self._link, [json.dumps(order).encode()], [ring_fd])
+            socket.send_fds(started.link, [json.dumps(order).encode()], [ring_fd])
         except (OSError, subprocess.SubprocessError) as error:
+            if started is not None:
+                started.end()
             raise StoreError(f"fetch process of uid {user.uid} cannot be started: {error}") from error
         finally:
             os.close(ring_fd)
+        self._process, self._link = started.process, started.link
         self._receiver = threading.Thread(
             target=self._receive, name=f"fetch-{self._process.pid}", daemon=True
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 
 from bootseer_slurm.agent.fetcher import Fetcher
 from bootseer_slurm.config import Config
+from bootseer_slurm.errors import StoreError
 from bootseer_slurm.fetch.process import FetchProcess, User
-from bootseer_slurm.fetch.spare import Spare
+from bootseer_slurm.fetch.spare import Spare, Started
 
 ALICE = User(20001, 20001, (20001, 20005))
 END_S = 5.0
@@ -27,8 +29,8 @@ def spare() -> Iterator[Spare]:
     made.close()
 
 
-def take_waiting(spare: Spare) -> psutil.Process:
-    """The process that waits, which stays there."""
+def waiting_process(spare: Spare) -> psutil.Process:
+    """The one that is kept."""
     assert spare._started is not None
     return psutil.Process(spare._started.process.pid)
 
@@ -43,7 +45,7 @@ def start(spare: Spare, user: User = ALICE) -> FetchProcess:
 @as_root
 def test_a_spare_process_becomes_the_user_for_good(spare: Spare) -> None:
     spare.prepare()
-    waiting = take_waiting(spare)
+    waiting = waiting_process(spare)
     assert waiting.uids().real == 0
     process = start(spare)
     try:
@@ -86,7 +88,7 @@ def test_no_process_serves_two_jobs(spare: Spare) -> None:
 
 def test_a_spare_process_that_was_killed_is_not_taken(spare: Spare) -> None:
     spare.prepare()
-    waiting = take_waiting(spare)
+    waiting = waiting_process(spare)
     waiting.kill()
     psutil.wait_procs([waiting], END_S)
     process = start(spare, User(os.getuid(), os.getgid(), ()))
@@ -94,9 +96,19 @@ def test_a_spare_process_that_was_killed_is_not_taken(spare: Spare) -> None:
     process.kill()
 
 
+def test_a_spare_process_that_takes_no_order_is_ended(spare: Spare) -> None:
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    there.close()
+    deaf = subprocess.Popen(["sleep", "60"])
+    spare._started = Started(deaf, here)
+    with pytest.raises(StoreError, match="cannot be started"):
+        start(spare)
+    assert deaf.returncode is not None and here.fileno() == -1
+
+
 def test_a_spare_process_ends_with_its_agent(spare: Spare) -> None:
     spare.prepare()
-    waiting = take_waiting(spare)
+    waiting = waiting_process(spare)
     assert spare._started is not None
     spare._started.link.close()  # as when the agent is killed
     _, alive = psutil.wait_procs([waiting], END_S)
@@ -108,7 +120,7 @@ def test_the_next_one_waits_once_a_job_is_over_and_none_after_the_last(spare: Sp
     fetcher()
     assert spare._started is None, "not while a job starts"
     fetcher.kill()
-    waiting = take_waiting(spare)
+    waiting = waiting_process(spare)
     spare.close()
     assert not waiting.is_running()
     spare.prepare()

@@ -1,7 +1,7 @@
 """Readahead: which blocks to bring behind a read, for a blob of which no start was recorded.
 
 The reads themselves tell. Behind each touch of a new block as many shall be there as the run of touched
-blocks is long that ends there, `MOST_BLOCKS` at most. Unlike a window for each reader this needs no order:
+blocks is long that ends there, `_MOST_BLOCKS` at most. Unlike a window for each reader this needs no order:
 it grows too where readers fill a region here and there, as imports do in a snapshot. No block is asked for
 twice, and none while half of what shall be there is on its way: a long request costs less CPU for each
 byte than short ones. Does no I/O. Not thread-safe: a touch that is lost costs one readahead.
@@ -9,7 +9,7 @@ byte than short ones. Does no I/O. Not thread-safe: a touch that is lost costs o
 
 from __future__ import annotations
 
-MOST_BLOCKS = 16  # 1 MiB of an image or environment
+_MOST_BLOCKS = 16  # 1 MiB of an image or environment
 
 
 class Ahead:
@@ -19,7 +19,7 @@ class Ahead:
         self._touched = bytearray(blocks)
         self._asked = bytearray(blocks)  # touched ones too: readers bring these themselves
 
-    def touch(self, first: int, last: int, most_blocks: int = MOST_BLOCKS) -> tuple[int, int] | None:
+    def touch(self, first: int, last: int, most_blocks: int = _MOST_BLOCKS) -> tuple[int, int] | None:
         """Note a read of the blocks first to last; which (first, last) to bring behind it, if any.
 
         most_blocks: that shall be there, at least one. None too for a read of blocks that were all touched
@@ -29,7 +29,7 @@ class Ahead:
             return None
         self._touched[first : last + 1] = self._asked[first : last + 1] = b"\1" * (last + 1 - first)
         run_blocks = last - self._touched.rfind(0, 0, first)
-        end = min(last + min(run_blocks, most_blocks, MOST_BLOCKS), len(self._touched) - 1)
+        end = min(last + min(run_blocks, most_blocks, _MOST_BLOCKS), len(self._touched) - 1)
         start = self._asked.find(0, last + 1, end + 1)
         asked_blocks, wanted_blocks = start - last - 1, end - last
         if start < 0 or 2 * asked_blocks > wanted_blocks:

@@ -16,9 +16,11 @@ def test_a_touch_brings_the_next_block() -> None:
 
 def test_a_run_has_as_much_behind_it_as_it_is_long_up_to_a_mebibyte() -> None:
     ahead = Ahead(1000)
+    found = [ahead.touch(block, block) for block in range(40)]
+    assert found[:4] == [(1, 1), (2, 3), (4, 5), (6, 7)]
     asked_until = 0
-    for block in range(40):
-        _, asked_until = ahead.touch(block, block) or (0, asked_until)
+    for block, asked in enumerate(found):
+        _, asked_until = asked or (0, asked_until)
         shall_be_there = min(block + 1, 16)
         assert shall_be_there / 2 <= asked_until - block <= shall_be_there
 
@@ -40,8 +42,9 @@ def test_no_more_is_asked_for_than_shall_be_there() -> None:
 def test_a_gap_begins_a_new_run() -> None:
     ahead = Ahead(1000)
     for block in range(10):
-        ahead.touch(block, block)
-    assert ahead.touch(30, 30) == (31, 31)
+        ahead.touch(block, block, 1)
+    assert ahead.touch(11, 11) == (12, 12)
+    assert ahead.touch(10, 10) == (13, 21), "the gap is filled, and 12 was asked for"
 
 
 def test_it_grows_whatever_the_order() -> None:

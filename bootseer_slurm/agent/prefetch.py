@@ -44,7 +44,9 @@ _AHEAD_MS = -2  # before all that plans name
 # What the link brings in this time is brought ahead of a read, and one block at least. On a fast link a
 # longer run costs fewer requests, each half a millisecond of CPU. On a slow one bytes in vain cost more:
 # imports that touch 246 MB bring 17 MB in vain with one block, 67 MB with as many as were touched before.
-_AHEAD_S = 0.005
+_MOST_AHEAD_S = 0.005
+# And this even behind a single block: a miss costs a reader 0.5 ms, which on a fast link is many blocks.
+_LEAST_AHEAD_S = 0.003
 _FORECAST_EVERY_S = 0.05
 _FORECAST_MARGIN = 1.1  # what is late comes as soon as it is asked for: reads go before the prefetch
 _OTHERS_S = 1.0  # a wait for a block that others fetch, before it is looked at again
@@ -161,8 +163,10 @@ class Prefetch:
     def _bring_ahead(self, work: _Work, ahead: Ahead, first: int, last: int) -> None:
         """Have what lies behind a read, which must not wait, brought before all that plans name."""
         blob = work.part.reader.blob
-        most_blocks = int(self._turns.bytes_per_s * _AHEAD_S) // blob.layout.block_bytes
-        if (behind := ahead.touch(first, last, max(1, most_blocks))) is None or blob.has(*behind):
+        blocks_per_s = self._turns.bytes_per_s / blob.layout.block_bytes
+        most, least = (max(1, int(blocks_per_s * each)) for each in (_MOST_AHEAD_S, _LEAST_AHEAD_S))
+        behind = ahead.touch(first, last, most, least_blocks=least)
+        if behind is None or blob.has(*behind):
             return
         with self._lock:
             if not self._start_over:

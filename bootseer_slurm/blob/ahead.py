@@ -19,17 +19,20 @@ class Ahead:
         self._touched = bytearray(blocks)
         self._asked = bytearray(blocks)  # touched ones too: readers bring these themselves
 
-    def touch(self, first: int, last: int, most_blocks: int = _MOST_BLOCKS) -> tuple[int, int] | None:
+    def touch(
+        self, first: int, last: int, most_blocks: int = _MOST_BLOCKS, *, least_blocks: int = 1
+    ) -> tuple[int, int] | None:
         """Note a read of the blocks first to last; which (first, last) to bring behind it, if any.
 
-        most_blocks: that shall be there, at least one. None too for a read of blocks that were all touched
-        before. On the way of every read.
+        most_blocks, least_blocks: that shall be there, at least one; the most counts where both differ.
+        None too for a read of blocks that were all touched before. On the way of every read.
         """
         if self._touched.find(0, first, last + 1) < 0:
             return None
         self._touched[first : last + 1] = self._asked[first : last + 1] = b"\1" * (last + 1 - first)
         run_blocks = last - self._touched.rfind(0, 0, first)
-        end = min(last + min(run_blocks, most_blocks, _MOST_BLOCKS), len(self._touched) - 1)
+        ahead_blocks = min(max(run_blocks, least_blocks), most_blocks, _MOST_BLOCKS)
+        end = min(last + ahead_blocks, len(self._touched) - 1)
         start = self._asked.find(0, last + 1, end + 1)
         asked_blocks, wanted_blocks = start - last - 1, end - last
         if start < 0 or 2 * asked_blocks > wanted_blocks:

@@ -8,7 +8,8 @@ on samples of the files. Does no I/O.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -27,18 +28,29 @@ def mksquashfs_options(compression: str, *, quick: bool = False) -> tuple[str, .
     }[compression]
 
 
-def best_compression(samples: Sequence[bytes], link_bytes_per_s: float) -> str:
-    """One of COMPRESSIONS: with which fetching and unpacking such bytes take the least time together.
+class Measured(NamedTuple):
+    """What a compression makes of bytes. share: of them that is left. unpack_s: of a core, for each byte."""
 
-    samples: some blocks of files that starts touch; not empty. link_bytes_per_s: what one node gets.
-    """
+    share: float
+    unpack_s: float
+
+
+def measure(samples: Sequence[bytes]) -> dict[str, Measured]:
+    """Each of COMPRESSIONS. samples: some blocks of files that starts touch; not empty."""
     size_bytes = sum(map(len, samples))
+    found = {}
+    for name in COMPRESSIONS:
+        packed_bytes, unpack_s = _measured(name, samples)
+        found[name] = Measured(min(1.0, packed_bytes / size_bytes), unpack_s / size_bytes)
+    return found
 
-    def cost_s(compression: str) -> float:
-        packed_bytes, unpack_s = _measured(compression, samples)
-        return (min(packed_bytes, size_bytes) / link_bytes_per_s) + unpack_s
 
-    return min(COMPRESSIONS, key=cost_s)
+def best_compression(found: Mapping[str, Measured], link_bytes_per_s: float) -> str:
+    """The one of these with which fetching and unpacking a byte takes the least time.
+
+    link_bytes_per_s: what one node gets.
+    """
+    return min(found, key=lambda name: found[name].share / link_bytes_per_s + found[name].unpack_s)
 
 
 def _measured(compression: str, samples: Sequence[bytes]) -> tuple[int, float]:

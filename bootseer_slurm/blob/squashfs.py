@@ -12,6 +12,7 @@ _SUPERBLOCK = struct.Struct("<4sIIIIHHHHHHQQQQQQQQ")
 NO_TABLE = 2**64 - 1
 # More than the tables of ten million files.
 _TABLES_LIMIT_BYTES = 64 * 2**20
+_COMPRESSIONS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
 
 
 class Superblock(NamedTuple):
@@ -39,6 +40,11 @@ class Superblock(NamedTuple):
     folders: int
     fragments: int
     exports: int
+
+    @property
+    def compression_name(self) -> str:
+        """Its name, as mksquashfs has it; "" of one that squashfs 4.0 does not know."""
+        return _COMPRESSIONS.get(self.compression, "")
 
     @property
     def tables_start(self) -> int:

@@ -11,6 +11,7 @@ nothing where the new layout would save little, or the store has another blob un
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -24,12 +25,12 @@ from typing import NoReturn
 
 from bootseer_slurm import config as configuration
 from bootseer_slurm import scratch
-from bootseer_slurm.blob.compression import best_compression
+from bootseer_slurm.blob.compression import Measured, best_compression, measure
 from bootseer_slurm.blob.lease import make_once
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, SQUASHFS_BLOCK_BYTES, Layout, decode
 from bootseer_slurm.blob.names import Name, list_names, write_name
 from bootseer_slurm.blob.plans import keep_trace, plan_of
-from bootseer_slurm.blob.squashfs import head_and_tables
+from bootseer_slurm.blob.squashfs import head_and_tables, read_superblock
 from bootseer_slurm.blob.squashfs_files import Squashfs, StoredFile, read_files
 from bootseer_slurm.blob.trace import Plan, Trace
 from bootseer_slurm.blob.writer import store_blob
@@ -41,6 +42,7 @@ from bootseer_slurm.image.packing import AgentPacking
 from bootseer_slurm.repack.order import (
     HotFile,
     blocks_bytes,
+    content_bytes,
     hot_extents,
     hot_files,
     in_order_of_touch,
@@ -50,8 +52,9 @@ from bootseer_slurm.repack.touched import is_tail_in_memory
 from bootseer_slurm.store import FileReader, Store, open_store
 from bootseer_slurm.units import format_bytes
 
-_WORTH = 0.9  # of what a start fetches now: what is left must be less, or the layout stays
+_WORTH = 0.9  # of what a start fetches now, or takes: what is left must be less, or the layout stays
 _LEAST_SAVED_BYTES = 4 * 2**20
+_LEAST_SAVED_S = 0.1
 _PLACE = "TMPDIR must name a folder with room for the image"
 _SAMPLES = 64  # blocks, of all the files that a start touches
 
@@ -97,6 +100,8 @@ class _Work:
         self._layout = decode(content).layout
         self._image = _files_of(Path(task.image))
         self._plan = Plan()
+        self._compression = "zstd"  # where the link's rate is not known
+        self._measured: dict[str, Measured] = {}
 
     def look(self) -> list[HotFile]:
         """What starts touch, in order; nothing where packing it again would save little."""
@@ -113,8 +118,15 @@ class _Work:
         if not self._plan.full_starts:
             return []  # on a node that was warm, less was seen than is read
         hot = hot_files(self._image, self._plan, layout, self._is_tail_touched)
-        extents = hot_extents(self._image, hot)
-        return hot if self._saves_enough(sum(extent.size_bytes for extent in extents)) else []
+        if not hot:
+            return []
+        new_bytes = sum(extent.size_bytes for extent in hot_extents(self._image, hot))
+        if task.link_bytes_per_s:
+            self._measured = measure(self._samples(hot))
+            self._compression = best_compression(self._measured, task.link_bytes_per_s)
+            if now := self._measured.get(self._compression_now):
+                new_bytes = int(new_bytes * self._measured[self._compression].share / now.share)
+        return hot if self._saves_enough(new_bytes, hot) else []
 
     def _is_tail_touched(self, path: str, file: StoredFile) -> bool:
         try:
@@ -122,10 +134,30 @@ class _Work:
         except OSError:
             return False
 
-    def _saves_enough(self, new_bytes: int) -> bool:
-        """Whether a start that fetches so much fetches noticeably less than now."""
+    @functools.cached_property
+    def _compression_now(self) -> str:
+        reader = FileReader(Path(self._task.image))
+        try:
+            return read_superblock(reader, self._task.image).compression_name
+        finally:
+            reader.close()
+
+    def _saves_enough(self, new_bytes: int, hot: list[HotFile]) -> bool:
+        """Whether a start that fetches so much fetches noticeably less than now, or takes less time."""
         now_bytes = blocks_bytes(self._layout, self._plan.blocks)
-        return new_bytes <= _WORTH * now_bytes and now_bytes - new_bytes >= _LEAST_SAVED_BYTES
+        if new_bytes <= _WORTH * now_bytes and now_bytes - new_bytes >= _LEAST_SAVED_BYTES:
+            return True
+        if not {self._compression, self._compression_now} <= self._measured.keys():
+            return False
+        now_s = self._start_s(now_bytes, self._compression_now, hot)
+        new_s = self._start_s(new_bytes, self._compression, hot)
+        return new_s <= _WORTH * now_s and now_s - new_s >= _LEAST_SAVED_S
+
+    def _start_s(self, fetched_bytes: int, compression: str, hot: list[HotFile]) -> float:
+        """How long a start fetches and unpacks what it touches, one after the other."""
+        unpacked_bytes = content_bytes(self._image, hot)
+        unpack_s = unpacked_bytes * self._measured[compression].unpack_s
+        return fetched_bytes / self._task.link_bytes_per_s + unpack_s
 
     def pack(self, hot: list[HotFile]) -> str:
         """Pack it anew; what came of it. One process of the cluster does, if several begin."""
@@ -156,14 +188,15 @@ class _Work:
             tables = head_and_tables(FileReader(file), str(file))
             touches = plan_touches(hot_extents(_files_of(file), hot), layout, tables)
             new_bytes = blocks_bytes(layout, (block for block, _ in touches))
-            if not self._saves_enough(new_bytes):
+            if not self._saves_enough(new_bytes, hot):
                 return f"lies as starts touch it: {format_bytes(new_bytes)} would be fetched in another order"
             beside = self._listed(written)
             os.utime(file, (0, 0))  # its own time says nothing, and a young file would be waited for
             blob, folder = store_blob(self._store, file, kind=self._task.kind, beside=beside)
         self._publish(blob, folder, packing.signature(blob), touches)
         now = format_bytes(blocks_bytes(self._layout, self._plan.blocks))
-        return f"packed anew in the order of touch: a start fetches {format_bytes(new_bytes)}, not {now}"
+        how = f"packed anew in the order of touch, with {self._compression}"
+        return f"{how}: a start fetches {format_bytes(new_bytes)}, not {now}"
 
     def _packed(self, file: Path, hot: list[HotFile], packing: AgentPacking) -> dict[str, Entry]:
         """Make the squashfs; gives what it holds. By the agent if it made the first one too."""
@@ -175,13 +208,11 @@ class _Work:
                 special = self._task.kind == "image"
                 written.update(write_tar(out, self._root, tree, special=special))
 
-        rate = self._task.link_bytes_per_s
-        compression = best_compression(self._samples(hot), rate) if rate else "zstd"
-        if packing.pack_stream(write, file, kind=self._task.kind, compression=compression):
+        if packing.pack_stream(write, file, kind=self._task.kind, compression=self._compression):
             return written
         if any(name.signature for name in self._names()):
             raise BootseerError("the agent does not pack it, and the kernel would not mount another's")
-        squash(write, file, compression)
+        squash(write, file, self._compression)
         return written
 
     def _samples(self, hot: list[HotFile]) -> list[bytes]:

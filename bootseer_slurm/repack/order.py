@@ -92,6 +92,15 @@ def blocks_bytes(layout: Layout, blocks: Iterable[int]) -> int:
     return sum(layout.block_size(block) for block in blocks)
 
 
+def content_bytes(image: Squashfs, hot: Iterable[HotFile]) -> int:
+    """The bytes of what starts touch, unpacked."""
+    return sum(
+        max(0, min(image.block_bytes, image.files[file.path].size_bytes - number * image.block_bytes))
+        for file in hot
+        for number in file.blocks
+    )
+
+
 def in_order_of_touch(tree: Mapping[str, _Entry], hot: Iterable[HotFile]) -> dict[str, _Entry]:
     """A tree's entries as they are to be packed: hot files first, of these the sparse ones last.
 

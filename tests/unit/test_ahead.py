@@ -39,6 +39,15 @@ def test_no_more_is_asked_for_than_shall_be_there() -> None:
     assert found == [(block + 1, block + 1) for block in range(10)]
 
 
+def test_some_shall_be_there_behind_a_single_touch_too() -> None:
+    ahead = Ahead(1000)
+    assert ahead.touch(7, 7, least_blocks=5) == (8, 12)
+    assert ahead.touch(8, 8, least_blocks=5) is None, "four of five were asked for"
+    assert ahead.touch(10, 10, least_blocks=5) == (13, 15)
+    assert ahead.touch(50, 50, 3, least_blocks=5) == (51, 53), "no more than the most"
+    assert ahead.touch(100, 100, least_blocks=50) == (101, 116), "nor than a mebibyte"
+
+
 def test_a_gap_begins_a_new_run() -> None:
     ahead = Ahead(1000)
     for block in range(10):

@@ -7,29 +7,34 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from pytest_mock import MockerFixture
 
-from bootseer_slurm.blob import compression
-from bootseer_slurm.blob.compression import COMPRESSIONS, best_compression, mksquashfs_options
+from bootseer_slurm.blob.compression import (
+    COMPRESSIONS,
+    Measured,
+    best_compression,
+    measure,
+    mksquashfs_options,
+)
 
 TEXT = b"".join(b"line %d of a module that is imported, %d\n" % (number, number**2) for number in range(4000))
 
 
-def test_a_slow_link_gets_fewer_bytes_and_a_fast_one_less_work(mocker: MockerFixture) -> None:
-    mocker.patch.object(compression, "_measured", lambda name, _: {"zstd": (100, 0.030), "lz4": (130, 0.010)}[name])
-    assert best_compression([b"x" * 400], 1_000) == "zstd", "30 bytes more cost 30 ms, and 20 ms are saved"
-    assert best_compression([b"x" * 400], 2_000) == "lz4"
+def test_a_slow_link_gets_fewer_bytes_and_a_fast_one_less_work() -> None:
+    found = {"zstd": Measured(0.25, 75e-6), "lz4": Measured(0.325, 25e-6)}
+    assert best_compression(found, 1_000) == "zstd", "0.075 bytes more cost 75 us, and 50 us are saved"
+    assert best_compression(found, 2_000) == "lz4"
 
 
 def test_it_is_measured_on_the_samples() -> None:
-    packed = {name: compression._measured(name, [TEXT] * 20) for name in COMPRESSIONS}
-    assert packed["zstd"][0] < packed["lz4"][0] < 20 * len(TEXT)
-    assert all(0 <= seconds < 5 for _, seconds in packed.values())
-    assert best_compression([TEXT], 1) == "zstd"
+    found = measure([TEXT] * 20)
+    assert list(found) == list(COMPRESSIONS)
+    assert found["zstd"].share < found["lz4"].share < 1
+    assert all(0 <= each.unpack_s * len(TEXT) * 20 < 5 for each in found.values())
+    assert best_compression(found, 1) == "zstd"
 
 
 def test_what_cannot_be_compressed_counts_as_it_is() -> None:
-    assert best_compression([os.urandom(100_000)] * 4, 1e6) in COMPRESSIONS
+    assert {each.share for each in measure([os.urandom(100_000)] * 4).values()} == {1.0}
 
 
 @pytest.mark.parametrize("name", COMPRESSIONS)

@@ -8,6 +8,7 @@ from bootseer_slurm.blob.trace import Plan
 from bootseer_slurm.repack.order import (
     HotFile,
     blocks_bytes,
+    content_bytes,
     hot_extents,
     hot_files,
     in_order_of_touch,
@@ -43,6 +44,11 @@ def test_a_block_of_a_file_is_hot_when_all_of_it_was_touched_and_a_fragments_whe
         HotFile("large", 60, (0,), False),
         HotFile("sparse", 70, (0, 3), True),
     ]
+
+
+def test_content_counts_as_it_is_unpacked() -> None:
+    assert content_bytes(IMAGE, hot()) == 300 + 131072 + 131072 + 2 * 131072
+    assert content_bytes(IMAGE, [HotFile("large", 0, (0, 1, 2), False)]) == 131072 + 5
 
 
 def test_only_of_fragments_that_were_touched_it_is_asked() -> None:

@@ -52,8 +52,8 @@ class Held:
         )
 
     @contextlib.contextmanager
-    def read(self, offset: int, size_bytes: int, *, demand: bool) -> Iterator[memoryview]:
-        with self._opened().read(offset, size_bytes, demand=demand) as view:
+    def read(self, offset: int, size_bytes: int, *, demand: bool, fixed: bool) -> Iterator[memoryview]:
+        with self._opened().read(offset, size_bytes, demand=demand, fixed=fixed) as view:
             yield view
 
     def _opened(self) -> FetchSource:

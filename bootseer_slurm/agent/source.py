@@ -22,10 +22,10 @@ class FetchSource:
         self._layout = layout
 
     @contextlib.contextmanager
-    def read(self, offset: int, size_bytes: int, *, demand: bool) -> Iterator[memoryview]:
+    def read(self, offset: int, size_bytes: int, *, demand: bool, fixed: bool) -> Iterator[memoryview]:
         extent = self._layout.extent(offset, size_bytes)
         read = self._process.read(
-            self._handle, extent.object, extent.offset, extent.size_bytes, demand=demand
+            self._handle, extent.object, extent.offset, extent.size_bytes, demand=demand, fixed=fixed
         )
         with read as view:
             yield view

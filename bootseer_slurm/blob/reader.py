@@ -45,8 +45,14 @@ class Source(Protocol):
 
     name: str
 
-    def read(self, offset: int, size_bytes: int, *, demand: bool) -> AbstractContextManager[memoryview]:
-        """Bytes of the blob, a range within one chunk. Raises StoreError."""
+    def read(
+        self, offset: int, size_bytes: int, *, demand: bool, fixed: bool
+    ) -> AbstractContextManager[memoryview]:
+        """Bytes of the blob, a range within one chunk. Raises StoreError.
+
+        fixed: they stay what they are, so that what is checked is what is kept. Else whoever brings them may
+        still change them, which saves a copy.
+        """
 
 
 @dataclass(slots=True)
@@ -77,7 +83,7 @@ class _Kept:
         self._blob = blob
 
     @contextlib.contextmanager
-    def read(self, offset: int, size_bytes: int, *, demand: bool) -> Iterator[memoryview]:
+    def read(self, offset: int, size_bytes: int, *, demand: bool, fixed: bool) -> Iterator[memoryview]:
         try:
             content = self._blob.read(offset, size_bytes)
         except OSError as error:
@@ -265,6 +271,8 @@ class Reader:
     ) -> None:
         """Fetch claimed blocks from the first source whose bytes are right, and end the claim."""
         offset, size_bytes = first * self.blob.layout.block_bytes, self._bytes_of(first, first + count)
+        # An adopted file's bytes agree with no promise: its user, who brings them, is shown what he brought.
+        fixed = not self.blob.adopted
         failure: BootseerError = StoreError("no source is left: its job is over")
         claimed = True
         try:
@@ -272,7 +280,7 @@ class Reader:
             for source in (self._kept, *sources) if unchecked else sources:
                 begin_s = time.monotonic()
                 try:
-                    with source.read(offset, size_bytes, demand=demand) as view:
+                    with source.read(offset, size_bytes, demand=demand, fixed=fixed) as view:
                         self._check(first, count, view, known=source is self._kept)
                         fetched_s = time.monotonic()
                         kept = source is self._kept or self.blob.write(offset, view)

@@ -1,8 +1,8 @@
 """The agent's end of a fetch process.
 
 Owns the process, the ring of memory shared with it, and one thread that takes its replies. The ring is
-divided into slots: a read fills one, and the agent copies the bytes before it checks and stores them. Demand
-reads never wait for prefetch, for some slots are kept for them.
+divided into slots: a read fills one, and the agent copies the bytes before it compares and stores them.
+Demand reads never wait for prefetch, for some slots are kept for them.
 
 The process is its user's, who can do with it and with the ring what he likes. So the ring is sealed, for a
 shrunk one would kill the agent (SIGBUS); what is in it may change at any time; and descriptors that come
@@ -156,27 +156,29 @@ class FetchProcess:
 
     @contextlib.contextmanager
     def read(
-        self, handle: int, index: int, offset: int, size_bytes: int, *, demand: bool
+        self, handle: int, index: int, offset: int, size_bytes: int, *, demand: bool, fixed: bool = True
     ) -> Iterator[memoryview]:
         """A range of an object, at most CHUNK_BYTES; the bytes are valid inside the block only.
 
+        fixed: they do not change any more. Else they lie in the ring, where the process can write to them.
         Raises StoreError when it fails, takes too long, or ends early.
         """
         fields: dict[str, Any] = {"handle": handle, "object": index}
         fields |= {"offset": offset, "size_bytes": size_bytes}
         if demand:
             fields |= {"demand": True}
-            with self.turns.demand(), self._read(self._slots[True], fields, size_bytes) as view:
+            reading = self._read(self._slots[True], fields, size_bytes, fixed=fixed)
+            with self.turns.demand(), reading as view:
                 yield view
         else:
             step_bytes, start = self.turns.step_bytes, time.monotonic()
-            with self._read(self._slots[False], fields, step_bytes) as view:
+            with self._read(self._slots[False], fields, step_bytes, fixed=fixed) as view:
                 self.turns.measured(size_bytes, -(-size_bytes // step_bytes), time.monotonic() - start)
                 yield view
 
     @contextlib.contextmanager
     def _read(
-        self, slots: queue.LifoQueue[int], fields: dict[str, Any], step_bytes: int
+        self, slots: queue.LifoQueue[int], fields: dict[str, Any], step_bytes: int, *, fixed: bool
     ) -> Iterator[memoryview]:
         size_bytes: int = fields["size_bytes"]
         try:
@@ -191,9 +193,11 @@ class FetchProcess:
                 raise _no_answer(self._timeout_s) from None
             if count != size_bytes:
                 raise StoreError(f"a read ended after {count} of {size_bytes} bytes")
-            # What is checked must be what is stored, and the process can write to the ring meanwhile.
-            view = self._copies[slot][:size_bytes]
-            view[:] = self._ring[slot * CHUNK_BYTES :][:size_bytes]
+            view = self._ring[slot * CHUNK_BYTES :][:size_bytes]
+            if fixed:
+                copy = self._copies[slot][:size_bytes]
+                copy[:] = view
+                view = copy
             yield view
         finally:
             # Now, or when the late reply comes: until then the process may write to the slot.

@@ -49,12 +49,10 @@ from bootseer_slurm.repack.order import (
     plan_touches,
 )
 from bootseer_slurm.repack.touched import is_tail_in_memory
+from bootseer_slurm.repack.worth import Start, is_worth_it
 from bootseer_slurm.store import FileReader, Store, open_store
 from bootseer_slurm.units import format_bytes
 
-_WORTH = 0.9  # of what a start fetches now, or takes: what is left must be less, or the layout stays
-_LEAST_SAVED_BYTES = 4 * 2**20
-_LEAST_SAVED_S = 0.1
 _PLACE = "TMPDIR must name a folder with room for the image"
 _SAMPLES = 64  # blocks, of all the files that a start touches
 
@@ -126,7 +124,7 @@ class _Work:
             self._compression = best_compression(self._measured, task.link_bytes_per_s)
             if now := self._measured.get(self._compression_now):
                 new_bytes = int(new_bytes * self._measured[self._compression].share / now.share)
-        return hot if self._saves_enough(new_bytes, hot) else []
+        return hot if self._is_worth_it(new_bytes, hot) else []
 
     def _is_tail_touched(self, path: str, file: StoredFile) -> bool:
         try:
@@ -142,22 +140,15 @@ class _Work:
         finally:
             reader.close()
 
-    def _saves_enough(self, new_bytes: int, hot: list[HotFile]) -> bool:
-        """Whether a start that fetches so much fetches noticeably less than now, or takes less time."""
-        now_bytes = blocks_bytes(self._layout, self._plan.blocks)
-        if new_bytes <= _WORTH * now_bytes and now_bytes - new_bytes >= _LEAST_SAVED_BYTES:
-            return True
-        if not {self._compression, self._compression_now} <= self._measured.keys():
-            return False
-        now_s = self._start_s(now_bytes, self._compression_now, hot)
-        new_s = self._start_s(new_bytes, self._compression, hot)
-        return new_s <= _WORTH * now_s and now_s - new_s >= _LEAST_SAVED_S
-
-    def _start_s(self, fetched_bytes: int, compression: str, hot: list[HotFile]) -> float:
-        """How long a start fetches and unpacks what it touches, one after the other."""
-        unpacked_bytes = content_bytes(self._image, hot)
-        unpack_s = unpacked_bytes * self._measured[compression].unpack_s
-        return fetched_bytes / self._task.link_bytes_per_s + unpack_s
+    def _is_worth_it(self, new_bytes: int, hot: list[HotFile]) -> bool:
+        """Whether it is worth it, if a start fetches so much then."""
+        return is_worth_it(
+            Start(blocks_bytes(self._layout, self._plan.blocks), self._compression_now),
+            Start(new_bytes, self._compression),
+            content_bytes=content_bytes(self._image, hot),
+            measured=self._measured,
+            link_bytes_per_s=self._task.link_bytes_per_s,
+        )
 
     def pack(self, hot: list[HotFile]) -> str:
         """Pack it anew; what came of it. One process of the cluster does, if several begin."""
@@ -188,7 +179,7 @@ class _Work:
             tables = head_and_tables(FileReader(file), str(file))
             touches = plan_touches(hot_extents(_files_of(file), hot), layout, tables)
             new_bytes = blocks_bytes(layout, (block for block, _ in touches))
-            if not self._saves_enough(new_bytes, hot):
+            if not self._is_worth_it(new_bytes, hot):
                 return f"lies as starts touch it: {format_bytes(new_bytes)} would be fetched in another order"
             beside = self._listed(written)
             os.utime(file, (0, 0))  # its own time says nothing, and a young file would be waited for

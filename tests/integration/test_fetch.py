@@ -101,10 +101,18 @@ def test_bytes_do_not_change_after_their_check(process: FetchProcess, file: Path
     handle = resolve(process, file)
     ring = open_ring(process)
     with process.read(handle, 0, 0, len(CONTENT), demand=True) as view:
-        for offset in range(0, os.fstat(ring).st_size, 2**20):
-            os.pwrite(ring, bytes(2**20), offset)
+        overwrite(ring)
         assert bytes(view) == CONTENT
+    with process.read(handle, 0, 0, len(CONTENT), demand=True, fixed=False) as view:
+        assert bytes(view) == CONTENT, "not copied, where nothing is promised"
+        overwrite(ring)
+        assert bytes(view) == bytes(len(CONTENT))
     os.close(ring)
+
+
+def overwrite(ring: int) -> None:
+    for offset in range(0, os.fstat(ring).st_size, 2**20):
+        os.pwrite(ring, bytes(2**20), offset)
 
 
 def test_failed_reads_leave_room_for_others(process: FetchProcess, file: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 
-from bootseer_slurm.agent.client import mark
+from bootseer_slurm.agentapi.client import mark
 
 __all__ = ["__version__", "mark", "open"]
 __version__ = "0.1.0"

@@ -1,8 +1,8 @@
 """The configuration: TOML into frozen dataclasses, one table for each room.
 
 Owns every key, its default and its meaning; `conf/bootseer.toml` is written from here (`bootseer config
-template`). A value comes from the default, the file, the environment (BOOTSEER_<TABLE>_<KEY>) or the
-command line, the later one winning. Every unknown key and every bad value is reported, all at once.
+template`). A value comes from the default, the file or the environment (BOOTSEER_<TABLE>_<KEY>), the later
+one winning. Every unknown key and every bad value is reported, all at once.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ class ImageConfig:
 
     kernel_mount: str = _setting(
         "auto",
-        _choice("auto", "on", "off"),
-        "auto, on or off: mount images that the agent or the site made by the kernel, not by squashfuse",
+        _choice("auto", "off"),
+        "auto or off: mount images that the agent or the site made by the kernel, not by squashfuse",
     )
     site_key: Path = _setting(
         "/etc/bootseer/site.key", _absolute, "signs what the agents made; 0600, the same on all nodes"

@@ -1,5 +1,5 @@
 /*
- * Client of the node agent: one connection, one request, one reply (see bootseer_slurm/agent/protocol.py).
+ * Client of the node agent: one connection, one request, one reply (see bootseer_slurm/agentapi/protocol.py).
  *
  * A message is a run of KEY=VALUE strings, each with its NUL; descriptors come as SCM_RIGHTS. Everything has a
  * deadline on CLOCK_MONOTONIC. The peer must be root; its reply is still read as if it were hostile.

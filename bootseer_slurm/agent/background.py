@@ -16,7 +16,7 @@ from typing import Any
 from bootseer_slurm.agent.request import Job
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import InputError
-from bootseer_slurm.fetch.process import User
+from bootseer_slurm.identity import User
 from bootseer_slurm.slurm.hostlist import expand
 from bootseer_slurm.tail import last_lines
 

@@ -6,8 +6,9 @@ import threading
 
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import StoreError
-from bootseer_slurm.fetch.process import FetchProcess, User
+from bootseer_slurm.fetch.process import FetchProcess
 from bootseer_slurm.fetch.spare import Spare
+from bootseer_slurm.identity import User
 
 
 class Fetcher:

@@ -1,7 +1,7 @@
 """A blob that a job used under an agent that was killed, held for it by the agent after that one.
 
 What it is called was looked up long ago: since then the store may have stalled, a tag moved, a file been
-replaced, and what the job has mounted must stay what it was. So a target leaves a note in the journal, and
+replaced, and what the job has mounted must stay what it was. So a target leaves a record in the journal, and
 the blob is served from what the cache has of it, at once. The bytes that it lacks come from where they came
 from then, opened when the first of them is read.
 """
@@ -13,34 +13,24 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 
-from bootseer_slurm.agent.protocol import Message, first
+from bootseer_slurm.agent.journal import Found
 from bootseer_slurm.agent.request import Job
 from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.source import FetchSource, adopted_id, flat, remote_id
-from bootseer_slurm.blob.reader import OnFault
+from bootseer_slurm.cache.reader import OnFault
 from bootseer_slurm.errors import InputError, NotFound
 from bootseer_slurm.fetch.process import FetchProcess
 
 
-def note_of(blob_id: str, kind: str, *, path: str, folder: str) -> Message:
-    """What the journal keeps of a target. path: of an adopted file. folder: of a blob in the store."""
-    return [("HELD", blob_id), ("KIND", kind), ("PATH", path), ("FOLDER", folder)]
-
-
-def is_note(message: Message) -> bool:
-    """Whether a line of the journal is of `note_of`."""
-    return bool(first(message, "HELD"))
-
-
 class Held:
-    """One blob, and the one source of what its cache lacks (blob.reader.Source). Thread-safe."""
+    """One blob, and the one source of what its cache lacks (cache.reader.Source). Thread-safe."""
 
     def __init__(
-        self, note: Message, job: Job, shelf: Shelf, fetcher: Callable[[], FetchProcess], on_fault: OnFault
+        self, found: Found, job: Job, shelf: Shelf, fetcher: Callable[[], FetchProcess], on_fault: OnFault
     ) -> None:
-        """note: of `note_of`. fetcher: gives the job's fetch process. Raises BootseerError or OSError."""
-        self.id, self._kind = first(note, "HELD"), first(note, "KIND")
-        self._path, self._folder = first(note, "PATH"), first(note, "FOLDER")
+        """fetcher: gives the job's fetch process. Raises BootseerError or OSError."""
+        self.id, self._kind = found.blob, found.kind
+        self._path, self._folder = found.path, found.folder
         self.name = "store" if self._folder else "origin"
         self._shelf = shelf
         self._fetcher = fetcher

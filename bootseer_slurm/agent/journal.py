@@ -1,8 +1,7 @@
 """What an agent that is started again must know of its node's jobs.
 
-    <run>/jobs/<job id>             one message a line, as JSON: the prolog's or the step's that began the
-                                    session, then each that added something, and what was
-                                    found (held.py); 0600
+    <run>/jobs/<job id>             one record a line, as JSON: what began the session, then what was asked
+                                    for beside that, and what was found; 0600
     <run>/ending/<job>.<restart>    the same, of a session that is just ending
     <run>/events/<job>.<restart>    the events so far (events.EventLog)
 
@@ -16,12 +15,43 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from bootseer_slurm.agent.protocol import Message
+from bootseer_slurm.agent.request import Job, Request, Wish
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """A session began. node: as Slurm names it, "" where it did not say. request: None of an observed job."""
+
+    job: Job
+    node: str
+    request: Request | None
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A step, or an importer, asked for more."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A blob that the job is given. path: of an adopted file. folder: of a blob in the store."""
+
+    blob: str
+    kind: str
+    path: str
+    folder: str
+
+
+Record = Began | Added | Found
 
 
 class Journal:
@@ -37,21 +67,21 @@ class Journal:
         """Where the events of a job's start are kept."""
         return self._events / f"{job_id}.{restart}"
 
-    def begin(self, job_id: int, message: Message) -> None:
+    def begin(self, record: Began) -> None:
         """Keep what began a job's session. Without room for it the epilog may not come: a warning says so."""
-        self._write(job_id, message, os.O_CREAT | os.O_TRUNC)
+        self._write(record.job.job_id, record, os.O_CREAT | os.O_TRUNC)
 
-    def note(self, job_id: int, message: Message) -> None:
-        """Keep one message more, unless the session has just ended."""
+    def add(self, job_id: int, record: Added | Found) -> None:
+        """Keep one record more, unless the session has just ended."""
         with contextlib.suppress(FileNotFoundError):
-            self._write(job_id, message, os.O_APPEND)
+            self._write(job_id, record, os.O_APPEND)
 
-    def _write(self, job_id: int, message: Message, flags: int) -> None:
+    def _write(self, job_id: int, record: Record, flags: int) -> None:
         path = self._jobs / str(job_id)
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
             try:
-                os.write(fd, b"\n" + json.dumps(message).encode() + b"\n")  # not behind a torn line
+                os.write(fd, b"\n" + _encode(record) + b"\n")  # not behind a torn line
             finally:
                 os.close(fd)
         except FileNotFoundError:
@@ -70,27 +100,46 @@ class Journal:
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    def jobs(self) -> Iterator[tuple[int, list[Message]]]:
-        """Each job and its messages, as an agent left them that was killed."""
+    def jobs(self) -> Iterator[tuple[int, Began, list[Added | Found]]]:
+        """Each job, what began its session, and what came then, as an agent left them that was killed."""
         for path in sorted(self._jobs.iterdir()):
-            if path.name.isdecimal() and (messages := _messages(path)):
-                yield int(path.name), messages
+            records = _records(path) if path.name.isdecimal() else []
+            if records and isinstance(began := records[0], Began):
+                yield int(path.name), began, [each for each in records if not isinstance(each, Began)]
 
-    def endings(self) -> list[Message]:
+    def endings(self) -> list[Began]:
         """What began each session that was just ending."""
-        found = (_messages(path) for path in sorted(self._ending.iterdir()))
-        return [messages[0] for messages in found if messages]
+        found = (_records(path)[:1] for path in sorted(self._ending.iterdir()))
+        return [record for records in found for record in records if isinstance(record, Began)]
 
 
-def _messages(path: Path) -> list[Message]:
-    """A file's messages; none where it cannot be read. A line may have been cut off."""
-    messages = []
+def _encode(record: Record) -> bytes:
+    return json.dumps({type(record).__name__: asdict(record)}).encode()
+
+
+def _records(path: Path) -> list[Record]:
+    """A file's records; none where it cannot be read. A line may have been cut off."""
+    records: list[Record] = []
     with contextlib.suppress(OSError):
         for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError, TypeError):
-                messages.append(_message(line))
-    return messages
+            with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):
+                ((name, fields),) = json.loads(line).items()
+                records.append(_DECODERS[name](fields))
+    return records
 
 
-def _message(line: str) -> Message:
-    return [(str(key), str(value)) for key, value in json.loads(line)]
+def _began(fields: dict[str, Any]) -> Began:
+    job = Job(**fields["job"] | {"gpus": tuple(fields["job"]["gpus"])})
+    request = fields["request"]
+    return Began(job, str(fields["node"]), _request(request) if request else None)
+
+
+def _request(fields: dict[str, Any]) -> Request:
+    return Request(**fields | {"wishes": tuple(Wish(**each) for each in fields["wishes"])})
+
+
+_DECODERS: dict[str, Callable[[dict[str, Any]], Record]] = {
+    "Began": _began,
+    "Added": lambda fields: Added(_request(fields["request"])),
+    "Found": lambda fields: Found(**fields),
+}

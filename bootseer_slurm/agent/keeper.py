@@ -5,7 +5,7 @@ agent proper. It does no input or output, has no threads and looks at nothing th
 a job does can hurt it. What connects while no agent lives waits for the next one. The child is forked without
 exec: a new agent answers within milliseconds, and the readers of its files, who wait meanwhile, hardly
 notice. What an agent needs of the one before it lies in files below the socket's folder: see
-agent/journal.py, fuse/server.py and blob/cache.py.
+agent/journal.py, fuse/server.py and cache/cache.py.
 
     SIGTERM, SIGINT   the agent ends its sessions, then everything is unmounted
     SIGHUP            the agent is killed and all code is loaded anew, with the mounts kept: an upgrade; not
@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bootseer_slurm import mounts
-from bootseer_slurm.agent import protocol
+from bootseer_slurm.agentapi import protocol
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.fuse import Mount

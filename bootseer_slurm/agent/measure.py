@@ -16,7 +16,7 @@ from bootseer_slurm.agent.gpu import GpuWatch
 from bootseer_slurm.agent.part import Part
 from bootseer_slurm.agent.pressure import Pressure
 from bootseer_slurm.agent.request import Job
-from bootseer_slurm.blob.waits import Waited
+from bootseer_slurm.cache.waits import Waited
 from bootseer_slurm.events import EventLog
 
 

@@ -12,7 +12,7 @@ import threading
 
 import psutil
 
-from bootseer_slurm.blob.cached import CachedBlob
+from bootseer_slurm.cache.blob import CachedBlob
 
 _SHARE = 2  # of the memory that is free, when the job comes
 _PUSH_SHARE = 8

@@ -22,7 +22,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.table import Table
-from bootseer_slurm.blob.cache import Cache
+from bootseer_slurm.cache.cache import Cache
 from bootseer_slurm.errors import BootseerError
 
 _log = logging.getLogger(__name__)

@@ -12,16 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bootseer_slurm.agent.held import note_of
-from bootseer_slurm.agent.protocol import Message
+from bootseer_slurm.agent.journal import Found
 from bootseer_slurm.agent.request import Job, Wish
 from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.source import FetchSource, flat
 from bootseer_slurm.blob import trace
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
-from bootseer_slurm.blob.reader import OnFault, Source, Usage
 from bootseer_slurm.blob.trace import SETTLED_STARTS, Plan, Recorder, decode_plan
-from bootseer_slurm.blob.waits import Waited
+from bootseer_slurm.cache.reader import OnFault, Source, Usage
+from bootseer_slurm.cache.waits import Waited
 from bootseer_slurm.env.attach import Snapshot, squashfuse
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, StoreError
 from bootseer_slurm.fetch.process import FetchProcess
@@ -110,10 +109,10 @@ class Part:
         self._waits_from = self.reader.waits.baseline()
 
     @property
-    def note(self) -> Message:
+    def found(self) -> Found:
         """What an agent after this one needs to hold the blob (held.py)."""
         path = "" if self.folder else self._path or self.wish.name  # a URI
-        return note_of(self.reader.blob.id, self.wish.kind, path=path, folder=self.folder)
+        return Found(self.reader.blob.id, self.wish.kind, path, self.folder)
 
     @property
     def trace_key(self) -> str:
@@ -142,6 +141,12 @@ class Part:
     def waited(self) -> Waited:
         """How long its reads have waited since it was looked up, those of the user's other jobs too."""
         return self.reader.waits.since(self._waits_from)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """What came of it over the link since it was looked up."""
+        usage, before = self.reader.usage, self.before
+        return usage.store_bytes + usage.origin_bytes - before.store_bytes - before.origin_bytes
 
     def summary(self, waited: Waited | None = None) -> dict[str, Any]:
         """What was read of it since it was looked up, as the event tells it.

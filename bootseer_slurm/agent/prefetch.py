@@ -2,7 +2,7 @@
 
 Four queues, the first that has work goes on:
 
-    ahead   of images and environments without a plan: what lies behind the job's reads (blob/ahead.py)
+    ahead   of images and environments without a plan: what lies behind the job's reads (cache/ahead.py)
     hot     what a start touches: the tables of images, then the blocks of all plans by the time of touch, and
             both ends of checkpoints, where their headers are
     whole   checkpoints without a plan: all of them
@@ -30,9 +30,9 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from bootseer_slurm.agent.hot import hot_times, runs
 from bootseer_slurm.agent.memory import Memory
 from bootseer_slurm.agent.part import Part
-from bootseer_slurm.blob.ahead import Ahead
-from bootseer_slurm.blob.reader import OnFault
 from bootseer_slurm.blob.trace import Plan
+from bootseer_slurm.cache.ahead import Ahead
+from bootseer_slurm.cache.reader import OnFault
 from bootseer_slurm.config import PrefetchConfig
 from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.events import EventLog
@@ -409,7 +409,7 @@ class Prefetch:
         self._log.emit(
             "prefetch",
             name,
-            bytes=usage.store_bytes + usage.origin_bytes - before.store_bytes - before.origin_bytes,
+            bytes=work.part.fetched_bytes,
             bytes_cached=work.part.cached_bytes,
             bytes_origin=usage.origin_bytes - before.origin_bytes,
             dur_s=time.monotonic() - work.start_s,

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import tomli
 
-from bootseer_slurm.agent.protocol import Message, first
+from bootseer_slurm.agentapi.protocol import Message, first
 from bootseer_slurm.errors import InputError
 from bootseer_slurm.image.reference import parse
 from bootseer_slurm.slurm.hostlist import expand

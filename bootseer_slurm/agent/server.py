@@ -1,4 +1,4 @@
-"""The node agent: one process as root on each node, and who may ask it what (SO_PEERCRED).
+"""The node agent: one process as root on each node, which answers the operations of agentapi (SO_PEERCRED).
 
 On disk, beside the socket: what journal.py keeps of each job, and the node tables of the FUSE mounts; beside
 these mounts: env/ and images/, root's alone, where environments and images are mounted. The mounts and the
@@ -19,17 +19,19 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 
-from bootseer_slurm.agent import protocol
 from bootseer_slurm.agent.journal import Journal
 from bootseer_slurm.agent.keeper import Kept
-from bootseer_slurm.agent.protocol import Message, first
 from bootseer_slurm.agent.request import Job, number
 from bootseer_slurm.agent.room import Room
 from bootseer_slurm.agent.session import Session
 from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.table import Table
-from bootseer_slurm.blob.cache import Cache
+from bootseer_slurm.agentapi import protocol
+from bootseer_slurm.agentapi.operations import OPERATIONS, Asker, Operation
+from bootseer_slurm.agentapi.protocol import Message, first
+from bootseer_slurm.cache.cache import Cache
 from bootseer_slurm.config import Config
 from bootseer_slurm.env.attach import unpacked_folder
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
@@ -84,6 +86,10 @@ class Agent:
             "attach": config.prefetch.attach_wait_s + _ATTACH_MARGIN_S,
             "image": config.prefetch.hot_wait_s + _IMAGE_MARGIN_S,
             "packed": _PACK_TIMEOUT_S,
+        }
+        # One method answers one operation, and has its name.
+        self._answers: dict[str, Callable[[Message, int, list[int]], Message]] = {
+            op: getattr(self, f"_{op}") for op in OPERATIONS
         }
         self._stop = threading.Event()
         self._start_ns = time.time_ns()
@@ -201,14 +207,14 @@ class Agent:
             message = protocol.receive_request(link, _REQUEST_TIMEOUT_S)
             link.settimeout(_REQUEST_TIMEOUT_S)  # for the reply
             op = first(message, "OP")
-            if op in self._slow_s and not public:  # so that its client can tell this from an agent that hangs
-                link.sendall(protocol.encode([("WAIT", str(int(self._slow_s[op] * 1000)))]))
-            asked = self._public(op, message, uid)
-            if asked is None and not public:
-                asked = self._container(op, message, uid, fds)
-            if asked is None and (public or uid != 0):
+            operation = OPERATIONS.get(op)
+            if not _may_ask(operation, public, uid):
                 raise InputError(f"{op[:40]!r} is for root on this node")
-            return [("STATUS", "ok"), *(self._private(op, message, fds) if asked is None else asked)]
+            if operation is None:
+                raise InputError(f"unknown request {op[:40]!r}")
+            if operation.slow:  # so that its client can tell this from an agent that hangs
+                link.sendall(protocol.encode([("WAIT", str(int(self._slow_s[op] * 1000)))]))
+            return [("STATUS", "ok"), *self._answers[op](message, uid, fds)]
         except (BootseerError, ValueError) as error:
             return [("STATUS", "error"), ("MESSAGE", _line(error))]
         except OSError:
@@ -217,78 +223,21 @@ class Agent:
             _log.exception("request failed")
             return [("STATUS", "error"), ("MESSAGE", "the agent failed; its log says where")]
 
-    def _public(self, op: str, message: Message, uid: int) -> Message | None:
-        """What any user may ask, by either socket, of jobs that are his; None for another request."""
-        if op == "status":
-            return [("STATUS_JSON", json.dumps(self._status()))]
-        if op == "mark":
-            task = number(message, "PROC_ID") if first(message, "PROC_ID") else None
-            time_ns, step = number(message, "TIME_NS"), first(message, "STEP_ID") or None
-            self._own(message, uid).mark(first(message, "NAME"), t_ns=time_ns, step=step, task=task)
-            return []
-        return None
+    # The operations (agentapi/operations.py); a reply's descriptors are appended to `fds`
 
-    def _container(self, op: str, message: Message, uid: int, fds: list[int]) -> Message | None:
-        """What pyxis's importer and our squashfuse ask, as the job's user; None for another request.
-
-        By the socket's path only: the abstract name may be another process's.
-        """
-        if op == "image":
-            session = self._own(message, uid)
-            try:
-                path, digest = session.image(first(message, "URI"), first(message, "DIGEST"))
-            except NotFound:
-                return [("NOTFOUND", "1")]
-            return [("PATH", path), ("DIGEST", digest)]
-        if op == "mount":
-            fds.append(self._shelf.clone_mount(first(message, "IMAGE"), uid))
-            return []
-        if op == "pack":
-            if not read_key(self._config.image.site_key) or self._config.image.kernel_mount == "off":
-                raise InputError("this node signs no images")
-            kind = "environment" if first(message, "KIND") == "environment" else "image"
-            owner = self._own(message, uid).job.uid
-            fd, ticket = self._packer.start(owner, kind, first(message, "COMPRESSION"))
-            fds.append(fd)
-            return [("TICKET", ticket)]
-        if op == "packed":
-            owner = self._own(message, uid).job.uid
-            packed = self._packer.finish(owner, first(message, "TICKET"), timeout_s=_PACK_TIMEOUT_S)
-            fds.append(packed.fd)
-            signature = sign(read_key(self._config.image.site_key), owner, packed.manifest.id)
-            return [("MANIFEST_ID", packed.manifest.id), ("SIGNATURE", signature)]
-        return None
-
-    def _private(self, op: str, message: Message, fds: list[int]) -> Message:
-        """What root asks: the hook and the plugin."""
-        if op == "prolog":
-            self._table.begin(message)
-        elif op == "epilog":
-            # Not by restart count: the epilog of a requeued run already says the next one (Slurm 22.05).
-            job_id = number(message, "JOB_ID")
-            with contextlib.suppress(NotFound):
-                self._cancel_packing(self._table.find(job_id).job)
-            self._table.end(job_id, "job ended")
-        elif op == "attach":
-            return self._attach(message, fds)
-        elif op == "stage":
-            self._stage(message)
-        else:
-            raise InputError(f"unknown request {op[:40]!r}")
+    def _prolog(self, message: Message, uid: int, fds: list[int]) -> Message:
+        self._table.begin(message)
         return []
 
-    def _cancel_packing(self, job: Job) -> None:
-        """End what is packed for a user whose last job ends."""
-        if all(other.uid != job.uid or other is job for other in self._table.jobs()):
-            self._packer.cancel(job.uid)
+    def _epilog(self, message: Message, uid: int, fds: list[int]) -> Message:
+        # Not by restart count: the epilog of a requeued run already says the next one (Slurm 22.05).
+        job_id = number(message, "JOB_ID")
+        with contextlib.suppress(NotFound):
+            self._cancel_packing(self._table.find(job_id).job)
+        self._table.end(job_id, "job ended")
+        return []
 
-    def _own(self, message: Message, uid: int) -> Session:
-        session = self._table.find(number(message, "JOB_ID"))
-        if uid not in (0, session.job.uid):
-            raise InputError(f"job {session.job.job_id} is another user's")
-        return session
-
-    def _attach(self, message: Message, fds: list[int]) -> Message:
+    def _attach(self, message: Message, uid: int, fds: list[int]) -> Message:
         session = self._table.step(message)
         if session is None:
             return []
@@ -303,19 +252,77 @@ class Agent:
             fds.append(bind.fd)
         return reply
 
-    def _stage(self, message: Message) -> None:
-        task = number(message, "TASK") if first(message, "TASK") else None
+    def _stage(self, message: Message, uid: int, fds: list[int]) -> Message:
         self._table.find(number(message, "JOB_ID")).stage(
             first(message, "NAME"),
             t_ns=number(message, "TIME_NS"),
             step=first(message, "STEP_ID"),
-            task=task,
+            task=_task(message),
             detail=first(message, "DETAIL") or None,
         )
+        return []
 
-    def _status(self) -> dict[str, object]:
+    def _mark(self, message: Message, uid: int, fds: list[int]) -> Message:
+        time_ns, step = number(message, "TIME_NS"), first(message, "STEP_ID") or None
+        self._own(message, uid).mark(first(message, "NAME"), t_ns=time_ns, step=step, task=_task(message))
+        return []
+
+    def _status(self, message: Message, uid: int, fds: list[int]) -> Message:
         jobs = [{"job": job.job_id, "restart": job.restart} for job in self._table.jobs()]
-        return {"node": self._node, "pid": os.getpid(), "start_ns": self._start_ns, "jobs": jobs}
+        status = {"node": self._node, "pid": os.getpid(), "start_ns": self._start_ns, "jobs": jobs}
+        return [("STATUS_JSON", json.dumps(status))]
+
+    def _image(self, message: Message, uid: int, fds: list[int]) -> Message:
+        session = self._own(message, uid)
+        try:
+            path, digest = session.image(first(message, "URI"), first(message, "DIGEST"))
+        except NotFound:
+            return [("NOTFOUND", "1")]
+        return [("PATH", path), ("DIGEST", digest)]
+
+    def _mount(self, message: Message, uid: int, fds: list[int]) -> Message:
+        fds.append(self._shelf.clone_mount(first(message, "IMAGE"), uid))
+        return []
+
+    def _pack(self, message: Message, uid: int, fds: list[int]) -> Message:
+        if not read_key(self._config.image.site_key) or self._config.image.kernel_mount == "off":
+            raise InputError("this node signs no images")
+        kind = "environment" if first(message, "KIND") == "environment" else "image"
+        owner = self._own(message, uid).job.uid
+        fd, ticket = self._packer.start(owner, kind, first(message, "COMPRESSION"))
+        fds.append(fd)
+        return [("TICKET", ticket)]
+
+    def _packed(self, message: Message, uid: int, fds: list[int]) -> Message:
+        owner = self._own(message, uid).job.uid
+        packed = self._packer.finish(owner, first(message, "TICKET"), timeout_s=_PACK_TIMEOUT_S)
+        fds.append(packed.fd)
+        signature = sign(read_key(self._config.image.site_key), owner, packed.manifest.id)
+        return [("MANIFEST_ID", packed.manifest.id), ("SIGNATURE", signature)]
+
+    def _cancel_packing(self, job: Job) -> None:
+        """End what is packed for a user whose last job ends."""
+        if all(other.uid != job.uid or other is job for other in self._table.jobs()):
+            self._packer.cancel(job.uid)
+
+    def _own(self, message: Message, uid: int) -> Session:
+        session = self._table.find(number(message, "JOB_ID"))
+        if uid not in (0, session.job.uid):
+            raise InputError(f"job {session.job.job_id} is another user's")
+        return session
+
+
+def _may_ask(operation: Operation | None, public: bool, uid: int) -> bool:
+    """Whether a user may ask this by one of the sockets; root may ask what is not known, to be told so."""
+    if operation is not None and operation.asker is Asker.ANYONE:
+        return True
+    if public:  # the abstract name may be another process's
+        return False
+    return uid == 0 or (operation is not None and operation.asker is Asker.USER)
+
+
+def _task(message: Message) -> int | None:
+    return number(message, "TASK") if first(message, "TASK") else None
 
 
 def _line(error: Exception) -> str:

@@ -21,14 +21,13 @@ from bootseer_slurm.agent.background import Background
 from bootseer_slurm.agent.fetcher import Fetcher
 from bootseer_slurm.agent.held import Held
 from bootseer_slurm.agent.hot import both_ends, first_ranges
-from bootseer_slurm.agent.journal import Journal
+from bootseer_slurm.agent.journal import Added, Found, Journal
 from bootseer_slurm.agent.located import FILES, parse_located
 from bootseer_slurm.agent.measure import Measure
 from bootseer_slurm.agent.memory import Memory
 from bootseer_slurm.agent.named import Named
 from bootseer_slurm.agent.part import Part, Place
 from bootseer_slurm.agent.prefetch import Prefetch
-from bootseer_slurm.agent.protocol import Message
 from bootseer_slurm.agent.publish import Publisher
 from bootseer_slurm.agent.recording import Recording
 from bootseer_slurm.agent.repacking import Repacking
@@ -125,13 +124,13 @@ class Session:
         self._measure.begin()
         self._bring_all(request)
 
-    def take_up(self, request: Request, notes: list[Message]) -> None:
-        """Go on where an agent was killed. notes: of what it had found (held.py)."""
+    def take_up(self, request: Request, found: list[Found]) -> None:
+        """Go on where an agent was killed. found: what it had given the job."""
         self.log.emit("fault", "agent_restarted", level="warning", message="the agent was started again")
         self._recording.resume()
-        for note in notes:
+        for each in found:
             try:
-                self._held.append(Held(note, self.job, self._shelf, self._fetcher, self._fault))
+                self._held.append(Held(each, self.job, self._shelf, self._fetcher, self._fault))
             except (BootseerError, OSError) as error:
                 self._fault("blob_not_held", str(error))
         self._bring_all(request)
@@ -234,12 +233,13 @@ class Session:
         wish = image_wish(name)
         if self._observe:
             raise InputError("this job only wants to be measured")
-        is_new = self.wants(Request(observe=False, wishes=(wish,)))
+        asked = Request(observe=False, wishes=(wish,))
+        is_new = self.wants(asked)
         sought = self._seek(wish, asked=True)
         if not self._wanted.can_come(wish, sought):
             raise InputError(f"image {wish.name}: this job asked for too much")
         if is_new:
-            self._note(wish)
+            self._journal.add(self.job.job_id, Added(asked))
         self._recording.step()
         sought.begun.wait(_LOOK_UP_LIMIT_S)
         self._resume(sought)
@@ -251,11 +251,6 @@ class Session:
         self._recording.shown(target.parts)
         self._prefetcher().wait_hot(target.parts[0], self._config.prefetch.hot_wait_s)
         return str(target.served_path()), target.fingerprint
-
-    def _note(self, wish: Wish) -> None:
-        """Let an agent after this one know of a wish that came from an importer."""
-        job = [("JOB_ID", str(self.job.job_id)), ("UID", str(self.job.uid))]
-        self._journal.note(self.job.job_id, [*job, ("BOOTSEER", "1"), ("IMAGE", wish.name)])
 
     def queued(self) -> tuple[int, int]:
         """What the prefetch has yet to begin, as Prefetch.queued."""
@@ -410,7 +405,7 @@ class Session:
                 target.close()
                 return None
             for part in target.parts:
-                self._journal.note(self.job.job_id, part.note)
+                self._journal.add(self.job.job_id, part.found)
             sought.looked_up.set()
             if not sought.dropped:
                 self._begin_prefetch(target, sought)

@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from bootseer_slurm.blob.cache import Cache
 from bootseer_slurm.blob.manifest import Layout
-from bootseer_slurm.blob.reader import OnFault, Reader, Source, Usage
+from bootseer_slurm.cache.cache import Cache
+from bootseer_slurm.cache.reader import OnFault, Reader, Source, Usage
 from bootseer_slurm.errors import NotFound
 from bootseer_slurm.fuse import Server
 from bootseer_slurm.image.kernel import KernelMount

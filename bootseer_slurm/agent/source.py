@@ -13,7 +13,7 @@ from bootseer_slurm.fetch.process import FetchProcess
 
 
 class FetchSource:
-    """The objects behind one handle, as a source of the blob (blob.reader.Source)."""
+    """The objects behind one handle, as a source of the blob (cache.reader.Source)."""
 
     def __init__(self, name: str, process: FetchProcess, handle: int, layout: Layout) -> None:
         self.name = name

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 
 import psutil
 
-from bootseer_slurm.agent.held import is_note
-from bootseer_slurm.agent.journal import Journal
-from bootseer_slurm.agent.protocol import Message, first
+from bootseer_slurm.agent.journal import Added, Began, Found, Journal
 from bootseer_slurm.agent.request import Job, Request, number, parse_job, parse_request
 from bootseer_slurm.agent.session import Session
+from bootseer_slurm.agentapi.protocol import Message, first
 from bootseer_slurm.errors import BootseerError, NotFound
 
 _log = logging.getLogger(__name__)
@@ -62,7 +61,8 @@ class Table:
     ) -> None:
         """make: a session of a job on the node that Slurm calls so. observe_all: of every job."""
         self._make = make
-        self._observe_all = observe_all
+        # What the site asks for a job that did not ask itself.
+        self._site_request = Request(observe=True, asked=False) if observe_all else None
         self._journal = journal
         self._entries: dict[int, _Entry] = {}
         self._endings: list[threading.Thread] = []
@@ -73,18 +73,14 @@ class Table:
 
     def begin(self, message: Message) -> None:
         """A job's prolog: end what an earlier start of it left, and begin when it asks. Raises InputError."""
-        job, request = parse_job(message), self._request(message)
+        job, asked = parse_job(message), parse_request(message)
+        request = asked or self._site_request
         with self._lock:  # at once: a step that comes in between would begin a session that nobody ends
             self.end(job.job_id, "requeued")  # a session of this job is of an earlier start
             if request is None:
                 return
-            session = self._keep(job, message)
+            session = self._keep(Began(job, first(message, "NODENAME"), asked))
         session.begin(request, hook_start_ns=number(message, "HOOK_START_NS", "0"))
-
-    def _request(self, message: Message) -> Request | None:
-        """What a job's prolog asks for, or the site for it."""
-        site = Request(observe=True, asked=False) if self._observe_all else None
-        return parse_request(message) or site
 
     def step(self, message: Message) -> Session | None:
         """The session of a step's job, with what the step asks for added; None when the job is not ours.
@@ -95,10 +91,11 @@ class Table:
         with self._lock:
             entry = self._entries.get(job.job_id)
             if entry is None and request is not None:
-                self._keep(job, message).begin(request, hook_start_ns=None)
+                began = Began(job, first(message, "NODENAME"), request)
+                self._keep(began).begin(request, hook_start_ns=None)
                 entry = self._entries[job.job_id]
             elif entry is not None and request is not None and entry.session.wants(request):
-                self._journal.note(job.job_id, message)
+                self._journal.add(job.job_id, Added(request))
             if entry is None or entry.session.job.uid != job.uid:
                 return None
             entry.had_step, entry.absent = True, 0
@@ -165,23 +162,21 @@ class Table:
 
     def restore(self) -> None:
         """Take up the sessions of an agent that was killed, and end those that were just ending."""
-        for message in self._journal.endings():
+        for began in self._journal.endings():
             with contextlib.suppress(BootseerError):
-                session = self._make(parse_job(message), first(message, "NODENAME"))
-                self._end_in_thread(session, "job ended")
-        for job_id, messages in list(self._journal.jobs()):
+                self._end_in_thread(self._make(began.job, began.node), "job ended")
+        for job_id, began, others in list(self._journal.jobs()):
             try:
-                job, request = parse_job(messages[0]), self._request(messages[0])
-                if request is None or job.job_id != job_id:
+                request = began.request or self._site_request
+                if request is None or began.job.job_id != job_id:
                     continue
                 with self._lock:
-                    session = self._make(job, first(messages[0], "NODENAME"))
+                    session = self._make(began.job, began.node)
                     self._entries[job_id] = _Entry(session, time.monotonic())
-                session.take_up(request, [message for message in messages if is_note(message)])
-                for message in messages[1:]:
-                    added = parse_request(message)
-                    if added is not None:
-                        session.add(added)
+                session.take_up(request, [each for each in others if isinstance(each, Found)])
+                for each in others:
+                    if isinstance(each, Added):
+                        session.add(each.request)
                 _log.warning("session taken up again", extra={"job": job_id})
             except BootseerError as error:
                 _log.error("session cannot be taken up: %s", error, extra={"job": job_id})
@@ -204,12 +199,12 @@ class Table:
             except (psutil.Error, OSError, RuntimeError) as error:  # the next may do better
                 _log.warning("cannot look for sessions without a step: %s", error)
 
-    def _keep(self, job: Job, message: Message) -> Session:
+    def _keep(self, began: Began) -> Session:
         """A new session in the table and the journal; the caller holds the lock."""
-        session = self._make(job, first(message, "NODENAME"))
-        self._entries[job.job_id] = _Entry(session, time.monotonic())
+        session = self._make(began.job, began.node)
+        self._entries[began.job.job_id] = _Entry(session, time.monotonic())
         self.begun += 1
-        self._journal.begin(job.job_id, message)
+        self._journal.begin(began)
         return session
 
     def _without_step(self, jobs: set[int]) -> list[int]:

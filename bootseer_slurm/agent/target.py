@@ -23,7 +23,7 @@ from bootseer_slurm.agent.shelf import Shelf
 from bootseer_slurm.agent.source import adopted_id, remote_id
 from bootseer_slurm.blob.digest import DIGEST_BYTES, PREFERRED
 from bootseer_slurm.blob.manifest import CHUNK_BYTES, MAX_BLOB_BYTES, Layout, block_bytes_of
-from bootseer_slurm.blob.reader import OnFault
+from bootseer_slurm.cache.reader import OnFault
 from bootseer_slurm.env.attach import Overlay, Unpacked
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.events import BELOW_LAYER

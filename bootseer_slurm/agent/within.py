@@ -10,31 +10,17 @@ place of the system's.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import sys
-from dataclasses import dataclass
 
 from bootseer_slurm import mounts
+from bootseer_slurm.identity import User, gain_no_rights
 
-_PR_SET_NO_NEW_PRIVS = 38
 _OPEN_TIMEOUT_S = 10.0  # a file server may not answer
 
 
-@dataclass(frozen=True)
-class _User:
-    uid: int
-    gid: int
-    groups: list[int]
-
-    def become(self) -> None:
-        os.setgroups(self.groups)
-        os.setresgid(self.gid, self.gid, self.gid)
-        os.setresuid(self.uid, self.uid, self.uid)
-
-
-def main(mount_fd: int, identity: tuple[int, int], path: str, user: _User, command: list[str]) -> None:
+def main(mount_fd: int, identity: tuple[int, int], path: str, user: User, command: list[str]) -> None:
     """Become the command. Raises OSError."""
     mounts.unshare_mount_namespace()
     folder = _opened_by(user, path)
@@ -44,13 +30,12 @@ def main(mount_fd: int, identity: tuple[int, int], path: str, user: _User, comma
     mounts.move_mount(mount_fd, folder)
     os.close(mount_fd)
     os.close(folder)
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "no_new_privs cannot be set")
+    gain_no_rights()
     user.become()
     os.execv(command[0], command)
 
 
-def _opened_by(user: _User, path: str) -> int:
+def _opened_by(user: User, path: str) -> int:
     """The folder, as a process with the user's rights opens it. Ends this one when it cannot."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
@@ -85,5 +70,5 @@ def _open_without_links(path: str) -> int:
 
 if __name__ == "__main__":
     _fd, _device, _inode, _path, _uid, _gid, _groups, *_command = sys.argv[1:]
-    _as = _User(int(_uid), int(_gid), [int(each) for each in _groups.split(",") if each])
+    _as = User(int(_uid), int(_gid), tuple(int(each) for each in _groups.split(",") if each))
     main(int(_fd), (int(_device), int(_inode)), _path, _as, _command)

@@ -21,7 +21,6 @@ from bootseer_slurm.cli.cache import app as cache_app
 from bootseer_slurm.cli.checkpoint import app as checkpoint_app
 from bootseer_slurm.cli.env import app as env_app
 from bootseer_slurm.cli.image import app as image_app
-from bootseer_slurm.cli.importer import app as importer_app
 from bootseer_slurm.errors import InputError, StoreError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -29,8 +28,7 @@ config_app = typer.Typer(no_args_is_help=True, help="The configuration of this m
 profile_app = typer.Typer(no_args_is_help=True, help="Profiles, the files given as --bootseer=PROFILE.toml.")
 store_app = typer.Typer(no_args_is_help=True, help="The shared store.")
 for name, group in (("config", config_app), ("env", env_app), ("image", image_app), ("profile", profile_app),
-                    ("cache", cache_app), ("checkpoint", checkpoint_app), ("store", store_app),
-                    ("importer", importer_app)):  # fmt: skip
+                    ("cache", cache_app), ("checkpoint", checkpoint_app), ("store", store_app)):  # fmt: skip
     app.add_typer(group, name=name)
 for command in (doctor.doctor, reports.collect, reports.overhead, reports.answer):
     app.command()(command)
@@ -66,7 +64,7 @@ def agent() -> None:
 @app.command()
 def status() -> None:
     """Show the agent of this node and the jobs it knows, as JSON."""
-    from bootseer_slurm.agent import client, protocol
+    from bootseer_slurm.agentapi import client, protocol
 
     reply = client.request("status", socket_path=str(settings.config().agent.socket))
     print(json.dumps(json.loads(protocol.first(reply, "STATUS_JSON")), indent=2))
@@ -77,7 +75,7 @@ def mark(
     name: Annotated[str, typer.Argument(help="For instance training_started, which ends the start.")],
 ) -> None:
     """Tell where a job is. Never fails a job: exit status 0 also without an agent, with a line on stderr."""
-    from bootseer_slurm.agent import client
+    from bootseer_slurm.agentapi import client
 
     if not client.mark(name):
         print(

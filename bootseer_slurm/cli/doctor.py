@@ -77,7 +77,7 @@ def findings(config: Config) -> Iterator[Finding]:
 
 
 def _agent(config: Config) -> Finding:
-    from bootseer_slurm.agent import client
+    from bootseer_slurm.agentapi import client
 
     try:
         client.request("status", socket_path=str(config.agent.socket))

@@ -15,7 +15,6 @@ repeats. The process ends when the agent's end of the socket is closed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import mmap
 import os
@@ -39,10 +38,10 @@ from bootseer_slurm.env.key import Key, differences, fingerprint_of, key_of, sto
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound
 from bootseer_slurm.fetch.original import fingerprint_now, open_original, reason
 from bootseer_slurm.fetch.turns import HOLD_S
+from bootseer_slurm.identity import User, close_to_tracers
 from bootseer_slurm.image.reference import registry_reference
 from bootseer_slurm.store import ObjectReader, Store, clock_offset, open_store
 
-_PR_SET_DUMPABLE = 4
 _MESSAGE_BYTES = 64 * 1024
 _SNAPSHOTS = ("docker://", "dir:/")  # names of images that stand for what was there when they were made
 
@@ -357,14 +356,10 @@ def _memory_file(content: bytes) -> int:
 def _become(order: dict[str, Any]) -> None:
     """Be the job's user for good; an agent that is not root has its own rights to give only."""
     if os.geteuid() == 0:
-        os.setgroups(order["groups"])
-        os.setresgid(*[order["gid"]] * 3)
-        os.setresuid(*[order["uid"]] * 3)
+        User(order["uid"], order["gid"], tuple(order["groups"])).become()
     if "home" in order:
         os.environ["HOME"] = order["home"]
-    # Without this the user's other processes could ptrace this one: an exec makes it dumpable, and a change
-    # of rights does where the site wants core dumps of such processes (fs.suid_dumpable).
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    close_to_tracers()
 
 
 def main() -> None:

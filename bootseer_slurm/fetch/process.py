@@ -37,6 +37,7 @@ from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.fetch.spare import Spare, Started
 from bootseer_slurm.fetch.turns import Turns
+from bootseer_slurm.identity import User
 
 _log = logging.getLogger(__name__)
 
@@ -51,24 +52,6 @@ _RING_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 class NoAnswer(StoreError):
     """A file system or store did not answer in time."""
-
-
-@dataclass(frozen=True, slots=True)
-class User:
-    """Whose rights a fetch process has."""
-
-    uid: int
-    gid: int
-    groups: tuple[int, ...]
-
-    @classmethod
-    def of(cls, uid: int, gid: int) -> User:
-        """A user with the groups that this node knows of him."""
-        try:
-            groups = os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
-        except KeyError:
-            groups = [gid]
-        return cls(uid, gid, tuple(groups))
 
 
 @dataclass(slots=True)

@@ -31,8 +31,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from bootseer_slurm.agent import client
-from bootseer_slurm.agent.protocol import Message, first
+from bootseer_slurm.agentapi import client
+from bootseer_slurm.agentapi.protocol import Message, first
 from bootseer_slurm.errors import BootseerError, InputError
 from bootseer_slurm.image.reference import Folder, Reference, SquashfsFile, parse
 

@@ -37,6 +37,7 @@ from pathlib import Path
 
 from bootseer_slurm import mounts
 from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.identity import User
 
 _MOUNT_TIMEOUT_S = 30.0
 _KILL_WAIT_S = 0.5
@@ -212,9 +213,7 @@ def _attach_as_user(mount: KernelMount, target: Path) -> str:
     child = os.fork()
     if child == 0:
         try:
-            os.setgroups([])
-            os.setresgid(_PROBE_ID, _PROBE_ID, _PROBE_ID)
-            os.setresuid(_PROBE_ID, _PROBE_ID, _PROBE_ID)
+            User(_PROBE_ID, _PROBE_ID, ()).become()
             mounts.unshare_user_namespace()
             mounts.move_mount(fd, target)
             os.listdir(target)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from bootseer_slurm.agent import protocol
-from bootseer_slurm.agent.protocol import first
+from bootseer_slurm.agentapi import protocol
+from bootseer_slurm.agentapi.client import request_descriptors
+from bootseer_slurm.agentapi.protocol import first
 from bootseer_slurm.errors import AgentUnavailable, BootseerError
 from bootseer_slurm.image.convert import pack
 from bootseer_slurm.image.trust import Key, sign
@@ -114,19 +114,12 @@ class AgentPacking:
             raise BootseerError("the agent gave no image")
         return fds[0], (first(reply, "MANIFEST_ID"), first(reply, "SIGNATURE"))
 
-    def _ask(self, op: str, fields: protocol.Message, timeout_s: float) -> tuple[protocol.Message, list[int]]:
+    def _ask(
+        self, op: str, fields: protocol.Message, timeout_s: float
+    ) -> tuple[protocol.Message, list[int]]:
         """One question, whose answer may bring a descriptor. Raises BootseerError, OSError or ValueError."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
-            link.settimeout(_START_TIMEOUT_S)
-            link.connect(str(self._socket_path))
-            link.sendall(protocol.encode([("OP", op), ("JOB_ID", self._job_id), *fields]))
-            link.shutdown(socket.SHUT_WR)
-            reply, fds = protocol.receive(link, rest_s=timeout_s)
-        if first(reply, "STATUS") != "ok":
-            for fd in fds:
-                os.close(fd)
-            raise BootseerError(first(reply, "MESSAGE", "the agent refused without a reason"))
-        return reply, fds
+        asked = [("JOB_ID", self._job_id), *fields]
+        return request_descriptors(op, asked, socket_path=str(self._socket_path), timeout_s=timeout_s)
 
 
 def _write_tar(rootfs: Path, out: int) -> None:

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from bootseer_slurm.agent.protocol import peer
+from bootseer_slurm.agentapi.protocol import peer
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import BootseerError, InputError
 from bootseer_slurm.report.archive import Archive

@@ -1,15 +1,15 @@
 """Reading users' event files as root, with the rights of the user whose they are.
 
 A shared file system may squash root, and a folder that bears a user's number may be another's: read as its
-owner, store.py refuses that one. So root never reads there itself: a forked process takes the owner's uid,
-gid and groups for good, and sends what it reads through a pipe. It has lost its root before it touches the
-store, and, having changed its uid, cannot be traced by the user's other processes. One that hangs is killed.
+owner, store/local.py refuses that one. So root never reads there itself: a forked process takes the owner's
+uid, gid and groups for good, and sends what it reads through a pipe. It has lost its root before it touches
+the store, and, having changed its uid, cannot be traced by the user's other processes. One that hangs is
+killed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import math
 import os
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from bootseer_slurm.errors import BootseerError, StoreError
-from bootseer_slurm.fetch.process import User
+from bootseer_slurm.identity import User, close_to_tracers
 from bootseer_slurm.report.collect import MAX_TEXT
 from bootseer_slurm.report.frames import Frame, read_frames, write_all
 from bootseer_slurm.report.stored import NO_UID, StoredEvents, user_folders
@@ -30,7 +30,6 @@ _TIMEOUT_S = 60.0  # without a byte; a file system may be slow, and one that han
 _RUN_LIMIT_BYTES = 128 << 20  # of one run's files, which its user wrote; in memory they are six times that
 _KILL_S = 5.0  # what is killed goes at once, but for one that waits for a dead server
 _NOBODY = 65534
-_PR_SET_DUMPABLE = 4
 
 Produce = Callable[[Store], Iterator[Frame]]
 
@@ -131,11 +130,8 @@ def _serve(user: User, store_uri: str, produce: Produce, writing: int) -> None:
     os.dup2(writing, 1)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     if user.uid:
-        os.setgroups(user.groups)
-        os.setresgid(user.gid, user.gid, user.gid)
-        os.setresuid(user.uid, user.uid, user.uid)
-        # Where fs.suid_dumpable is 1 the user could else look into this process, a copy of root's.
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+        user.become()
+        close_to_tracers()  # it is a copy of root's process
         with contextlib.suppress(KeyError):  # where clients of stores look for the user's credentials
             os.environ["HOME"] = pwd.getpwuid(user.uid).pw_dir
     with os.fdopen(1, "wb", buffering=1 << 20) as pipe:

@@ -22,7 +22,6 @@ SLOW = 1.5
 _MORE = 1.2  # times what the median node fetched: then it had less in its cache
 _CPU_SHARE = 0.2  # of the start, in which tasks waited for a CPU, more than on the median node
 _EXPLAINS = 0.2  # of what a node lost, that a cause has to explain
-CAUSES = ("slow link", "slow disk", "cold cache", "contention", "late allocation", "not known")
 
 
 @dataclass(frozen=True, slots=True)

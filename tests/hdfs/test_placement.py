@@ -14,12 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 import bootseer_slurm
-from bootseer_slurm import webhdfs
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.checkpoint.stripe import stripe_file
 from bootseer_slurm.checkpoint.striped import placement
 from bootseer_slurm.cli import app
-from bootseer_slurm.store import Store, open_store
+from bootseer_slurm.store import Store, open_store, webhdfs
 from tests.hdfs.conftest import NODES, Hdfs
 
 OBJECTS = 48
@@ -120,7 +119,7 @@ def test_without_webhdfs_it_is_not_looked_at(
 ) -> None:
     configure(hdfs, tmp_path, 9, monkeypatch)
     store = open_store(f"{hdfs.uri}/blind")
-    with caplog.at_level("INFO", "bootseer_slurm.webhdfs"):
+    with caplog.at_level("INFO", "bootseer_slurm.store.webhdfs"):
         write_small(store, 16)
         assert store.locations("1") is None
     assert len(store.scan("")) == 16 and store.read("1", limit_bytes=20_000) == SMALL + b"the end"

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm import mounts
-from bootseer_slurm.agent import protocol
+from bootseer_slurm.agentapi import protocol
 
 ALICE, BOB = 54321, 54322
 # What a test changes in the agent's process comes between these two.

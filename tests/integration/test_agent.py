@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from bootseer_slurm import mounts
-from bootseer_slurm.agent import protocol
+from bootseer_slurm.agentapi import protocol
 from tests.integration.node import ALICE, BOB, Node, node, wait_until
 
 __all__ = ["node"]

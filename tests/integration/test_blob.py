@@ -19,16 +19,17 @@ from bootseer_slurm.agent.memory import Memory
 from bootseer_slurm.agent.prefetch import Prefetch
 from bootseer_slurm.agent.request import Wish
 from bootseer_slurm.agent.source import FetchSource
-from bootseer_slurm.blob.cache import MISSING, UNCHECKED, Cache, CachedBlob
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, Manifest, decode
 from bootseer_slurm.blob.names import file_fingerprint, read_name, user_folder
-from bootseer_slurm.blob.reader import Reader, Usage
 from bootseer_slurm.blob.trace import Recorder
 from bootseer_slurm.blob.writer import store_file
+from bootseer_slurm.cache.cache import MISSING, UNCHECKED, Cache, CachedBlob
+from bootseer_slurm.cache.reader import Reader, Usage
 from bootseer_slurm.config import PrefetchConfig
 from bootseer_slurm.errors import BootseerError, InputError, StoreError
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.fetch.process import FetchProcess, Reply, User
+from bootseer_slurm.fetch.process import FetchProcess, Reply
+from bootseer_slurm.identity import User
 from bootseer_slurm.store import FileStore
 
 SIZE_BYTES = 9 * 2**20 + 12345

@@ -19,11 +19,11 @@ from click.testing import Result
 from pytest_mock import MockerFixture
 from typer.testing import CliRunner
 
-from bootseer_slurm.blob import live as live_states
-from bootseer_slurm.blob.cache import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, Cache, CachedBlob
 from bootseer_slurm.blob.digest import BLAKE3, SHA256
 from bootseer_slurm.blob.manifest import Layout, Manifest
-from bootseer_slurm.blob.survey import entries, evict, verify
+from bootseer_slurm.cache import live as live_states
+from bootseer_slurm.cache.cache import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, Cache, CachedBlob
+from bootseer_slurm.cache.survey import entries, evict, verify
 from bootseer_slurm.cli import settings
 from bootseer_slurm.cli.cache import app
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError
@@ -57,7 +57,7 @@ class Node:
     def reboot(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for path in self.live.iterdir():
             path.unlink()
-        monkeypatch.setattr("bootseer_slurm.blob.folder.boot_id", lambda: "another boot")
+        monkeypatch.setattr("bootseer_slurm.cache.disk.boot_id", lambda: "another boot")
 
 
 @pytest.fixture

@@ -9,21 +9,20 @@ from pathlib import Path
 import pytest
 from pytest_mock import MockerFixture
 
-from bootseer_slurm import store as stores
 from bootseer_slurm.agent.publish import Publisher
 from bootseer_slurm.agent.request import Job
 from bootseer_slurm.errors import StoreError
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.mounts import mount_of
 from bootseer_slurm.report.stored import reader_clock
-from bootseer_slurm.store import FileStore, clock_offset
+from bootseer_slurm.store import FileStore, clock_offset, local
 
 
 @pytest.fixture
 def shared(tmp_path: Path, mocker: MockerFixture) -> FileStore:
     """A store whose file system counts as one that has its server's times: this machine's own."""
     kind = mount_of(tmp_path).fstype
-    mocker.patch.object(stores, "_SERVER_TIMES", (kind,))
+    mocker.patch.object(local, "_SERVER_TIMES", (kind,))
     return FileStore(tmp_path)
 
 
@@ -35,7 +34,7 @@ def test_a_clock_that_is_right_is_within_its_error(shared: FileStore, tmp_path: 
 
 def test_a_clock_that_is_ahead_is_found(shared: FileStore, mocker: MockerFixture) -> None:
     true = time.time_ns
-    mocker.patch("bootseer_slurm.store.time.time_ns", side_effect=lambda: true() + 90_000_000_000)
+    mocker.patch("bootseer_slurm.store.base.time.time_ns", side_effect=lambda: true() + 90_000_000_000)
     offset_s, error_s = clock_offset(shared, "users/0/x.clock")
     assert abs(offset_s - 90) <= error_s < 1
 

@@ -222,7 +222,7 @@ def test_no_more_is_brought_of_a_learned_image_once_tasks_start_without_it() -> 
         containers = Containers(node)
         containers.push()
         node.start("""
-from bootseer_slurm.blob import reader
+from bootseer_slurm.cache import reader
 fast = reader.Reader.prefetch_blocks
 def slow(*arguments, **options):
     time.sleep(0.5)
@@ -440,7 +440,7 @@ def test_an_image_whose_name_is_gone_when_the_agent_is_killed() -> None:
         containers = Containers(node)
         containers.push()
         node.start("""
-from bootseer_slurm.blob import reader
+from bootseer_slurm.cache import reader
 reader.Reader.prefetch_run = lambda *_: (0, 0)
 reader.Reader.prefetch_blocks = lambda self, first, last, *_, **__: last + 1
 """)

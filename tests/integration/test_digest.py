@@ -12,7 +12,7 @@ import pytest
 
 from bootseer_slurm.blob.digest import BLAKE3, SHA256
 from bootseer_slurm.blob.manifest import decode, decode_adopted
-from bootseer_slurm.blob.survey import verify
+from bootseer_slurm.cache.survey import verify
 from bootseer_slurm.checkpoint import writer
 from bootseer_slurm.checkpoint.file import ParallelFile
 from bootseer_slurm.checkpoint.stripe import stripe_file

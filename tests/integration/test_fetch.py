@@ -23,8 +23,9 @@ from bootseer_slurm.blob.names import Name, user_folder, write_name
 from bootseer_slurm.blob.trace import STARTS, Plan, Trace, decode_plan
 from bootseer_slurm.blob.writer import store_file
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, StoreError
-from bootseer_slurm.fetch.process import FetchProcess, Reply, User
+from bootseer_slurm.fetch.process import FetchProcess, Reply
 from bootseer_slurm.fetch.spare import Started
+from bootseer_slurm.identity import User
 from bootseer_slurm.store import FileStore
 
 SELF = User(os.getuid(), os.getgid(), ())

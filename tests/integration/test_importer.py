@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bootseer_slurm.agent import protocol
+from bootseer_slurm.agentapi import protocol
 from bootseer_slurm.blob.names import read_name
 from bootseer_slurm.image.reference import registry_reference
 from bootseer_slurm.store import FileStore

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from bootseer_slurm.arrow import ArrowStore
 from bootseer_slurm.blob.lease import Lease
 from bootseer_slurm.blob.names import user_folder
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.store import FileStore, Store
+from bootseer_slurm.store.arrow import ArrowStore
 
 UID = os.geteuid()
 HOLDER = """

@@ -85,7 +85,7 @@ def reading(node: Node, job: int, count: int = 1) -> Iterator[list[subprocess.Po
 
 
 def trains(node: Node, job: int) -> None:
-    node.ask("mark", JOB_ID=job, NAME="training_started", TIME_NS=time.time_ns(), STEP_ID=0, PROC_ID=0)
+    node.ask("mark", JOB_ID=job, NAME="training_started", TIME_NS=time.time_ns(), STEP_ID=0, TASK=0)
 
 
 def started(node: Node, job: int) -> tuple[int, int]:
@@ -131,7 +131,7 @@ def test_a_start_that_ends_in_quiet_trains_since_its_last_new_read(node: Node) -
 def test_a_mark_ends_the_start_and_what_it_did_is_told_once(node: Node) -> None:
     started(node, 2)
     for _ in range(2):
-        node.ask("mark", JOB_ID=2, NAME="training_started", TIME_NS=time.time_ns(), STEP_ID=0, PROC_ID=0)
+        node.ask("mark", JOB_ID=2, NAME="training_started", TIME_NS=time.time_ns(), STEP_ID=0, TASK=0)
         time.sleep(2.3)
     node.ask("epilog", JOB_ID=2)
     events = node.events(2)

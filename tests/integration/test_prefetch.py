@@ -20,10 +20,10 @@ from bootseer_slurm.agent.hot import both_ends, first_ranges, runs
 from bootseer_slurm.agent.memory import Memory
 from bootseer_slurm.agent.prefetch import Prefetch
 from bootseer_slurm.agent.request import Wish
-from bootseer_slurm.blob.cache import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, Cache
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES, Layout
-from bootseer_slurm.blob.reader import Reader, Usage
 from bootseer_slurm.blob.trace import Plan
+from bootseer_slurm.cache.cache import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, Cache
+from bootseer_slurm.cache.reader import Reader, Usage
 from bootseer_slurm.config import PrefetchConfig
 from bootseer_slurm.errors import StoreError
 from bootseer_slurm.events import EventLog

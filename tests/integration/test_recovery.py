@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -18,7 +17,7 @@ import psutil
 import pytest
 
 from bootseer_slurm import mounts
-from bootseer_slurm.agent import protocol
+from bootseer_slurm.agentapi import protocol
 from tests.integration.node import ALICE, Node, digest_of, node, wait_until
 
 __all__ = ["node"]
@@ -176,7 +175,7 @@ def test_a_name_that_cannot_be_looked_up_again_costs_nothing(node: Node) -> None
     node.start(f"""
 import pathlib
 from bootseer_slurm.agent import target
-from bootseer_slurm.blob import reader
+from bootseer_slurm.cache import reader
 reader.Reader.prefetch_run = lambda *_: (0, 0)
 real = target.Target.__init__
 def look_up(self, *arguments, **fields):
@@ -401,13 +400,13 @@ def test_a_damaged_journal_costs_its_job_only(node: Node) -> None:
     node.start()
     node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
     jobs = node.run / "jobs"
-    (jobs / "2").write_text('[["JOB_ID", "9"], ["UID", "54321"], ["BOOTSEER", "1"]]\n')
+    (jobs / "2").write_text((jobs / "1").read_text())  # another job's
     (jobs / "3").write_text("[[[")
-    (jobs / "4").write_text(json.dumps([["JOB_ID", "4"]]) + "\n")
+    (jobs / "4").write_text('{"Began": {"job": {"job_id": 4}}}\n{"Added": []}\n{"Found": 1}\n{"else": {}}\n[]\n')
     with contextlib.suppress(OSError):
         (jobs / "x").write_text("[]\n")
     with (jobs / "1").open("a") as file:
-        file.write('[["JOB_ID", "1"], ["UI')  # killed while it wrote
+        file.write('{"Found": {"blob": "file-')  # killed while it wrote
     reply, fds = node.request(
         "attach", JOB_ID=1, UID=ALICE, STEP_ID=0, BOOTSEER=1, CHECKPOINT=make_file(node, "b.bin", 9)
     )

@@ -14,8 +14,9 @@ import pytest
 from bootseer_slurm.agent.fetcher import Fetcher
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import StoreError
-from bootseer_slurm.fetch.process import FetchProcess, User
+from bootseer_slurm.fetch.process import FetchProcess
 from bootseer_slurm.fetch.spare import Spare, Started
+from bootseer_slurm.identity import User
 
 ALICE = User(20001, 20001, (20001, 20005))
 END_S = 5.0

@@ -9,7 +9,7 @@ from pytest_mock import MockerFixture
 
 from bootseer_slurm.agent.measure import Measure
 from bootseer_slurm.agent.request import Job
-from bootseer_slurm.blob.waits import Waited
+from bootseer_slurm.cache.waits import Waited
 from bootseer_slurm.events import EventLog
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bootseer_slurm.placement import TRIES, Tally
-from bootseer_slurm.webhdfs import WebHdfs
+from bootseer_slurm.store.placement import TRIES, Tally
+from bootseer_slurm.store.webhdfs import WebHdfs
 
 Draw = Callable[[], list[str]]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bootseer_slurm.agent import protocol
 from bootseer_slurm.agent.request import Wish, parse_job, parse_profile, parse_request
+from bootseer_slurm.agentapi import protocol
 from bootseer_slurm.errors import InputError
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from bootseer_slurm.arrow import ArrowStore
 from bootseer_slurm.errors import NotFound, StoreError
 from bootseer_slurm.store import FileStore, Store, open_store
+from bootseer_slurm.store.arrow import ArrowStore
 
 
 @pytest.fixture(params=["file", "arrow"])

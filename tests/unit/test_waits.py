@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from bootseer_slurm.blob import waits as module
-from bootseer_slurm.blob.waits import Waits
+from bootseer_slurm.cache import waits as module
+from bootseer_slurm.cache.waits import Waits
 
 
 class Clock:

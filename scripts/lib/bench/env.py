@@ -188,7 +188,8 @@ def start(cluster: Cluster, environment: Environment, arm: Arm) -> Result:
     places = f"{PLACE} {UV_CACHE}"
     ready = f"rm -rf {places}; mkdir -p {places} && chown {ALICE}:{ALICE} {places}; "
     ready += (
-        f"{{ setpriv --version; {PYTHON} -c 'import bootseer_slurm.mounts, bootseer_slurm.agent.protocol'; "
+        f"{{ setpriv --version; "
+        f"{PYTHON} -c 'import bootseer_slurm.mounts, bootseer_slurm.agentapi.protocol'; "
     )
     ready += (
         f"/usr/bin/python3 -c 'import json, hashlib, importlib'; dd if={HERE}/image_job.py of=/dev/null; "

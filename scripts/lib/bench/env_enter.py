@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from bootseer_slurm import mounts
-from bootseer_slurm.agent import protocol
+from bootseer_slurm.agentapi import protocol
 
 STAMP = Path("/run/bench-attached")
 

@@ -15,7 +15,7 @@ import psutil
 from cluster.layout import ClusterError, poll
 
 from bootseer_slurm import mounts
-from bootseer_slurm.agent import protocol
+from bootseer_slurm.agentapi import protocol
 
 USER = 54321
 _EVERY_S = 0.1

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bootseer_slurm.blob.digest import DIGEST_BYTES, NO_DIGEST, place_of_digest
-from bootseer_slurm.blob.live import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, boot_id, is_live, read_live
 from bootseer_slurm.blob.manifest import Layout, decode, decode_adopted
+from bootseer_slurm.cache.live import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, boot_id, is_live, read_live
 from bootseer_slurm.errors import IntegrityError
 
 _ADOPTED = "file-"  # what the ids of adopted files begin with

@@ -2,7 +2,7 @@
 
 A block is MISSING, IN_FLIGHT (claimed by a thread of this process), PRESENT (written, and its digest agreed)
 or UNCHECKED (on disk since before a reboot: it counts only after its digest was compared). The states lie in
-memory that outlives this process (blob/live.py), and a block becomes PRESENT there only after its bytes were
+memory that outlives this process (cache/live.py), and a block becomes PRESENT there only after its bytes were
 written, so a successor of a killed process goes on where that one was. Thread-safe.
 """
 
@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable
 from mmap import mmap
 
 from bootseer_slurm.blob.digest import DIGEST_BYTES
-from bootseer_slurm.blob.folder import Place, read_state, replace, use, write_state
-from bootseer_slurm.blob.live import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, make_live
 from bootseer_slurm.blob.manifest import Layout, decode_adopted, encode_adopted, manifest_of
+from bootseer_slurm.cache.disk import Place, read_state, replace, use, write_state
+from bootseer_slurm.cache.live import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, make_live
 from bootseer_slurm.errors import IntegrityError
 
 _log = logging.getLogger(__name__)

@@ -6,13 +6,14 @@ import os
 import socket
 import time
 
-from bootseer_slurm.agent import protocol
+from bootseer_slurm.agentapi import protocol
 from bootseer_slurm.errors import AgentUnavailable, BootseerError
 
 _MARK_TIMEOUT_S = 1.0
 _FIRST_BYTE_S = 5.0  # an agent that has to wait says so at once
-# What may be asked where any user can be who answers: nothing that comes back is believed.
-_PUBLIC = ("mark", "status")
+# What may be asked where any user can be who answers: nothing that comes back is believed. Not from
+# operations.py, which takes longer to load than a mark to send.
+PUBLIC = ("mark", "status")
 _AGAIN_S = 0.02
 
 
@@ -24,28 +25,40 @@ def request(
     timeout_s: for the whole reply; one that does not begin within 5 s does not come.
     Raises AgentUnavailable when no agent answers within `timeout_s`, BootseerError with what it refused.
     """
+    reply, fds = request_descriptors(op, fields, socket_path=socket_path, timeout_s=timeout_s)
+    for fd in fds:
+        os.close(fd)
+    return reply
+
+
+def request_descriptors(
+    op: str, fields: protocol.Message | None = None, *, socket_path: str | None = None, timeout_s: float = 5.0
+) -> tuple[protocol.Message, list[int]]:
+    """As `request`, with the descriptors that came with the reply; the caller closes them."""
     paths = [socket_path or os.environ.get("BOOTSEER_AGENT_SOCKET") or protocol.SOCKET]
-    if op in _PUBLIC:
+    if op in PUBLIC:
         paths.append(protocol.ABSTRACT_SOCKET)
     message = protocol.encode([("OP", op), *(fields or [])])
     failure: Exception | None = None
     for path in paths:
         try:
-            reply = _ask(path, message, timeout_s)
+            reply, fds = _ask(path, message, timeout_s)
         except (OSError, ValueError) as error:
             failure = error
             continue
         if protocol.first(reply, "STATUS") != "ok":
+            for fd in fds:
+                os.close(fd)
             raise BootseerError(protocol.first(reply, "MESSAGE", "the agent refused without a reason"))
-        return reply
+        return reply, fds
     raise AgentUnavailable(
         f"no agent answers on this node: {failure}",
         hint="an admin looks with `systemctl status bootseer-agent`",
     )
 
 
-def _ask(path: str, message: bytes, timeout_s: float) -> protocol.Message:
-    """The reply of the agent at `path`. Raises OSError or ValueError when there is none."""
+def _ask(path: str, message: bytes, timeout_s: float) -> tuple[protocol.Message, list[int]]:
+    """The reply of the agent at `path`, and its descriptors. Raises OSError or ValueError when none comes."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
@@ -57,11 +70,9 @@ def _ask(path: str, message: bytes, timeout_s: float) -> protocol.Message:
                 reply, fds = protocol.receive(link, rest_s=timeout_s)
             except ConnectionError:
                 reply, fds = [], []
-        for fd in fds:
-            os.close(fd)
         # Closed without a word: this user has too many connections at this moment, as when all tasks mark.
         if reply:
-            return reply
+            return reply, fds
         if time.monotonic() > deadline_s:
             raise ConnectionResetError("it closed the connection without an answer")
         time.sleep(_AGAIN_S)
@@ -78,7 +89,7 @@ def mark(name: str) -> bool:
     if not job_id:
         return False
     fields = [("JOB_ID", job_id), ("NAME", name), ("TIME_NS", str(time.time_ns()))]
-    for key, variable in (("STEP_ID", "SLURM_STEP_ID"), ("PROC_ID", "SLURM_PROCID")):
+    for key, variable in (("STEP_ID", "SLURM_STEP_ID"), ("TASK", "SLURM_PROCID")):
         if variable in os.environ:
             fields.append((key, os.environ[variable]))
     try:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bootseer_slurm.errors import NotFound, StoreError
-from bootseer_slurm.store import Entry, Store
+from bootseer_slurm.store.base import Entry, Store
 
 
 class ArrowReader:

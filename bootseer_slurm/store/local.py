@@ -1,193 +1,30 @@
-"""The shared store: where blobs, names and events live.
+"""Stores in folders that every node mounts (file://), and the reading of any file in ranges.
 
-Owns the layout below, and stores in folders (file://); hdfs.py and arrow.py have the others. Does not know
-what a blob is. Everything in the store belongs to one user and is read and written with that user's rights:
-the node agent, which is root, never touches it itself but asks the job's fetch process (fetch/child.py), so
-root_squash and quotas hold.
+Plain system calls: parallel preads of a file are as fast as the file system lets them be, and pyarrow (0.3 s
+to import) is then never loaded on the way of a starting job.
 
-    <uri>/users/                         made by the admin (`bootseer store init`), mode 1777 like /tmp
-    <uri>/users/<uid>/                   made by the user, 0700
-        blobs/<id>/manifest, 0, 1, …     blob/manifest.py: the stripe objects, and the manifest written last
-        names/<digest>.json              blob/names.py: which blob stands for which path
-        leases/<digest>                  blob/lease.py: who is making the blob of a name
-        traces/<class>/<blob>/<job>.<restart>.<node>[.partial]   blob/trace.py
-        classes/<class>.json             blob/jobclass.py: what the last start of a job class asked for
-        events/<job>.<restart>/<node>.jsonl
-
-A file:// store is used with plain system calls: parallel preads of a file are as fast as the file system
-lets them be, and pyarrow (0.3 s to import) is then never loaded on the way of a starting job.
-
-In users/ anybody can make a folder with another's uid as its name. So a file:// store uses the folder of a
-uid only when it is that user's and nobody else can write to it. What root puts into the store is for all: its
-folders are open, and a user's names are looked for among root's too. pyarrow tells no owners: on
-its file systems the admin makes the users' folders.
+In users/ anybody can make a folder with another's uid as its name. So the folder of a uid is used only when
+it is that user's and nobody else can write to it. What root puts into the store is for all: its folders are
+open, and a user's names are looked for among root's too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import secrets
 import stat
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-from urllib.parse import unquote, urlsplit
+from typing import Any
 
 from bootseer_slurm.errors import NotFound, StoreError
 from bootseer_slurm.mounts import mount_of
+from bootseer_slurm.store.base import Entry, Store
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")  # what an object is called while it is written
 # File systems whose times are the server's. Lustre, CephFS and others have those of the client that writes.
 _SERVER_TIMES = ("nfs", "nfs4", "fuse.sshfs")
-_TICK_NS = 10_000_000  # as coarse as a kernel may stamp files, with times in ns
 _DIRECT_ALIGN_BYTES = 4096  # what no file system's O_DIRECT asks more than
-
-
-class Entry(NamedTuple):
-    """What lies in a folder of the store. size_bytes is 0 of a folder; changed_s: seconds since 1970."""
-
-    name: str
-    is_folder: bool
-    size_bytes: int
-    changed_s: float
-
-
-class ObjectReader(Protocol):
-    """An open object of the store; `read_into` may be called from several threads at once."""
-
-    size_bytes: int
-
-    def read_into(self, offset: int, view: memoryview) -> int:
-        """Fill `view` from `offset` on; gives the number of bytes, short only at the end of the object."""
-
-    def close(self) -> None: ...
-
-
-ObjectWriter = Callable[[str], contextlib.AbstractContextManager[Any]]
-
-
-class Store(Protocol):
-    """A folder of objects. Paths are relative, with "/" between their parts."""
-
-    def open(self, path: str, *, bulk: bool = False) -> ObjectReader:
-        """Open an object. Raises NotFound or StoreError.
-
-        bulk: its ranges are large and read once, so they go past the page cache: faster from a shared file
-        system, and the memory stays the job's.
-        """
-
-    def open_replaceable(self, path: str) -> ObjectReader:
-        """As `open` in bulk, of one that others may replace: reads then go on with the old one, or fail."""
-        return self.open(path, bulk=True)
-
-    def identity(self, path: str) -> str:
-        """What tells an object from another one of its name. Raises NotFound or StoreError."""
-        folder, _, name = path.rpartition("/")
-        entry = next((each for each in self.scan(folder) if each.name == name), None)
-        if entry is None:
-            raise NotFound(f"{path}: no such file")
-        return f"{entry.size_bytes} {entry.changed_s}"
-
-    def read(self, path: str, *, limit_bytes: int) -> bytes:
-        """A whole small object. Raises NotFound, or StoreError when it is larger than `limit_bytes`."""
-        reader = self.open(path)
-        try:
-            return _read_whole(reader, path, limit_bytes)
-        finally:
-            reader.close()
-
-    def write(self, path: str, content: bytes) -> None:
-        """Write an object whole, or not at all; its folder is made when missing. Raises StoreError."""
-        with self.writer(path) as file:
-            file.write(content)
-
-    def writer(self, path: str) -> contextlib.AbstractContextManager[Any]:
-        """A file to write a large object to; it appears when the block ends without an error."""
-
-    def spread(self, there: Iterable[str] = ()) -> ObjectWriter:
-        """What writes the objects of one file, as `writer` does, from several threads.
-
-        They are spread evenly over the store's servers, where it can tell and choose. there: those that are
-        written already.
-        """
-        return self.writer
-
-    placed_bytes: int | None = None  # of an object whose place can be chosen, at most; None: no such thing
-
-    def locations(self, path: str) -> dict[str, int] | None:
-        """How many bytes of an object lie on which server, its replicas together its size; None: not told."""
-        return None
-
-    def create(self, path: str, content: bytes) -> bool:
-        """Write a small object that is not there yet; False when it is. Raises StoreError.
-
-        Of several that try at once one gets True, on every file system that has O_EXCL. Other stores have
-        no such thing: there it is looked first and written then, and in between two may get True.
-        """
-
-    def scan(self, path: str) -> list[Entry]:
-        """All that lies in a folder, half-written objects too (`.` in front); empty when it is missing.
-
-        Raises StoreError.
-        """
-
-    def changed_ns(self, path: str) -> int:
-        """When an object was written, in ns since 1970 by the clock of the store's server.
-
-        Raises NotFound or StoreError, the latter also where its time is not the server's.
-        """
-        raise StoreError(f"{path}: this store does not tell by which clock it was written")
-
-    def list(self, path: str) -> list[str]:
-        """Names in a folder, sorted; a missing folder is empty. Raises StoreError."""
-        return sorted(entry.name for entry in self.scan(path) if not entry.name.startswith("."))
-
-    def remove(self, path: str) -> None:
-        """Remove an object or a whole folder; nothing happens when it is missing. Raises StoreError."""
-
-    renames: bool = False  # where `rename` works
-
-    def rename(self, path: str, new: str) -> None:
-        """Give a folder or object another name, which must be free. Raises StoreError."""
-        raise StoreError(f"{path}: this store has no renaming")
-
-
-def open_store(uri: str, *, plain: bool = False) -> Store:
-    """The store at a URI that pyarrow knows, such as file:///lustre/bootseer or hdfs://nn:8020/bootseer.
-
-    plain: any folder of the user's, and not one with the layout above.
-    Raises StoreError when the URI is of no known kind or its file system cannot be reached.
-    """
-    parts = urlsplit(uri)
-    if parts.scheme == "file":
-        return FileStore(Path(unquote(parts.path)), plain=plain)
-    if parts.scheme == "hdfs":
-        from bootseer_slurm.hdfs import HdfsStore
-
-        return HdfsStore(uri)
-    from bootseer_slurm.arrow import ArrowStore
-
-    return ArrowStore(uri)
-
-
-def clock_offset(store: Store, path: str) -> tuple[float, float]:
-    """How many seconds this machine's clock is ahead of the store's server's, and how wrong that may be.
-
-    Writes a small object at `path` and removes it again. Raises StoreError, NotFound.
-    """
-    begin_ns = time.time_ns()
-    store.write(path, b"\n")
-    end_ns = time.time_ns()
-    try:
-        changed_ns = store.changed_ns(path)
-    finally:
-        store.remove(path)
-    grain_ns = 10**9 if changed_ns % 10**9 == 0 else _TICK_NS
-    offset_ns = (begin_ns + end_ns) / 2 - (changed_ns + grain_ns / 2)
-    return offset_ns / 1e9, ((end_ns - begin_ns) / 2 + grain_ns / 2) / 1e9
 
 
 class FileReader:
@@ -379,11 +216,3 @@ class FileStore(Store):
             source.rename(target)
         except OSError as error:
             raise StoreError(f"{source}: cannot be renamed to {target}: {error.strerror}") from error
-
-
-def _read_whole(reader: ObjectReader, path: str, limit_bytes: int) -> bytes:
-    if reader.size_bytes > limit_bytes:
-        raise StoreError(f"{path}: {reader.size_bytes} bytes, more than the {limit_bytes} expected of it")
-    content = bytearray(reader.size_bytes)
-    count = reader.read_into(0, memoryview(content))
-    return bytes(content[:count])

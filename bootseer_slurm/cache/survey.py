@@ -1,7 +1,7 @@
 """The cache as an admin sees it: what is there, whether it is right, and removing it.
 
 Works on the files alone, beside an agent or without one. What an agent uses, or used when it was killed, is
-looked at and never changed; anything else is changed under the lock of its folder (blob/folder.py).
+looked at and never changed; anything else is changed under the lock of its folder (cache/disk.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bootseer_slurm.blob.digest import DIGEST_BYTES, place_of_digest
-from bootseer_slurm.blob.folder import (
+from bootseer_slurm.cache.disk import (
     Kept,
     Place,
     make_exclusive,
@@ -23,7 +23,7 @@ from bootseer_slurm.blob.folder import (
     share,
     write_state,
 )
-from bootseer_slurm.blob.live import MISSING, PRESENT, UNCHECKED
+from bootseer_slurm.cache.live import MISSING, PRESENT, UNCHECKED
 from bootseer_slurm.errors import IntegrityError
 
 

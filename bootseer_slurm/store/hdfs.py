@@ -22,10 +22,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from bootseer_slurm import webhdfs
 from bootseer_slurm.errors import NotFound, StoreError
-from bootseer_slurm.placement import TRIES, Tally
-from bootseer_slurm.store import Entry, ObjectWriter, Store
+from bootseer_slurm.store import webhdfs
+from bootseer_slurm.store.base import Entry, ObjectWriter, Store
+from bootseer_slurm.store.placement import TRIES, Tally
 
 _ATTEMPTS = 4
 _HEDGE_S = 3.0  # a read that takes longer is begun a second time, from the replica that comes first then

@@ -22,10 +22,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from bootseer_slurm.blob.cache import MISSING, PRESENT, CachedBlob
 from bootseer_slurm.blob.digest import NO_DIGEST, place_of_digest
 from bootseer_slurm.blob.trace import Recorder
-from bootseer_slurm.blob.waits import Waits
+from bootseer_slurm.cache.cache import MISSING, PRESENT, CachedBlob
+from bootseer_slurm.cache.waits import Waits
 from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
 
 _log = logging.getLogger(__name__)

@@ -1,13 +1,13 @@
 """The node's cache: the blobs that jobs use and used, within bounds of bytes and of free disk.
 
-Layout on disk: blob/folder.py. The folders above `data` are root's and closed (0700), so a user reaches it
+Layout on disk: cache/disk.py. The folders above `data` are root's and closed (0700), so a user reaches it
 only through a mount that is read-only. Blobs are kept apart by user: knowing a digest gives no right to the
 bytes.
 
 Pinned blobs stay. Nor does a blob go that an agent used which was killed, until `forget_left` says that the
 jobs' sessions are known again. Of the others the longest unused goes first, when the cache has more than
 max_bytes or the disk less than min_free_bytes, and then until there are 5 % more room than that.
-One agent has one Cache; the command line works beside it through blob/survey.py.
+One agent has one Cache; the command line works beside it through cache/survey.py.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 
 import psutil
 
-from bootseer_slurm.blob.cached import CachedBlob
-from bootseer_slurm.blob.folder import Kept, Place, place_of, places, read_kept, remove
-from bootseer_slurm.blob.live import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, is_live
 from bootseer_slurm.blob.manifest import Layout
+from bootseer_slurm.cache.blob import CachedBlob
+from bootseer_slurm.cache.disk import Kept, Place, place_of, places, read_kept, remove
+from bootseer_slurm.cache.live import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, is_live
 from bootseer_slurm.errors import BootseerError, IntegrityError
 
 __all__ = ["IN_FLIGHT", "MISSING", "PRESENT", "UNCHECKED", "Cache", "CachedBlob"]

@@ -1,0 +1,27 @@
+# The ways to look whether all is well, from the quickest to the slowest. `make unit` needs Python alone; the others
+# install what they need, as root on Debian or Ubuntu (scripts/setup).
+.PHONY: unit check node cluster test demo
+
+unit: .venv/bin/bootseer
+	.venv/bin/python -m pytest -q tests/unit
+
+check:
+	scripts/setup
+	scripts/check
+
+node:
+	scripts/test tests/unit tests/hooks tests/spank tests/integration
+
+cluster:
+	scripts/test tests/slurm
+
+test:
+	scripts/test
+
+demo:
+	scripts/demo
+
+.venv/bin/bootseer: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/pip install -q -e '.[test,check]'
+	touch $@

@@ -1,0 +1,53 @@
+"""Becoming a user: the one place where a process of root's takes a user's rights, for good.
+
+What is begun with `subprocess` as a user takes these rights there. All functions change the whole process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+from dataclasses import dataclass
+
+_PR_SET_DUMPABLE = 4
+_PR_SET_NO_NEW_PRIVS = 38
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Whose rights a process has."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+    @classmethod
+    def of(cls, uid: int, gid: int) -> User:
+        """A user with the groups that this node knows of him."""
+        try:
+            groups = os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
+        except KeyError:
+            groups = [gid]
+        return cls(uid, gid, tuple(groups))
+
+    def become(self) -> None:
+        """Take this user's ids and groups, all of them. For root. Raises OSError."""
+        os.setgroups(self.groups)
+        os.setresgid(self.gid, self.gid, self.gid)
+        os.setresuid(self.uid, self.uid, self.uid)
+
+
+def close_to_tracers() -> None:
+    """Have the user's other processes not trace this one, nor open its files in /proc.
+
+    They could without: an exec makes a process dumpable, and a change of rights does where the site wants
+    core dumps of such processes (fs.suid_dumpable). To be called after `become`.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def gain_no_rights() -> None:
+    """Have no set-user-id program give this process more rights, nor what it executes. Raises OSError."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "no_new_privs cannot be set")

@@ -1,0 +1,25 @@
+"""The layers of pyproject.toml, which import-linter checks, name every module of the package."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import tomli
+
+REPO = Path(__file__).resolve().parents[2]
+# The package itself, and the one room whose modules are layers of their own.
+OPEN = {"bootseer_slurm", "bootseer_slurm.agent"}
+
+
+def test_every_module_is_in_a_layer() -> None:
+    contracts = tomli.loads((REPO / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(each["layers"] for each in contracts if each["type"] == "layers")
+    named = {name.strip() for layer in layers for name in layer.split("|")}
+    modules = {
+        re.sub(r"\.__init__$", "", ".".join(path.relative_to(REPO).with_suffix("").parts))
+        for path in (REPO / "bootseer_slurm").rglob("*.py")
+    }
+    assert named <= modules, "a layer of a module that is gone"
+    left_out = [each for each in modules - OPEN if not any(each == name or each.startswith(f"{name}.") for name in named)]
+    assert left_out == []

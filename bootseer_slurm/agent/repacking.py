@@ -48,14 +48,19 @@ class Repacking:
         own = f"{user_folder(self._background.job.uid)}/"
         chosen = [part for part in parts if part.is_packed_here and part.folder.startswith(own)]
         if chosen:
-            arguments = (chosen, link_bytes_per_s, whole_comes)
+            fetched_bytes = {part: part.fetched_bytes for part in parts}  # of the start: the rest comes now
+            arguments = (chosen, fetched_bytes, link_bytes_per_s, whole_comes)
             threading.Thread(target=self._repack_all, args=arguments, name="repacking", daemon=True).start()
 
-    def _repack_all(self, parts: list[Part], link_bytes_per_s: float, whole_comes: bool) -> None:
+    def _repack_all(
+        self, parts: list[Part], fetched_bytes: dict[Part, int], link_bytes_per_s: float, whole_comes: bool
+    ) -> None:
         for part in parts:
             begin_s = time.monotonic()
+            beside_bytes = sum(fetched_bytes.values()) - fetched_bytes[part]
+            link: dict[str, Any] = {"link_bytes_per_s": link_bytes_per_s, "beside_bytes": beside_bytes}
             try:
-                said, failed = self._repack(part, link_bytes_per_s, whole_comes)
+                said, failed = self._repack(part, link, whole_comes)
             except (BootseerError, OSError, ValueError, subprocess.SubprocessError) as error:
                 said, failed = str(error), True
             if self._background.over.is_set():
@@ -71,7 +76,7 @@ class Repacking:
                     message=f"not packed anew: {said}" if failed else said,
                 )
 
-    def _repack(self, part: Part, link_bytes_per_s: float, whole_comes: bool) -> tuple[str, bool]:
+    def _repack(self, part: Part, link: dict[str, Any], whole_comes: bool) -> tuple[str, bool]:
         blob, job = part.reader.blob, self._background.job
         give_up_s = time.monotonic() + _WHOLE_LIMIT_S
         if part.mounted is None:
@@ -88,7 +93,7 @@ class Repacking:
                 "job": job.job_id,
                 "restart": job.restart,
                 "node": self._log.node,
-                "link_bytes_per_s": link_bytes_per_s,
+                **link,
             }
             return self._background.run(
                 ["bootseer_slurm.repack", json.dumps(task)],

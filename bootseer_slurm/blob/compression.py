@@ -1,14 +1,12 @@
-"""How what we pack is compressed: the options of mksquashfs, and which is best for a link and a processor.
+"""How what we pack is compressed: the options of mksquashfs, and what they make of samples.
 
-zstd makes fewer bytes, lz4 unpacks faster. A start fetches what it touches and unpacks it, so the one is
-taken with which both together take less time. Both are measured: the link by the job's own prefetch, the rest
-on samples of the files. Does no I/O.
+zstd makes fewer bytes, lz4 unpacks faster: repack/worth.py decides for each blob. Does no I/O.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -43,14 +41,6 @@ def measure(samples: Sequence[bytes]) -> dict[str, Measured]:
         packed_bytes, unpack_s = _measured(name, samples)
         found[name] = Measured(min(1.0, packed_bytes / size_bytes), unpack_s / size_bytes)
     return found
-
-
-def best_compression(found: Mapping[str, Measured], link_bytes_per_s: float) -> str:
-    """The one of these with which fetching and unpacking a byte takes the least time.
-
-    link_bytes_per_s: what one node gets.
-    """
-    return min(found, key=lambda name: found[name].share / link_bytes_per_s + found[name].unpack_s)
 
 
 def _measured(compression: str, samples: Sequence[bytes]) -> tuple[int, float]:

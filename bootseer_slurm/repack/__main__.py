@@ -11,7 +11,6 @@ nothing where the new layout would save little, or the store has another blob un
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -25,7 +24,7 @@ from typing import NoReturn
 
 from bootseer_slurm import config as configuration
 from bootseer_slurm import scratch
-from bootseer_slurm.blob.compression import Measured, best_compression, measure
+from bootseer_slurm.blob.compression import measure
 from bootseer_slurm.blob.lease import make_once
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, SQUASHFS_BLOCK_BYTES, Layout, decode
 from bootseer_slurm.blob.names import Name, list_names, write_name
@@ -49,7 +48,7 @@ from bootseer_slurm.repack.order import (
     plan_touches,
 )
 from bootseer_slurm.repack.touched import is_tail_in_memory
-from bootseer_slurm.repack.worth import Start, is_worth_it
+from bootseer_slurm.repack.worth import Scene, Start, best, is_worth_it
 from bootseer_slurm.store import FileReader, Store, open_store
 from bootseer_slurm.units import format_bytes
 
@@ -63,6 +62,7 @@ class Task:
 
     kind: image or environment. blob, folder: in the store. image: where its bytes can be read. mount: the
     descriptor of a mount of it. link_bytes_per_s: what this node got of the store, 0 when that is not known.
+    beside_bytes: what came over the link for other blobs during the start.
     """
 
     kind: str
@@ -75,6 +75,7 @@ class Task:
     restart: int
     node: str
     link_bytes_per_s: float
+    beside_bytes: int
 
 
 def main(task: Task) -> str:
@@ -98,8 +99,6 @@ class _Work:
         self._layout = decode(content).layout
         self._image = _files_of(Path(task.image))
         self._plan = Plan()
-        self._compression = "zstd"  # where the link's rate is not known
-        self._measured: dict[str, Measured] = {}
 
     def look(self) -> list[HotFile]:
         """What starts touch, in order; nothing where packing it again would save little."""
@@ -118,13 +117,18 @@ class _Work:
         hot = hot_files(self._image, self._plan, layout, self._is_tail_touched)
         if not hot:
             return []
-        new_bytes = sum(extent.size_bytes for extent in hot_extents(self._image, hot))
-        if task.link_bytes_per_s:
-            self._measured = measure(self._samples(hot))
-            self._compression = best_compression(self._measured, task.link_bytes_per_s)
-            if now := self._measured.get(self._compression_now):
-                new_bytes = int(new_bytes * self._measured[self._compression].share / now.share)
-        return hot if self._is_worth_it(new_bytes, hot) else []
+        self._now = Start(blocks_bytes(layout, self._plan.blocks), self._compression_now())
+        self._scene = Scene(
+            content_bytes=content_bytes(self._image, hot),
+            beside_bytes=task.beside_bytes,
+            worked_s=max(self._plan.times_ms, default=0) / 1000,
+            link_bytes_per_s=task.link_bytes_per_s,
+            measured=measure(self._samples(hot)) if task.link_bytes_per_s else {},
+        )
+        hot_bytes = sum(extent.size_bytes for extent in hot_extents(self._image, hot))
+        new = best(self._now, hot_bytes, self._scene)
+        self._compression = new.compression
+        return hot if is_worth_it(self._now, new, self._scene) else []
 
     def _is_tail_touched(self, path: str, file: StoredFile) -> bool:
         try:
@@ -132,23 +136,12 @@ class _Work:
         except OSError:
             return False
 
-    @functools.cached_property
     def _compression_now(self) -> str:
         reader = FileReader(Path(self._task.image))
         try:
             return read_superblock(reader, self._task.image).compression_name
         finally:
             reader.close()
-
-    def _is_worth_it(self, new_bytes: int, hot: list[HotFile]) -> bool:
-        """Whether it is worth it, if a start fetches so much then."""
-        return is_worth_it(
-            Start(blocks_bytes(self._layout, self._plan.blocks), self._compression_now),
-            Start(new_bytes, self._compression),
-            content_bytes=content_bytes(self._image, hot),
-            measured=self._measured,
-            link_bytes_per_s=self._task.link_bytes_per_s,
-        )
 
     def pack(self, hot: list[HotFile]) -> str:
         """Pack it anew; what came of it. One process of the cluster does, if several begin."""
@@ -179,7 +172,7 @@ class _Work:
             tables = head_and_tables(FileReader(file), str(file))
             touches = plan_touches(hot_extents(_files_of(file), hot), layout, tables)
             new_bytes = blocks_bytes(layout, (block for block, _ in touches))
-            if not self._is_worth_it(new_bytes, hot):
+            if not is_worth_it(self._now, Start(new_bytes, self._compression), self._scene):
                 return f"lies as starts touch it: {format_bytes(new_bytes)} would be fetched in another order"
             beside = self._listed(written)
             os.utime(file, (0, 0))  # its own time says nothing, and a young file would be waited for

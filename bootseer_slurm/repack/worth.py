@@ -1,7 +1,7 @@
-"""Whether packing a blob again is worth its while: what its next start saves.
+"""Whether packing a blob again is worth its while, and with which compression: what its next start saves.
 
-Pure functions. A start fetches what it touches, and its own reads unpack that. So it saves by fewer bytes, or
-by bytes that are unpacked faster where the link is fast.
+Pure functions. While a start works, the link brings what it touches next, so it takes as long as the longer
+of both. Fewer bytes help where that is the link; where it is the work, bytes that are unpacked faster do.
 """
 
 from __future__ import annotations
@@ -18,32 +18,54 @@ _LEAST_SAVED_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a start fetches of a blob, and how that is compressed."""
+    """What a start fetches of the blob, and how that is compressed."""
 
     fetched_bytes: int
     compression: str
 
 
-def is_worth_it(
-    now: Start,
-    new: Start,
-    *,
-    content_bytes: int,
-    measured: Mapping[str, Measured],
-    link_bytes_per_s: float,
-) -> bool:
-    """Whether the new start fetches noticeably less than now; with another compression, takes less time.
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What stays when the blob is packed anew.
 
-    content_bytes: that both unpack. measured: by compression; where it lacks one, bytes count.
+    content_bytes: of the blob, that are unpacked. beside_bytes: that come over the link for other blobs.
+    worked_s: from the first touch to the last, without waits, with the blob as it is now.
+    link_bytes_per_s: that the node gets. measured: the compressions that were; none where the link was not.
     """
-    if now.compression == new.compression or not {now.compression, new.compression} <= measured.keys():
+
+    content_bytes: int
+    beside_bytes: int
+    worked_s: float
+    link_bytes_per_s: float
+    measured: Mapping[str, Measured]
+
+
+def best(now: Start, new_bytes: int, scene: Scene) -> Start:
+    """A start of the blob packed anew. new_bytes: that it fetches, compressed as now.
+
+    With the compression with which it takes the least time, where all is known that decides.
+    """
+    if now.compression not in scene.measured:
+        return Start(new_bytes, "zstd")
+    now_share = scene.measured[now.compression].share
+    starts = [Start(int(new_bytes * each.share / now_share), name) for name, each in scene.measured.items()]
+    return min(starts, key=lambda start: (_takes_s(start, now, scene), start.fetched_bytes))
+
+
+def is_worth_it(now: Start, new: Start, scene: Scene) -> bool:
+    """Whether the new start fetches noticeably less; with another compression, takes noticeably less time."""
+    if now.compression == new.compression or not {now.compression, new.compression} <= scene.measured.keys():
         return _is_less(new.fetched_bytes, now.fetched_bytes, _LEAST_SAVED_BYTES)
+    return _is_less(_takes_s(new, now, scene), _takes_s(now, now, scene), _LEAST_SAVED_S)
 
-    def takes_s(start: Start) -> float:
-        unpack_s = content_bytes * measured[start.compression].unpack_s
-        return start.fetched_bytes / link_bytes_per_s + unpack_s
 
-    return _is_less(takes_s(new), takes_s(now), _LEAST_SAVED_S)
+def _takes_s(start: Start, now: Start, scene: Scene) -> float:
+    def unpack_s(compression: str) -> float:
+        return scene.content_bytes * scene.measured[compression].unpack_s
+
+    link_s = (start.fetched_bytes + scene.beside_bytes) / scene.link_bytes_per_s
+    rest_s = max(0.0, scene.worked_s - unpack_s(now.compression))
+    return max(link_s, rest_s + unpack_s(start.compression))
 
 
 def _is_less(new: float, now: float, least: float) -> bool:

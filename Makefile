@@ -1,5 +1,5 @@
-# The ways to look whether all is well, from the quickest to the slowest. `make unit` needs Python alone; the others
-# install what they need, as root on Debian or Ubuntu (scripts/setup).
+# The ways to look whether all is well, from the quickest to the slowest. `make unit` needs Python, git and
+# squashfs-tools; the others install what they need, as root on Debian or Ubuntu (scripts/setup).
 .PHONY: unit check node cluster test demo
 
 unit: .venv/bin/bootseer

@@ -12,13 +12,14 @@ there. A session is here from its begin to its end. Thread-safe: a job's lines a
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bootseer_slurm.agent.request import Job, Request, Wish
 
@@ -52,6 +53,7 @@ class Found:
 
 
 Record = Began | Added | Found
+_Kind = TypeVar("_Kind")
 
 
 class Journal:
@@ -103,9 +105,13 @@ class Journal:
     def jobs(self) -> Iterator[tuple[int, Began, list[Added | Found]]]:
         """Each job, what began its session, and what came then, as an agent left them that was killed."""
         for path in sorted(self._jobs.iterdir()):
-            records = _records(path) if path.name.isdecimal() else []
+            if not path.name.isdecimal():
+                continue
+            records = _records(path)
             if records and isinstance(began := records[0], Began):
                 yield int(path.name), began, [each for each in records if not isinstance(each, Began)]
+            else:
+                _log.error("%s: does not say what began the job's session", path, extra={"job": path.name})
 
     def endings(self) -> list[Began]:
         """What began each session that was just ending."""
@@ -129,17 +135,23 @@ def _records(path: Path) -> list[Record]:
 
 
 def _began(fields: dict[str, Any]) -> Began:
-    job = Job(**fields["job"] | {"gpus": tuple(fields["job"]["gpus"])})
+    job = _made(Job, fields["job"] | {"gpus": tuple(fields["job"]["gpus"])})
     request = fields["request"]
     return Began(job, str(fields["node"]), _request(request) if request else None)
 
 
 def _request(fields: dict[str, Any]) -> Request:
-    return Request(**fields | {"wishes": tuple(Wish(**each) for each in fields["wishes"])})
+    return _made(Request, fields | {"wishes": tuple(_made(Wish, each) for each in fields["wishes"])})
+
+
+def _made(kind: type[_Kind], fields: dict[str, Any]) -> _Kind:
+    """Without what only another version knows: an agent may be replaced by an older one."""
+    known = inspect.signature(kind).parameters
+    return kind(**{name: value for name, value in fields.items() if name in known})
 
 
 _DECODERS: dict[str, Callable[[dict[str, Any]], Record]] = {
     "Began": _began,
     "Added": lambda fields: Added(_request(fields["request"])),
-    "Found": lambda fields: Found(**fields),
+    "Found": lambda fields: _made(Found, fields),
 }

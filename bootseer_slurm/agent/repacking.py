@@ -13,7 +13,6 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from bootseer_slurm import mounts
@@ -37,18 +36,20 @@ class Repacking:
         self._class = job_class
         self._begun = False
 
-    def begin(self, parts: Sequence[Part], *, link_bytes_per_s: float, whole_comes: bool) -> None:
-        """Have these packed again, one after the other; a second call does nothing.
+    def begin(
+        self, fetched_bytes: dict[Part, int], *, link_bytes_per_s: float, whole_comes: bool
+    ) -> None:
+        """Have parts packed again, one after the other; a second call does nothing.
 
-        link_bytes_per_s: that this node got of the store. whole_comes: all of each is going to be there.
+        fetched_bytes: of all parts, what came of each during the start. link_bytes_per_s: that this node got
+        of the store. whole_comes: all of each is going to be there.
         """
         if self._begun or not self._background.is_first_node:
             return
         self._begun = True
         own = f"{user_folder(self._background.job.uid)}/"
-        chosen = [part for part in parts if part.is_packed_here and part.folder.startswith(own)]
+        chosen = [part for part in fetched_bytes if part.is_packed_here and part.folder.startswith(own)]
         if chosen:
-            fetched_bytes = {part: part.fetched_bytes for part in parts}  # of the start: the rest comes now
             arguments = (chosen, fetched_bytes, link_bytes_per_s, whole_comes)
             threading.Thread(target=self._repack_all, args=arguments, name="repacking", daemon=True).start()
 

@@ -46,6 +46,7 @@ _REQUEST_TIMEOUT_S = 2.0
 _ACCEPT_PAUSE_S = 0.2  # after an error, which is a lack of descriptors or memory
 _METRICS_END_S = 1.0
 _TEND_EVERY_S = 60.0  # others fill the cache's disk too
+_PACK_BEGIN_S = 10.0
 _PACK_TIMEOUT_S = 800.0  # for mksquashfs, after its last byte came
 _SAVE_ROUNDS = 10  # what a crash of the node can cost of the cache, in rounds; syncing is slow
 _IMAGE_MARGIN_S = 60.0  # for looking it up, twice
@@ -82,11 +83,7 @@ class Agent:
         self._table = Table(self._session, self._journal, observe_all=observe_all)
         self._say_observe_all(observe_all)
         self._room = Room()
-        self._slow_s = {
-            "attach": config.prefetch.attach_wait_s + _ATTACH_MARGIN_S,
-            "image": config.prefetch.hot_wait_s + _IMAGE_MARGIN_S,
-            "packed": _PACK_TIMEOUT_S,
-        }
+        self._slow_s = slow_operations(config)
         # One method answers one operation, and has its name.
         self._answers: dict[str, Callable[[Message, int, list[int]], Message]] = {
             op: getattr(self, f"_{op}") for op in OPERATIONS
@@ -310,6 +307,16 @@ class Agent:
         if uid not in (0, session.job.uid):
             raise InputError(f"job {session.job.job_id} is another user's")
         return session
+
+
+def slow_operations(config: Config) -> dict[str, float]:
+    """How long each operation may take that is slow, in seconds."""
+    return {
+        "attach": config.prefetch.attach_wait_s + _ATTACH_MARGIN_S,
+        "image": config.prefetch.hot_wait_s + _IMAGE_MARGIN_S,
+        "pack": _PACK_BEGIN_S,
+        "packed": _PACK_TIMEOUT_S,
+    }
 
 
 def _may_ask(operation: Operation | None, public: bool, uid: int) -> bool:

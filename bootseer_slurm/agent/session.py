@@ -343,7 +343,9 @@ class Session:
 
     def _end_start(self, why: str) -> None:
         """The job trains: what it touched until now was its start, and the rest can wait."""
-        self._measure.over(self._parts(), read_ns=self._recording.last_new_ns if why == "quiet" else 0)
+        parts = self._parts()
+        self._measure.over(parts, read_ns=self._recording.last_new_ns if why == "quiet" else 0)
+        fetched_bytes = {part: part.fetched_bytes for part in parts}
         if self._prefetch:
             self._prefetch.start_over()
         self._recording.finish(why)
@@ -352,7 +354,7 @@ class Session:
         if not self._observe and self._fetcher.started:
             rate = self._fetcher().turns.bytes_per_s
             whole_comes = self._config.prefetch.cold_rate_bytes > 0
-            self._repacking.begin(self._parts(), link_bytes_per_s=rate, whole_comes=whole_comes)
+            self._repacking.begin(fetched_bytes, link_bytes_per_s=rate, whole_comes=whole_comes)
 
     def _remember(self) -> None:
         """Tell the next start of this class what this one asked for, unless it knows."""

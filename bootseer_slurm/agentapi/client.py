@@ -14,7 +14,7 @@ _FIRST_BYTE_S = 5.0  # an agent that has to wait says so at once
 # What may be asked where any user can be who answers: nothing that comes back is believed. Not from
 # operations.py, which takes longer to load than a mark to send.
 PUBLIC = ("mark", "status")
-_AGAIN_S = 0.02
+_AGAIN_S, _AGAIN_MOST_S = 0.02, 0.5
 
 
 def request(
@@ -59,7 +59,7 @@ def request_descriptors(
 
 def _ask(path: str, message: bytes, timeout_s: float) -> tuple[protocol.Message, list[int]]:
     """The reply of the agent at `path`, and its descriptors. Raises OSError or ValueError when none comes."""
-    deadline_s = time.monotonic() + timeout_s
+    deadline_s, pause_s = time.monotonic() + timeout_s, _AGAIN_S
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
             link.settimeout(min(timeout_s, _FIRST_BYTE_S))
@@ -70,12 +70,15 @@ def _ask(path: str, message: bytes, timeout_s: float) -> tuple[protocol.Message,
                 reply, fds = protocol.receive(link, rest_s=timeout_s)
             except ConnectionError:
                 reply, fds = [], []
-        # Closed without a word: this user has too many connections at this moment, as when all tasks mark.
-        if reply:
+        if protocol.first(reply, "STATUS"):
             return reply, fds
+        for fd in fds:
+            os.close(fd)
+        # Closed without an answer: this user has too many connections at this moment, as when all tasks mark.
         if time.monotonic() > deadline_s:
             raise ConnectionResetError("it closed the connection without an answer")
-        time.sleep(_AGAIN_S)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _AGAIN_MOST_S)
 
 
 def mark(name: str) -> bool:

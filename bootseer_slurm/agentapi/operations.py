@@ -1,7 +1,7 @@
 """What may be asked of the node agent: one row for each operation.
 
 The agent answers from this table and refuses what is not in it; docs/protocol.md shows it, which a test
-compares. The hook and the plugin write their messages themselves: tests compare their keys.
+compares. Hook, plugin and the stand-in of squashfuse write their messages themselves: tests compare keys.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ OPERATIONS = {
                 *_REQUEST,
                 Field("STEP_ID", "the step"),
                 Field("MEMORY_MB?", "that it may use on this node; 0: no limit"),
-                Field("GIDS?", "all groups of the user"),
+                Field("GIDS?", "all groups of the user; not read yet"),
             ),
             (
                 Field("SETENV*", "NAME=VALUE for its environment"),
-                Field("BIND*", "descriptor:device:inode:path, see docs/architecture.md"),
+                Field("BIND*", "N:DEVICE:INODE:PATH: descriptor N goes to PATH, while that is this file"),
             ),
             descriptors="mounts, which BIND numbers",
             slow=True,
@@ -146,7 +146,7 @@ OPERATIONS = {
                 _OWN_JOB_ID,
                 Field("URI", "as pyxis names it"),
                 Field("DIGEST?", "that its tag stands for now"),
-                Field("STEP_ID?", "the step"),
+                Field("STEP_ID?", "the step; not read yet"),
             ),
             (
                 Field("PATH?", "of a squashfs, which is there until the job ends"),
@@ -173,6 +173,7 @@ OPERATIONS = {
             ),
             (Field("TICKET", "for `packed`"),),
             descriptors="a pipe that takes a tar",
+            slow=True,
         ),
         Operation(
             "packed",

@@ -272,6 +272,7 @@ class Reader:
         """Fetch claimed blocks from the first source whose bytes are right, and end the claim."""
         offset, size_bytes = first * self.blob.layout.block_bytes, self._bytes_of(first, first + count)
         # An adopted file's bytes agree with no promise: its user, who brings them, is shown what he brought.
+        # One who changes them meanwhile has a digest kept that is not theirs, and loses the block at a check.
         fixed = not self.blob.adopted
         failure: BootseerError = StoreError("no source is left: its job is over")
         claimed = True

@@ -1,8 +1,8 @@
 """The agent's end of a fetch process.
 
 Owns the process, the ring of memory shared with it, and one thread that takes its replies. The ring is
-divided into slots: a read fills one, and the agent copies the bytes before it compares and stores them.
-Demand reads never wait for prefetch, for some slots are kept for them.
+divided into slots: a read fills one, and the agent copies the bytes before it compares and stores them, where
+there is a promise to compare with. Demand reads never wait for prefetch, for some slots are kept for them.
 
 The process is its user's, who can do with it and with the ring what he likes. So the ring is sealed, for a
 shrunk one would kill the agent (SIGBUS); what is in it may change at any time; and descriptors that come

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bootseer_slurm.blob.compression import Measured
+from bootseer_slurm.blob.compression import COMPRESSIONS, Measured
 
 _WORTH = 0.9  # of what a start fetches now, or takes: what is left must be less, or the layout stays
 _LEAST_SAVED_BYTES = 4 * 2**20
@@ -29,7 +29,8 @@ class Scene:
     """What stays when the blob is packed anew.
 
     content_bytes: of the blob, that are unpacked. beside_bytes: that come over the link for other blobs.
-    worked_s: from the first touch to the last, without waits, with the blob as it is now.
+    worked_s: from the first touch to the last, without waits for this blob, as it is now. Waits for other
+    blobs count as work: then zstd and lz4 seem to take as long, and nothing changes.
     link_bytes_per_s: that the node gets. measured: the compressions that were; none where the link was not.
     """
 
@@ -40,16 +41,19 @@ class Scene:
     measured: Mapping[str, Measured]
 
 
-def best(now: Start, new_bytes: int, scene: Scene) -> Start:
-    """A start of the blob packed anew. new_bytes: that it fetches, compressed as now.
+def best(now: Start, new_bytes: int, scene: Scene) -> Start | None:
+    """The start of the blob packed anew that is worth it; None where none is.
 
-    With the compression with which it takes the least time, where all is known that decides.
+    new_bytes: that it fetches, compressed as now. With the compression with which it takes the least time,
+    where all is known that decides; else, or where that saves too little time, with the one of now.
     """
-    if now.compression not in scene.measured:
-        return Start(new_bytes, "zstd")
-    now_share = scene.measured[now.compression].share
-    starts = [Start(int(new_bytes * each.share / now_share), name) for name, each in scene.measured.items()]
-    return min(starts, key=lambda start: (_takes_s(start, now, scene), start.fetched_bytes))
+    same = Start(new_bytes, now.compression if now.compression in COMPRESSIONS else COMPRESSIONS[0])
+    starts = [same]
+    if now.compression in scene.measured:
+        all_bytes = new_bytes / scene.measured[now.compression].share
+        found = [Start(round(all_bytes * each.share), name) for name, each in scene.measured.items()]
+        starts = [min(found, key=lambda start: (_takes_s(start, now, scene), start.fetched_bytes)), same]
+    return next((start for start in starts if is_worth_it(now, start, scene)), None)
 
 
 def is_worth_it(now: Start, new: Start, scene: Scene) -> bool:

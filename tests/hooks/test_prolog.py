@@ -118,7 +118,6 @@ def test_prolog_says_all_it_knows(agent: Agent) -> None:
         "SPANK_BOOTSEER_CONTAINER_IMAGE": "/shared/b.sqsh",
         "SPANK_BOOTSEER_JOB_NAME": "train",
         "SPANK_BOOTSEER_UNHEARD_OF": "x",
-        "SLURM_JOB_END_TIME": "1900000000",
         "SLURM_JOB_GPUS": "0,1",
     }
     assert_silent(run_hook(agent.path, PROLOG | extra))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bootseer_slurm.agent.server import Agent, _may_ask
+from bootseer_slurm import config
+from bootseer_slurm.agent.server import Agent, _may_ask, slow_operations
 from bootseer_slurm.agentapi.client import PUBLIC
 from bootseer_slurm.agentapi.operations import OPERATIONS, Asker, Field
 
@@ -42,6 +43,10 @@ def test_the_agent_answers_each() -> None:
     assert all(callable(getattr(Agent, f"_{op}")) for op in OPERATIONS)
 
 
+def test_for_each_slow_one_it_is_known_how_long_it_may_take() -> None:
+    assert set(slow_operations(config.Config())) == {name for name, each in OPERATIONS.items() if each.slow}
+
+
 def test_the_public_ones_are_those_that_anyone_may_ask() -> None:
     assert set(PUBLIC) == {name for name, each in OPERATIONS.items() if each.asker is Asker.ANYONE}
 
@@ -67,6 +72,11 @@ def keys(op: str) -> set[str]:
 def test_the_hook_sends_no_key_that_is_not_in_the_table() -> None:
     sent = set(re.findall(r'b"([A-Z_]+)": b"S', HOOK.read_text())) | set(re.findall(r'\(b"([A-Z_]+)", ', HOOK.read_text()))
     assert {key for key in sent if not key.startswith("SLURM_")} - {"OP"} == keys("prolog"), "and all of these"
+
+
+def test_the_stand_in_of_squashfuse_asks_for_a_mount() -> None:
+    code = (REPO / "libexec/squashfuse").read_text()
+    assert set(re.findall(r"OP=([a-z]+)\\0([A-Z_]+)=", code)) == {("mount", "IMAGE")} and keys("mount") == {"IMAGE"}
 
 
 def test_the_plugin_sends_no_key_that_is_not_in_the_table() -> None:

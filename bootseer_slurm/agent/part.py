@@ -145,8 +145,7 @@ class Part:
     @property
     def fetched_bytes(self) -> int:
         """What came of it over the link since it was looked up."""
-        usage, before = self.reader.usage, self.before
-        return usage.store_bytes + usage.origin_bytes - before.store_bytes - before.origin_bytes
+        return self.reader.usage.fetched_bytes - self.before.fetched_bytes
 
     def summary(self, waited: Waited | None = None) -> dict[str, Any]:
         """What was read of it since it was looked up, as the event tells it.

@@ -409,7 +409,7 @@ class Prefetch:
         self._log.emit(
             "prefetch",
             name,
-            bytes=work.part.fetched_bytes,
+            bytes=usage.fetched_bytes - before.fetched_bytes,
             bytes_cached=work.part.cached_bytes,
             bytes_origin=usage.origin_bytes - before.origin_bytes,
             dur_s=time.monotonic() - work.start_s,

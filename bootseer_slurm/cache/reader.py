@@ -73,6 +73,11 @@ class Usage:
     disk_s: float = 0.0  # and writes into the cache
     pushed_bytes: int = 0  # into the kernel's page cache: reads of these are not seen any more
 
+    @property
+    def fetched_bytes(self) -> int:
+        """What came over the link."""
+        return self.store_bytes + self.origin_bytes
+
 
 class _Kept:
     """What is in the blob's own file since an earlier boot (a Source)."""

@@ -14,7 +14,7 @@ _FIRST_BYTE_S = 5.0  # an agent that has to wait says so at once
 # What may be asked where any user can be who answers: nothing that comes back is believed. Not from
 # operations.py, which takes longer to load than a mark to send.
 PUBLIC = ("mark", "status")
-_AGAIN_S, _AGAIN_MOST_S = 0.02, 0.5
+_AGAIN_S = 0.02
 
 
 def request(
@@ -59,7 +59,7 @@ def request_descriptors(
 
 def _ask(path: str, message: bytes, timeout_s: float) -> tuple[protocol.Message, list[int]]:
     """The reply of the agent at `path`, and its descriptors. Raises OSError or ValueError when none comes."""
-    deadline_s, pause_s = time.monotonic() + timeout_s, _AGAIN_S
+    deadline_s = time.monotonic() + timeout_s
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
             link.settimeout(min(timeout_s, _FIRST_BYTE_S))
@@ -77,8 +77,7 @@ def _ask(path: str, message: bytes, timeout_s: float) -> tuple[protocol.Message,
         # Closed without an answer: this user has too many connections at this moment, as when all tasks mark.
         if time.monotonic() > deadline_s:
             raise ConnectionResetError("it closed the connection without an answer")
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _AGAIN_MOST_S)
+        time.sleep(_AGAIN_S)
 
 
 def mark(name: str) -> bool:

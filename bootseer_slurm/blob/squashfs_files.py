@@ -28,7 +28,7 @@ _NO_FRAGMENT = 2**32 - 1
 _TABLE_LIMIT_BYTES = 2**30  # of inodes or folders, uncompressed: ten million files
 _DEPTH_LIMIT = 256
 _BLOCK_SIZES = {2**n for n in range(12, 21)}
-_CODECS = {1: "gzip", 5: "lz4_raw", 6: "zstd"}
+_CODECS = {"gzip": "gzip", "lz4": "lz4_raw", "zstd": "zstd"}  # pyarrow's names
 
 _HEAD = struct.Struct("<HHHHII")  # type, mode, uid, gid, mtime, number
 _FOLDER, _FILE, _LINK, _LONG_FOLDER, _LONG_FILE, _LONG_LINK = 1, 2, 3, 8, 9, 10
@@ -64,10 +64,11 @@ class StoredFile:
 
 
 class Squashfs(NamedTuple):
-    """What an image holds: its regular files by path, as in its folders, and the size of their blocks."""
+    """What an image holds: its regular files by path, as in its folders; how their blocks are compressed."""
 
     block_bytes: int
     files: dict[str, StoredFile]
+    compression: str  # as Superblock.compression_name
 
 
 def read_files(reader: ObjectReader, name: str) -> Squashfs:
@@ -79,7 +80,7 @@ def read_files(reader: ObjectReader, name: str) -> Squashfs:
         image = _Image(reader, head)
         fragments = image.fragments()
         inodes = _Inodes(image.table(head.inodes, head.folders), head, fragments)
-        return Squashfs(head.block_bytes, dict(_walk(image, head, inodes)))
+        return Squashfs(head.block_bytes, dict(_walk(image, head, inodes)), head.compression_name)
     except (struct.error, IndexError, KeyError, ValueError, OverflowError, RecursionError, pa.ArrowException,
             zlib.error, OSError) as error:  # fmt: skip
         raise InputError(f"image {name}: its tables cannot be read: {type(error).__name__}") from error
@@ -108,7 +109,7 @@ class _Image:
         return content, offset + 2 + size_bytes
 
     def _decompressed(self, content: bytes) -> bytes:
-        codec = _CODECS[self._head.compression]
+        codec = _CODECS[self._head.compression_name]
         if codec == "gzip":
             return zlib.decompressobj().decompress(content, _PIECE_BYTES)
         if codec == "zstd":

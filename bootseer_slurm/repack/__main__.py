@@ -29,7 +29,7 @@ from bootseer_slurm.blob.lease import make_once
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, SQUASHFS_BLOCK_BYTES, Layout, decode
 from bootseer_slurm.blob.names import Name, list_names, write_name
 from bootseer_slurm.blob.plans import keep_trace, plan_of
-from bootseer_slurm.blob.squashfs import head_and_tables, read_superblock
+from bootseer_slurm.blob.squashfs import head_and_tables
 from bootseer_slurm.blob.squashfs_files import Squashfs, StoredFile, read_files
 from bootseer_slurm.blob.trace import Plan, Trace
 from bootseer_slurm.blob.writer import store_blob
@@ -117,7 +117,7 @@ class _Work:
         hot = hot_files(self._image, self._plan, layout, self._is_tail_touched)
         if not hot:
             return []
-        self._now = Start(blocks_bytes(layout, self._plan.blocks), self._compression_now())
+        self._now = Start(blocks_bytes(layout, self._plan.blocks), self._image.compression)
         self._scene = Scene(
             content_bytes=content_bytes(self._image, hot),
             beside_bytes=task.beside_bytes,
@@ -137,13 +137,6 @@ class _Work:
             return is_tail_in_memory(self._root / path, file.size_bytes, self._image.block_bytes)
         except OSError:
             return False
-
-    def _compression_now(self) -> str:
-        reader = FileReader(Path(self._task.image))
-        try:
-            return read_superblock(reader, self._task.image).compression_name
-        finally:
-            reader.close()
 
     def pack(self, hot: list[HotFile]) -> str:
         """Pack it anew; what came of it. One process of the cluster does, if several begin."""
@@ -180,7 +173,7 @@ class _Work:
             os.utime(file, (0, 0))  # its own time says nothing, and a young file would be waited for
             blob, folder = store_blob(self._store, file, kind=self._task.kind, beside=beside)
         self._publish(blob, folder, packing.signature(blob), touches)
-        now = format_bytes(blocks_bytes(self._layout, self._plan.blocks))
+        now = format_bytes(self._now.fetched_bytes)
         how = f"packed anew in the order of touch, with {self._compression}"
         return f"{how}: a start fetches {format_bytes(new_bytes)}, not {now}"
 

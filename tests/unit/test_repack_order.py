@@ -28,6 +28,7 @@ IMAGE = Squashfs(
         "sparse": StoredFile(131072 * 5, tuple(Extent((4 + n) * BLOCK_BYTES, 9) for n in range(5))),
         "large": StoredFile(131072 + 5, (Extent(100, 9), SHARED), in_fragment=True),
     },
+    "zstd",
 )
 LAYOUT = Layout(10 * BLOCK_BYTES)
 

@@ -1,4 +1,4 @@
-"""A node for tests: a folder with a store, and a real keeper with its agent in it. Needs root and /dev/fuse."""
+"""A node for tests: a folder with a store, and a real supervisor with its agent in it. Needs root and /dev/fuse."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from bootseer_slurm.agentapi import protocol
 
 ALICE, BOB = 54321, 54322
 # What a test changes in the agent's process comes between these two.
-_BEFORE = "import sys, threading, time\nfrom bootseer_slurm.agent import keeper, room, server, session, table\n"
+_BEFORE = "import sys, threading, time\nfrom bootseer_slurm.job import session\n"
+_BEFORE += "from bootseer_slurm.service import agent, limits, server, sessions, supervisor\n"
 _AFTER = "\nfrom bootseer_slurm.__main__ import main\nsys.argv = ['bootseer', 'agent']\nmain()\n"
 
 
@@ -103,7 +104,7 @@ class Node:
 
     @property
     def agent_pid(self) -> int:
-        """Of the agent proper, the keeper's child."""
+        """Of the agent proper, the supervisor's child."""
         return int(str(self.status()["pid"]))
 
     def crash(self) -> None:

@@ -20,7 +20,7 @@ from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.image.trust import make_key
 from bootseer_slurm.store import FileStore
 from tests.integration.node import ALICE, Node, node, node_of, wait_until
-from tests.integration.test_recovery import attach, needs_squashfuse
+from tests.integration.test_service_recovery import attach, needs_squashfuse
 
 __all__ = ["node"]
 pytestmark = [
@@ -116,15 +116,13 @@ def test_saved_once_shown_and_never_when_it_changed(node: Node) -> None:
 
 # On a link that is full the check of the original has no answer in time.
 _UNCHECKED = """
-from bootseer_slurm.agent import target
-from bootseer_slurm.fetch.process import FetchProcess, NoAnswer
-call = FetchProcess.call
-def busy(process, op, **fields):
-    if op == "same":
-        raise NoAnswer("no answer from the file system")
-    return call(process, op, **fields)
-FetchProcess.call = busy
-target._FRESH_S = 0
+from bootseer_slurm.artifacts import resolved
+from bootseer_slurm.userproc.channel import NoAnswer
+from bootseer_slurm.userproc.client import UserProcess
+def busy(*_, **__):
+    raise NoAnswer("no answer from the file system")
+UserProcess.is_same = busy
+resolved._FRESH_S = 0
 """
 
 
@@ -132,7 +130,7 @@ target._FRESH_S = 0
 def test_what_was_looked_up_just_now_is_shown_where_the_check_has_no_answer(node: Node, recent_s: int) -> None:
     root = make_venv(node)
     node.bootseer("env", "save", str(root))
-    node.start(f"{_UNCHECKED}target._RECENT_S = {recent_s}\n")
+    node.start(f"{_UNCHECKED}resolved._RECENT_S = {recent_s}\n")
     view = shown(node, 1, root)
     assert (view is not None) == (recent_s > 0)
     skipped = [each for each in end(node, 1, view) if (each["kind"], each["name"]) == ("shadow", "skipped")]

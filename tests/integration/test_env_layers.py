@@ -37,7 +37,7 @@ from tests.integration.test_env import (
     shown,
     start_where_programs_may_lack,
 )
-from tests.integration.test_recovery import attach
+from tests.integration.test_service_recovery import attach
 
 __all__ = ["node", "pytestmark"]
 PACKAGES = "lib/python3.11/site-packages"
@@ -397,7 +397,7 @@ def run_within(place: Path, original: os.stat_result, script: str, seen: Path) -
     fd = mounts.bind_clone(seen)
     identity = [str(fd), str(original.st_dev), str(original.st_ino)]
     done = subprocess.run(
-        [sys.executable, "-I", "-m", "bootseer_slurm.agent.within", *identity, str(place), "54321", "54322",
+        [sys.executable, "-I", "-m", "bootseer_slurm.job.run_in_mount_ns", *identity, str(place), "54321", "54322",
          "54322,54323", "/bin/sh", "-c", script],
         capture_output=True, text=True, check=False, pass_fds=(fd,),
     )  # fmt: skip

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
-
-from cluster.client import Cluster
+from scripts.lib.cluster.client import Cluster
 
 
 def _no_cluster_because() -> str:

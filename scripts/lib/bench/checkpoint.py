@@ -18,15 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from bench import checkpoint_load
-from bench.rows import Row
-from cluster.layout import REPO, ClusterError, Layout, State
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bootseer_slurm.checkpoint.file import ParallelFile
 from bootseer_slurm.checkpoint.stripe import stripe_file
 from bootseer_slurm.checkpoint.striped import Opened, open_file, placement
 from bootseer_slurm.store import FileReader, open_store
+from scripts.lib.bench import checkpoint_load
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.layout import REPO, ClusterError, Layout, State
 
 SIZE_BYTES = 4 * 2**30
 REPEATS = 5

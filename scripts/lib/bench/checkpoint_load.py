@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from bench.image_inputs import run
-from bench.node import Node
-from bench.rows import Row
-from cluster.layout import REPO, ClusterError
-
 from bootseer_slurm.checkpoint.stripe import stripe_file
+from scripts.lib.bench.image_inputs import run
+from scripts.lib.bench.node import Node
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.layout import REPO, ClusterError
 
 FOLDER = Path("/var/tmp/bootseer-bench-checkpoint-node")
 PEERS = Path("/var/tmp/bootseer-bench-peers-checkpoint")

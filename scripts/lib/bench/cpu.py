@@ -11,18 +11,19 @@ from __future__ import annotations
 import shutil
 from statistics import median
 
-from bench import cpu_inputs
-from bench.cpu_arms import arms
-from bench.cpu_inputs import Inputs
-from bench.cpu_start import COMMANDS, Node, Start
-from bench.digest import processor
-from bench.env import BOOTSEER, NODE
-from bench.image_inputs import ALICE
-from bench.image_ours import publish
-from bench.rows import Row
-from cluster.client import Cluster
-from cluster.layout import ClusterError
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from scripts.lib.bench import cpu_inputs
+from scripts.lib.bench.cpu_arms import arms
+from scripts.lib.bench.cpu_inputs import Inputs
+from scripts.lib.bench.cpu_start import COMMANDS, Node, Start
+from scripts.lib.bench.digest import processor
+from scripts.lib.bench.env import BOOTSEER, NODE
+from scripts.lib.bench.image_inputs import ALICE
+from scripts.lib.bench.image_ours import publish
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import ClusterError
 
 ROUNDS = 3
 TARGET = 1.3

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.image_inputs import ALICE, PLATFORMS, PYTHON, SITE, SQUASHFS, SUITE, install, kept, run
-from cluster.client import Cluster
+from scripts.lib.bench.image_inputs import ALICE, PLATFORMS, PYTHON, SITE, SQUASHFS, SUITE, install, kept, run
+from scripts.lib.cluster.client import Cluster
 
 CACHE = Path("/var/tmp/bootseer-bench-cpu")
 FOLDER = "home/alice/bench-cpu"  # below /shared

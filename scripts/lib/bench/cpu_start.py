@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from bench.cpu_account import account, below, growth
-from bench.cpu_arms import AS_ALICE, IMPORTER, Arm
-from bench.image_arms import HERE, NODE, ROOT, make_cold
-from bench.image_inputs import ALICE
-from bench.image_ours import BIN, RUNTIME
-from bench.told import HOOK, events_of, hook_environ
-from cluster import namespaces
-from cluster.client import Cluster
-from cluster.layout import ClusterError, Layout, State, live, poll
+
+from scripts.lib.bench.cpu_account import account, below, growth
+from scripts.lib.bench.cpu_arms import AS_ALICE, IMPORTER, Arm
+from scripts.lib.bench.image_arms import HERE, NODE, ROOT, make_cold
+from scripts.lib.bench.image_inputs import ALICE
+from scripts.lib.bench.image_ours import BIN, RUNTIME
+from scripts.lib.bench.told import HOOK, events_of, hook_environ
+from scripts.lib.cluster import namespaces
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import ClusterError, Layout, State, live, poll
 
 PATIENCE_S = 120.0
 COMMANDS, JOB = "commands", "the job, in the kernel"

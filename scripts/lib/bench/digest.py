@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from bench.rows import Row
 from blake3 import __version__ as blake3_version
 from blake3 import blake3
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -32,6 +31,7 @@ from bootseer_slurm.blob.writer import write_objects
 from bootseer_slurm.checkpoint.file import ParallelFile
 from bootseer_slurm.checkpoint.striped import Opened
 from bootseer_slurm.store import Store, open_store
+from scripts.lib.bench.rows import Row
 
 BLOCK_BYTES = 256 * 1024
 ROUNDS = 15

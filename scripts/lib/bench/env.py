@@ -16,15 +16,26 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from bench import env_inputs, image_inputs, index
-from bench.env_inputs import PEERS, Environment
-from bench.image_arms import HERE, JOB_ENV, NODE, WORK, Result, Step, far_store, make_cold, measure_dd
-from bench.image_inputs import ALICE, IMPORTS, PACKAGES
-from bench.rows import Row
-from bench.told import HOOK, events_of, figures, hook_environ
-from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError, poll
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from scripts.lib.bench import env_inputs, image_inputs, index
+from scripts.lib.bench.env_inputs import PEERS, Environment
+from scripts.lib.bench.image_arms import (
+    HERE,
+    JOB_ENV,
+    NODE,
+    WORK,
+    Result,
+    Step,
+    far_store,
+    make_cold,
+    measure_dd,
+)
+from scripts.lib.bench.image_inputs import ALICE, IMPORTS, PACKAGES
+from scripts.lib.bench.rows import Row
+from scripts.lib.bench.told import HOOK, events_of, figures, hook_environ
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import REPO, ClusterError, poll
 
 REPEATS = 5
 LINK = "1gbit"

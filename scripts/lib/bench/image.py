@@ -9,11 +9,6 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from bench import image_arms as arms
-from bench import image_inputs, image_local, image_ours
-from bench.image_inputs import Inputs
-from bench.rows import Row
-from cluster.client import Cluster
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,6 +17,12 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+from scripts.lib.bench import image_arms as arms
+from scripts.lib.bench import image_inputs, image_local, image_ours
+from scripts.lib.bench.image_inputs import Inputs
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.client import Cluster
 
 REPEATS = 5
 STOCK_REPEATS = 1

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.image_inputs import ALICE, HEAVY, IMPORTS, PYTHON, REFERENCE, Inputs, Registry
-from cluster.client import Cluster
-from cluster.layout import STORE, ClusterError, Layout
-from cluster.storage import PORT, SSHFS_OPTIONS
+from scripts.lib.bench.image_inputs import ALICE, HEAVY, IMPORTS, PYTHON, REFERENCE, Inputs, Registry
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import STORE, ClusterError, Layout
+from scripts.lib.cluster.storage import PORT, SSHFS_OPTIONS
 
 NODE = "n1"
 WORK = "/var/lib/bootseer/bench"  # on the node's disk, not in memory

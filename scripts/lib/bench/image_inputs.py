@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.client import Cluster
-from cluster.layout import ClusterError, poll
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import ClusterError, poll
 
 CACHE = Path("/var/tmp/bootseer-bench-image")
 SUITE = "bookworm"

@@ -15,11 +15,11 @@ import itertools
 import shutil
 import time
 
-from bench.image_arms import ROOT, Arm, Result, Step, start
-from bench.image_inputs import ALICE, Inputs
-from bench.told import HOOK, events_of, figures, hook_environ
-from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError
+from scripts.lib.bench.image_arms import ROOT, Arm, Result, Step, start
+from scripts.lib.bench.image_inputs import ALICE, Inputs
+from scripts.lib.bench.told import HOOK, events_of, figures, hook_environ
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import REPO, ClusterError
 
 BIN = REPO / ".venv" / "bin"
 STAND_IN = str(REPO / "libexec" / "squashfuse")

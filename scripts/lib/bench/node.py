@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from cluster.layout import ClusterError, poll
 
 from bootseer_slurm import mounts
 from bootseer_slurm.agentapi import protocol
+from scripts.lib.cluster.layout import ClusterError, poll
 
 USER = 54321
 _EVERY_S = 0.1

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from bench.rows import Row
-from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import REPO, ClusterError
 
 HOOK_TARGET_S = 0.150
 ADDED_TARGET_S = 0.200

@@ -13,13 +13,12 @@ import time
 from pathlib import Path
 from statistics import median
 
-from bench import report_inputs
-from bench.made_start import made_report
-from bench.rows import Row
-from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError
-
 from bootseer_slurm.report.html import to_html
+from scripts.lib.bench import report_inputs
+from scripts.lib.bench.made_start import made_report
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import REPO, ClusterError
 
 RECORDS = 1_000_000
 STARTS = 10_000

@@ -1,6 +1,6 @@
 """Records of starts as a cluster might have them, for `scripts/bench report` and to try `bootseer overhead`.
 
-    .venv/bin/python scripts/lib/bench/report_inputs.py FOLDER [COUNT]
+    .venv/bin/python -m scripts.lib.bench.report_inputs FOLDER [COUNT]
 
 The shape, from one seed: 200 users in 20 accounts and 4 partitions, of whom few have most starts (Zipf, 1.2);
 40 images per account; COUNT starts (1,000,000), evenly over 90 days. Nodes: powers of two from 1 to 256, each

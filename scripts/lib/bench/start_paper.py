@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from bench import index
-from bench.image_arms import registry
-from bench.image_inputs import Registry, run
-from bench.rows import Row
-from bench.start_rows import Result, describe, floor_row, limit_s, seconds_rows
-from cluster.client import Cluster
-from cluster.layout import STORE, ClusterError
-from demo import arms, inputs
-from demo.starts import Start, Tell
+from scripts.lib.bench import index
+from scripts.lib.bench.image_arms import registry
+from scripts.lib.bench.image_inputs import Registry, run
+from scripts.lib.bench.rows import Row
+from scripts.lib.bench.start_rows import Result, describe, floor_row, limit_s, seconds_rows
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import STORE, ClusterError
+from scripts.lib.demo import arms, inputs
+from scripts.lib.demo.starts import Start, Tell
 
 ROUNDS = 2
 SHORTER = 0.85

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from bench.image_inputs import run
-from bench.rows import Row
-from cluster.client import Cluster
-from cluster.layout import ClusterError, poll
-from demo import arms, inputs, records
-from demo.starts import Tell, make_cold, start, wait_packed
+from scripts.lib.bench.image_inputs import run
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import ClusterError, poll
+from scripts.lib.demo import arms, inputs, records
+from scripts.lib.demo.starts import Tell, make_cold, start, wait_packed
 
 ROUNDS = 12  # a multiple of the arms of both jobs, whose order rotates
 TARGET_S = 0.1

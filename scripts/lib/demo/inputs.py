@@ -19,8 +19,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import REPO, ClusterError
 
 HERE = Path(__file__).resolve().parent
 FOLDER = "home/alice/demo"  # below /shared

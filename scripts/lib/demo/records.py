@@ -10,9 +10,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from cluster.client import Cluster
-from cluster.layout import ClusterError
-from demo.inputs import ALICE
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import ClusterError
+from scripts.lib.demo.inputs import ALICE
 
 RECORDS = ("names", "traces", "classes")
 

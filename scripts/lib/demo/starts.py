@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError
-from demo import inputs, records
-from demo.meter import Meter
+
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import REPO, ClusterError
+from scripts.lib.demo import inputs, records
+from scripts.lib.demo.meter import Meter
 
 BOOTSEER = str(REPO / ".venv" / "bin" / "bootseer")
 STAGES = ("prolog", "launch", "image", "environment", "checkpoint", "program")

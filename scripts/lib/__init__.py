@@ -1,0 +1,12 @@
+"""What the commands in scripts/ are made of. It is not installed: a clone's root is where it runs.
+
+What each part owns:
+
+    cluster   a Slurm cluster in namespaces (scripts/cluster), and how tests and benchmarks use one (client)
+    hdfs      an HDFS in namespaces (scripts/hdfs)
+    demo      the main job (scripts/demo)
+    bench     the benchmarks (scripts/bench), which may use the others
+
+Some modules are programs for another Python: a job's, or that of a cluster's machine. They are run by their
+path and import nothing of this package.
+"""

@@ -197,9 +197,9 @@ def _rows(times: dict[Arm, list[float]], most: dict[str, int]) -> list[Row]:
     how = f"{size} of safetensors that the agent has brought; medians of {REPEATS} interleaved"
     cached = size_bytes / seconds[Arm("read", STEP)] / 1e6
     reads = how + "; one reader, 4 MiB each; its limit: the cache's file, all in the page cache"
-    target = min(2500.0, cached / 2)
+    half = min(2500.0, cached / 2)
     rows = [
-        Row("FUSE, warm cache: one reader", _rate(seconds, FIRST), "MB/s", target, cached, reads, True),
+        Row("FUSE, warm cache: one reader", _rate(seconds, FIRST), "MB/s", half, cached, reads, True),
         Row("FUSE, the kernel has its pages: one reader", _rate(seconds, AGAIN), "MB/s", None, cached, reads),
     ]
     tmpfs_s = seconds[Arm("safetensors", TMPFS)]
@@ -217,8 +217,8 @@ def _rows(times: dict[Arm, list[float]], most: dict[str, int]) -> list[Row]:
     sizes = {name: size / 2**20 for name, size in most.items()}
     for name in ("all", "keeper", "agent", "fetch"):
         label = f"memory of the agent: {name}"
-        target = BUDGET_MIB if name == "all" else None
-        rows.append(Row(label, sizes[name], "MiB", target, None, how))
+        budget = BUDGET_MIB if name == "all" else None
+        rows.append(Row(label, sizes[name], "MiB", budget, None, how))
     return rows
 
 

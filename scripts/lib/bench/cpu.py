@@ -18,7 +18,8 @@ from scripts.lib.bench.cpu_arms import arms
 from scripts.lib.bench.cpu_inputs import Inputs
 from scripts.lib.bench.cpu_start import COMMANDS, Node, Start
 from scripts.lib.bench.digest import processor
-from scripts.lib.bench.env import BOOTSEER, NODE
+from scripts.lib.bench.env import BOOTSEER
+from scripts.lib.bench.image_arms import NODE
 from scripts.lib.bench.image_inputs import ALICE
 from scripts.lib.bench.image_ours import publish
 from scripts.lib.bench.rows import Row

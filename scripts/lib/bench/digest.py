@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -110,7 +111,7 @@ def reading_rows(step: Callable[[str], None]) -> list[Row]:
                 layout = manifests[BLAKE3].layout
                 opened = Opened(layout, open_stripes(store, name if manifest else BLAKE3, layout), manifest)
                 with ParallelFile.of(opened, "model") as file:
-                    cpu_s.setdefault(name, []).append(cpu_time(lambda file=file: file.read_at(0, buffer)))
+                    cpu_s.setdefault(name, []).append(cpu_time(partial(file.read_at, 0, buffer)))
     how = f"{_FILE_BYTES / 2**20:.0f} MiB in {_OBJECTS} objects on the local disk, all pages in memory; "
     how += f"CPU time of all threads, medians of {ROUNDS} interleaved; limit: without digests"
     cost = {name: median(each) / _FILE_BYTES * 1e9 for name, each in cpu_s.items()}

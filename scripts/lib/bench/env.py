@@ -332,4 +332,4 @@ def rows_of(environment: Environment, results: dict[str, list[Result]], saved: l
 
 
 def _seconds(results: list[Result]) -> float:
-    return median(result["total_s"] for result in results)
+    return median(float(result["total_s"]) for result in results)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -122,7 +122,7 @@ def job_rows(cluster: Cluster) -> list[Row]:
 def time_in(
     cluster: Cluster,
     node: str,
-    commands: dict[str, list[dict[str, object]]],
+    commands: Mapping[str, Sequence[Mapping[str, object]]],
     *,
     user: str | None = None,
     rounds: int = ROUNDS,

@@ -81,7 +81,7 @@ def _table(random: np.random.Generator, count: int, user: np.ndarray, start_ms: 
         "start_time": start_ms,
         "end_time": start_ms + (elapsed_s * 1000).astype(int),
         "training_time": known(start_ms + (start_s * 1000).astype(int)),
-        "training_from": pa.array(np.where(unknown, None, "mark")),
+        "training_from": pa.array(["mark"] * count, mask=unknown),
         "elapsed_s": elapsed_s,
         "queue_s": queue_s,
         "start_to_training_s": known(start_s),

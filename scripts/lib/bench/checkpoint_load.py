@@ -1,6 +1,6 @@
 """Loading a checkpoint that the node's agent has brought: its FUSE file, beside the same file elsewhere.
 
-Needs no Slurm. A file of safetensors lies striped in a folder; a real agent (node.py) prefetches it for a
+Needs no Slurm. A file of safetensors lies striped in a folder; a real agent (lib/node.py) prefetches it for a
 job, and what its steps are given is read and loaded by processes of their own (checkpoint_job.py). All arms
 are interleaved. A step that starts once all is there sees the cache's file over the FUSE file; one that
 started before keeps the latter. "first": the kernel has no page of it, so that our server is asked for all,
@@ -23,9 +23,10 @@ from statistics import median
 
 from bootseer_slurm.checkpoint.stripe import stripe_file
 from scripts.lib.bench.image_inputs import run
-from scripts.lib.bench.node import Node
+from scripts.lib.bench.pss import most_memory
 from scripts.lib.bench.rows import Row
-from scripts.lib.cluster.layout import REPO, ClusterError
+from scripts.lib.cluster.layout import REPO, ClusterError, poll
+from scripts.lib.node import Node
 
 FOLDER = Path("/var/tmp/bootseer-bench-checkpoint-node")
 PEERS = Path("/var/tmp/bootseer-bench-peers-checkpoint")
@@ -37,6 +38,7 @@ TENSORS = 128
 SHAPE = (4096, 4096)  # of bfloat16: 32 MiB
 TENSOR_BYTES = SHAPE[0] * SHAPE[1] * 2
 OBJECTS = 8
+USER = 54321
 FIRST, AGAIN = "FUSE, first", "FUSE, again"
 TMPFS, STEP, DISK = "tmpfs", "as a step sees it", "disk, cold"
 BUDGET_MIB = 256  # docs/architecture.md
@@ -77,11 +79,9 @@ def run_node(step: Callable[[str], None]) -> list[Row]:
         _make(source)
         stripe_file(source, f"file://{FOLDER}/striped.safetensors", objects=OBJECTS)
         with _tmpfs() as memory_folder:
-            node = Node(FOLDER)
-            with node.running(), node.memory() as most:
+            with _running_node() as node, most_memory(node.processes[0].pid) as most:
                 step("prefetch")
-                node.begin(1, f"file://{FOLDER}/striped.safetensors")
-                served, seen = node.brought(1)
+                served, seen = _bring(node, f"file://{FOLDER}/striped.safetensors")
                 shutil.copy(source, memory_folder)
                 places = {FIRST: served, AGAIN: served, STEP: seen, DISK: source}
                 places[TMPFS] = memory_folder / source.name
@@ -89,6 +89,28 @@ def run_node(step: Callable[[str], None]) -> list[Row]:
         return _rows(times, most)
     finally:
         shutil.rmtree(FOLDER, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _running_node() -> Iterator[Node]:
+    node = Node(FOLDER)
+    try:
+        node.start()
+        yield node
+    finally:
+        node.clear()
+
+
+def _bring(node: Node, checkpoint: str) -> tuple[Path, Path]:
+    """Have the checkpoint of a job prefetched whole; its FUSE file, and what a step sees in its place."""
+    node.request("prolog", JOB_ID=1, UID=USER, BOOTSEER=1, CHECKPOINT=checkpoint)
+    events = node.run / "events" / "1.0"
+    end = '"kind":"prefetch","name":"end"'
+    if not poll(lambda: events.exists() and end in events.read_text(), timeout_s=300):
+        raise ClusterError(f"not prefetched: {node.log}")
+    reply, (mount,) = node.request("attach", JOB_ID=1, UID=USER, STEP_ID=0)
+    given = dict(value.split("=", 1) for key, value in reply if key == "SETENV")
+    return Path(given["BOOTSEER_CHECKPOINT"]), Path(f"/proc/{os.getpid()}/fd/{mount}")
 
 
 def _peers() -> Path:

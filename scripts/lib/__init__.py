@@ -4,6 +4,7 @@ What each part owns:
 
     cluster   a Slurm cluster in namespaces (scripts/cluster), and how tests and benchmarks use one (client)
     hdfs      an HDFS in namespaces (scripts/hdfs)
+    host      commands on this host
     node      an agent without Slurm, for tests and benchmarks of one node
     demo      the main job (scripts/demo)
     bench     the benchmarks (scripts/bench), which may use the others

@@ -22,10 +22,10 @@ from pathlib import Path
 from statistics import median
 
 from bootseer_slurm.checkpoint.stripe import stripe_file
-from scripts.lib.bench.image_inputs import run
 from scripts.lib.bench.pss import most_memory
 from scripts.lib.bench.rows import Row
 from scripts.lib.cluster.layout import REPO, ClusterError, poll
+from scripts.lib.host import output_of, run
 from scripts.lib.node import Node
 
 FOLDER = Path("/var/tmp/bootseer-bench-checkpoint-node")
@@ -116,7 +116,7 @@ def _bring(node: Node, checkpoint: str) -> tuple[Path, Path]:
 def _peers() -> Path:
     """A Python with torch and the peers, made once."""
     python = PEERS / "bin" / "python"
-    torch = _said_by(str(REPO / "scripts" / "torch"))
+    torch = output_of(str(REPO / "scripts" / "torch"))
     if not (PEERS / "made").exists():
         run("/usr/bin/python3", "-m", "venv", "--clear", str(PEERS))
         pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
@@ -195,21 +195,13 @@ def _forget(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
-    if int(_said_by("fincore", "--noheadings", "--bytes", "--output", "RES", str(path))):
+    if int(output_of("fincore", "--noheadings", "--bytes", "--output", "RES", str(path))):
         raise ClusterError(f"{path}: its pages stay in memory")
 
 
 def _remember(path: Path) -> None:
     """Have its pages in memory."""
     run("dd", f"if={path}", "of=/dev/null", "bs=4M", "status=none")
-
-
-def _said_by(*command: str) -> str:
-    """What a command prints. Raises ClusterError."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ClusterError(f"{' '.join(command)} failed: {done.stderr.strip()}")
-    return done.stdout
 
 
 def _rows(times: dict[Arm, list[float]], most: dict[str, int]) -> list[Row]:

@@ -18,11 +18,10 @@ import psutil
 from scripts.lib.bench.cpu_account import account, below, growth
 from scripts.lib.bench.cpu_arms import AS_ALICE, IMPORTER, Arm
 from scripts.lib.bench.image_arms import HERE, NODE, ROOT, make_cold
-from scripts.lib.bench.image_inputs import ALICE
 from scripts.lib.bench.image_ours import BIN, RUNTIME
-from scripts.lib.bench.told import HOOK, events_of, hook_environ
+from scripts.lib.bench.told import events_of, hook_environ
 from scripts.lib.cluster import namespaces
-from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.client import ALICE, HOOK, Cluster
 from scripts.lib.cluster.layout import ClusterError, Layout, State, live, poll
 
 PATIENCE_S = 120.0

@@ -23,7 +23,6 @@ from statistics import median
 
 from blake3 import __version__ as blake3_version
 from blake3 import blake3
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bootseer_slurm.blob.digest import BLAKE3, SHA256
 from bootseer_slurm.blob.manifest import Layout, Manifest
@@ -33,6 +32,7 @@ from bootseer_slurm.checkpoint.file import ParallelFile
 from bootseer_slurm.checkpoint.striped import Opened
 from bootseer_slurm.store import Store, open_store
 from scripts.lib.bench.rows import Row
+from scripts.lib.bench.spinner import spinner
 
 BLOCK_BYTES = 256 * 1024
 ROUNDS = 15
@@ -53,12 +53,7 @@ CANDIDATES: dict[str, Callable[[memoryview], bytes]] = {
 
 def run(only: str = "") -> list[Row]:
     """All rows. only: has no parts."""
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
-        task = progress.add_task("digest", total=None)
-
-        def step(text: str) -> None:
-            progress.update(task, description=text)
-
+    with spinner("digest") as step:
         buffer = bytearray(b"Z") * buffer_bytes()  # what is in it makes no difference, but it must be memory
         cpu_s: dict[str, list[float]] = {}
         one_s: dict[str, list[float]] = {}

@@ -21,10 +21,11 @@ from bootseer_slurm.blob.manifest import BLOCK_BYTES
 from bootseer_slurm.blob.trace import Recorder
 from bootseer_slurm.fuse import Mount, Server
 from scripts.lib.bench import image_arms as arms
-from scripts.lib.bench.image_inputs import Inputs, run
+from scripts.lib.bench.image_inputs import Inputs
 from scripts.lib.bench.rows import Row
 from scripts.lib.cluster.client import Cluster
 from scripts.lib.cluster.layout import ClusterError, poll
+from scripts.lib.host import run
 
 SMALL_BYTES = 64 * 2**10
 STORE_BYTES = 512 * 2**20

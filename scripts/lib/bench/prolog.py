@@ -9,17 +9,15 @@ from pathlib import Path
 from statistics import median
 
 from scripts.lib.bench.rows import Row
-from scripts.lib.cluster.client import Cluster
-from scripts.lib.cluster.layout import REPO, ClusterError
+from scripts.lib.cluster.client import ALICE, BOOTSEER, HOOK, Cluster
+from scripts.lib.cluster.layout import ClusterError
 
 HOOK_TARGET_S = 0.150
 ADDED_TARGET_S = 0.200
 ROUNDS = 41
 JOB_ROUNDS = 21
 TIMING = str(Path(__file__).with_name("timing.py"))
-HOOK = str(REPO / "prolog.d" / "50-bootseer")
 FILLER = str(Path(__file__).with_name("flood.py"))
-BOOTSEER = str(REPO / ".venv" / "bin" / "bootseer")
 FOLDER = "/shared/home/alice/bench"
 MAKE_INPUTS = f"""
 set -e
@@ -82,8 +80,8 @@ def hook_parts(wishes: dict[str, str]) -> list[dict[str, object]]:
     """A prolog as slurmd calls it, which is timed, and the epilog of the same job."""
     env = {
         "SLURM_JOB_ID": "{round}",
-        "SLURM_JOB_UID": "20001",
-        "SLURM_JOB_GID": "20001",
+        "SLURM_JOB_UID": str(ALICE),
+        "SLURM_JOB_GID": str(ALICE),
         "SLURM_JOB_USER": "alice",
         "SLURM_NODELIST": "n1",
         "SLURMD_NODENAME": "n1",

@@ -6,11 +6,9 @@ import json
 from typing import Any
 
 from scripts.lib.bench.image_arms import NODE, Result
-from scripts.lib.bench.image_inputs import ALICE
-from scripts.lib.cluster.client import Cluster
-from scripts.lib.cluster.layout import REPO, ClusterError, poll
+from scripts.lib.cluster.client import ALICE, Cluster
+from scripts.lib.cluster.layout import ClusterError, poll
 
-HOOK = str(REPO / "prolog.d" / "50-bootseer")
 EVENTS_PATIENCE_S = 60.0
 
 Event = dict[str, Any]

@@ -10,25 +10,16 @@ See docs/cluster.md. Runs as root, with the standard library only.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
 import signal
 import sys
-import time
 from pathlib import Path
 
 from scripts.lib.cluster import daemons, namespaces, network, packages, settings, storage
+from scripts.lib.cluster.command import CommandLine, progress
 from scripts.lib.cluster.ending import print_log_of, take_down
-from scripts.lib.cluster.layout import CONTROLLER, REPO, STORE, ClusterError, Layout, State, live, locked
-
-started_s = time.monotonic()
-
-
-def progress(text: str) -> None:
-    """Say what was reached, and when. Nobody listening is no reason to stop half-way."""
-    with contextlib.suppress(BrokenPipeError):
-        print(f"[{time.monotonic() - started_s:5.1f} s] {text}", flush=True)
+from scripts.lib.cluster.layout import CONTROLLER, REPO, STORE, ClusterError, Layout, State, live
 
 
 def up(layout: Layout, options: argparse.Namespace) -> None:
@@ -104,7 +95,7 @@ def start(state: State, options: argparse.Namespace) -> None:
             daemons.start_agent(state, node)
         progress("agents up")
     else:
-        progress("no agents" + (f": {daemons.AGENT} has no agent" if options.agent else ""))
+        progress("no agents" + (f": {settings.COMMAND} has no agent" if options.agent else ""))
     for node in state.nodes:
         daemons.start_slurmd(state, node)
     daemons.wait_idle(state)
@@ -214,17 +205,10 @@ def agent(layout: Layout, options: argparse.Namespace) -> None:
             daemons.signal_agent(state, node, signal.SIGKILL if options.action == "kill" else signal.SIGSTOP)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="scripts/cluster", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, function: object, text: str, *, locks: bool = False) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(function=function, locks=locks)
-        return added
-
-    add = command("up", up, "install what is missing and start the cluster", locks=True)
+def command_line() -> CommandLine:
+    """All subcommands, with their options."""
+    line = CommandLine("scripts/cluster", __doc__.split("\n")[0])
+    add = line.add("up", up, "install what is missing and start the cluster", locks=True)
     add.add_argument("--nodes", type=int, default=3, choices=range(1, 101), metavar="N", help="default: 3")
     add.add_argument(
         "--link", default="1gbit", metavar="RATE", help="rate of each node's link, or off; default: 1gbit"
@@ -237,54 +221,30 @@ def parse_arguments() -> argparse.Namespace:
     )
     add.add_argument("--no-agent", dest="agent", action="store_false", help="start no node agents")
     add.add_argument("--keep", action="store_true", help="when the start fails, leave what was started")
-    add = command("down", down, "stop the cluster and delete all it made", locks=True)
+    add = line.add("down", down, "stop the cluster and delete all it made", locks=True)
     add.add_argument("--keep-logs", action="store_true", help="leave the log files")
-    command("packages", install_packages, "install what a cluster needs, and start nothing", locks=True)
-    command("status", status, "show what runs")
-    command("env", env, "print export lines for a shell on the host")
-    add = command("exec", execute, "run a command in a node, as root or as a user of the cluster")
+    line.add("packages", install_packages, "install what a cluster needs, and start nothing", locks=True)
+    line.add("status", status, "show what runs")
+    line.add("env", env, "print export lines for a shell on the host")
+    add = line.add("exec", execute, "run a command in a node, as root or as a user of the cluster")
     add.add_argument("--user", choices=list(settings.USERS))
     add.add_argument("node", help="login (the controller), store, n1, n2, ...")
     add.add_argument("command", nargs=argparse.REMAINDER)
-    add = command("logs", logs, "show logs of a node or a daemon")
+    add = line.add("logs", logs, "show logs of a node or a daemon")
     add.add_argument("name", nargs="?", help="n1, slurmctld, agent, ...")
     add.add_argument("-f", "--follow", action="store_true")
     add.add_argument("-n", "--lines", type=int, default=40)
-    add = command("link", link, "change the rate of a link", locks=True)
+    add = line.add("link", link, "change the rate of a link", locks=True)
     add.add_argument("node", help="store, n1, n2, ... or all (the nodes)")
     add.add_argument("rate", help="100mbit, 1gbit, ... or off")
-    add = command("drop-caches", drop_caches, "forget cached pages on every node", locks=True)
+    add = line.add("drop-caches", drop_caches, "forget cached pages on every node", locks=True)
     add.add_argument("--bootseer", action="store_true", help="empty the agents' caches too (restarts them)")
     add.add_argument("--shared", action="store_true", help="mount /shared anew too (restarts the agents)")
-    add = command("agent", agent, "control the agent of a node, for tests of faults", locks=True)
+    add = line.add("agent", agent, "control the agent of a node, for tests of faults", locks=True)
     add.add_argument("node", help="n1, n2, ... or all")
     add.add_argument("action", choices=["start", "stop", "kill", "crash", "hang"])
-    return parser.parse_args()
-
-
-def main() -> int:
-    """Run the command; 1 when it failed."""
-    options = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        if os.geteuid() != 0:
-            raise ClusterError("must run as root")
-        layout = Layout.from_environment()
-        if options.locks:
-            with locked(layout):
-                options.function(layout, options)
-        else:
-            options.function(layout, options)
-    except ClusterError as error:
-        print(f"scripts/cluster: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+    return line
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line().run(Layout.from_environment))

@@ -10,9 +10,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.client import ALICE, Cluster
 from scripts.lib.cluster.layout import ClusterError
-from scripts.lib.demo.inputs import ALICE
 
 RECORDS = ("names", "traces", "classes")
 

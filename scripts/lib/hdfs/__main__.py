@@ -10,23 +10,17 @@ See docs/cluster.md. Runs as root, with the standard library only.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
-import time
+from functools import partial
 
 from scripts.lib.cluster import network
+from scripts.lib.cluster.command import CommandLine, progress
 from scripts.lib.cluster.ending import print_log_of, take_down
-from scripts.lib.cluster.layout import CONTROLLER, ClusterError, Layout, State, live, locked
+from scripts.lib.cluster.layout import CONTROLLER, ClusterError, Layout, State, live
 from scripts.lib.hdfs import daemons
 
 DEFAULT_DIR = "/var/tmp/bootseer-hdfs"
-started_s = time.monotonic()
-
-
-def progress(text: str) -> None:
-    """Say what was reached, and when."""
-    print(f"[{time.monotonic() - started_s:5.1f} s] {text}", flush=True)
 
 
 def up(layout: Layout, options: argparse.Namespace) -> None:
@@ -132,16 +126,10 @@ def wait(layout: Layout, _options: argparse.Namespace) -> None:
     daemons.wait_live(state, len(state.nodes))
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="scripts/hdfs", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(function=function)
-        return added
-
+def command_line() -> CommandLine:
+    """All subcommands, with their options."""
+    line = CommandLine("scripts/hdfs", __doc__.split("\n")[0])
+    command = partial(line.add, locks=True)
     add = command("up", up, "install what is missing and start it")
     add.add_argument("--datanodes", type=int, default=3, choices=range(1, 33), metavar="N", help="default: 3")
     add.add_argument("--link", default="off", metavar="RATE", help="of each DataNode, or off; default: off")
@@ -159,26 +147,8 @@ def parse_arguments() -> argparse.Namespace:
     add = command("control", control, "kill, hang or start a daemon, for tests of faults")
     add.add_argument("node", help="namenode, n1, n2, ...")
     add.add_argument("action", choices=["start", "kill", "hang"])
-    return parser.parse_args()
-
-
-def main() -> int:
-    """Run the command; 1 when it failed."""
-    options = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        if os.geteuid() != 0:
-            raise ClusterError("must run as root")
-        layout = Layout.from_environment("BOOTSEER_HDFS_DIR", DEFAULT_DIR)
-        with locked(layout):
-            options.function(layout, options)
-    except ClusterError as error:
-        print(f"scripts/hdfs: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return line
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line().run(partial(Layout.from_environment, "BOOTSEER_HDFS_DIR", DEFAULT_DIR)))

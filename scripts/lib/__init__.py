@@ -7,6 +7,7 @@ What each part owns:
     host      commands on this host
     node      an agent without Slurm, for tests and benchmarks of one node
     demo      the main job (scripts/demo)
+    sizes     the check that classes, functions and modules stay small (scripts/check)
     bench     the benchmarks (scripts/bench), which may use the others
 
 Some modules are programs for another Python: a job's, or that of a cluster's machine. They are run by their

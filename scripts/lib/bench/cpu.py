@@ -14,7 +14,7 @@ from statistics import median
 from scripts.lib.bench import cpu_inputs
 from scripts.lib.bench.cpu_arms import arms
 from scripts.lib.bench.cpu_inputs import Inputs
-from scripts.lib.bench.cpu_start import COMMANDS, Node, Start
+from scripts.lib.bench.cpu_start import COMMANDS, ClusterNode, Start
 from scripts.lib.bench.digest import processor
 from scripts.lib.bench.image_arms import NODE
 from scripts.lib.bench.image_ours import publish
@@ -39,7 +39,7 @@ def run(cluster: Cluster) -> list[Row]:
         for number in range(ROUNDS + 1):
             for arm in arms(inputs):
                 step(f"{arm.name}, {number} of {ROUNDS}")
-                start = Node(cluster).start(arm, learn=not number)
+                start = ClusterNode(cluster).start(arm, learn=not number)
                 starts.setdefault((arm.path, bool(arm.job)), []).append(start)
     for path in {path for path, _ in starts}:
         if len({start.sha256 for start in starts[path, False] + starts[path, True]}) != 1:

@@ -47,7 +47,7 @@ class Start:
         return sum(used_s for name, used_s in self.cpu_s.items() if name != COMMANDS)
 
 
-class Node:
+class ClusterNode:
     """The one node of a cluster, and the processes on it."""
 
     def __init__(self, cluster: Cluster) -> None:

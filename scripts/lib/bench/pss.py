@@ -37,11 +37,11 @@ def most_memory(supervisor_pid: int) -> Iterator[dict[str, int]]:
 
 
 def _sizes(supervisor_pid: int) -> dict[str, int]:
-    """What they take now, in bytes; "fetch": all that the agent has started."""
+    """What they take now, in bytes; "userproc": all that the agent has started."""
     supervisor = psutil.Process(supervisor_pid)
     sizes = {"supervisor": 0, "agent": 0, "userproc": 0}
     for process in [supervisor, *supervisor.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
             below = {supervisor.pid: "agent", os.getpid(): "supervisor"}
-            sizes[below.get(process.ppid(), "fetch")] += process.memory_full_info().pss
+            sizes[below.get(process.ppid(), "userproc")] += process.memory_full_info().pss
     return sizes

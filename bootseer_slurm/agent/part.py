@@ -21,10 +21,10 @@ from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
 from bootseer_slurm.blob.trace import SETTLED_STARTS, Plan, Recorder, decode_plan
 from bootseer_slurm.cache.reader import OnFault, Source, Usage
 from bootseer_slurm.cache.waits import Waited
-from bootseer_slurm.env.attach import Snapshot, squashfuse
+from bootseer_slurm.env.mounting import Snapshot, squashfuse
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, StoreError
 from bootseer_slurm.fetch.process import FetchProcess
-from bootseer_slurm.image.trust import Key, is_signed
+from bootseer_slurm.image.signing import Key, is_signed
 
 _PATH_LIMIT = 4096
 _WHOLE = 0.9  # a checkpoint's file of which a start reads this share is brought whole, from front to end

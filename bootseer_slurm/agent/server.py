@@ -33,12 +33,12 @@ from bootseer_slurm.agentapi.operations import OPERATIONS, Asker, Operation
 from bootseer_slurm.agentapi.protocol import Message, first
 from bootseer_slurm.cache.cache import Cache
 from bootseer_slurm.config import Config
-from bootseer_slurm.env.attach import unpacked_folder
+from bootseer_slurm.env.mounting import unpacked_folder
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.fetch.spare import Spare
 from bootseer_slurm.fuse import Server
-from bootseer_slurm.image.pack import Packer
-from bootseer_slurm.image.trust import read_key, sign
+from bootseer_slurm.image.packer import Packer
+from bootseer_slurm.image.signing import read_key, sign
 
 _log = logging.getLogger(__name__)
 

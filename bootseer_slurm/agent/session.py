@@ -39,11 +39,11 @@ from bootseer_slurm.agent.target import Bind, Target, Use
 from bootseer_slurm.agent.wanted import Sought, Wanted
 from bootseer_slurm.blob.jobclass import Remembered, encode_wishes, job_class
 from bootseer_slurm.config import Config
-from bootseer_slurm.env.attach import unmount_left, unpacked_folder
+from bootseer_slurm.env.mounting import unmount_left, unpacked_folder
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.fetch.spare import Spare
-from bootseer_slurm.image.trust import Key, read_key
+from bootseer_slurm.image.signing import Key, read_key
 
 _log = logging.getLogger(__name__)
 

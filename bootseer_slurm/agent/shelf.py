@@ -25,7 +25,7 @@ from bootseer_slurm.cache.cache import Cache
 from bootseer_slurm.cache.reader import OnFault, Reader, Source, Usage
 from bootseer_slurm.errors import NotFound
 from bootseer_slurm.fuse import Server
-from bootseer_slurm.image.kernel import KernelMount
+from bootseer_slurm.image.kernel_mount import KernelMount
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Shelf:
         idle = self._idle.pop((reader.uid, reader.blob.id), None)
         if idle is not None and idle.gone:
             idle.mount.close()
-        place.mount = KernelMount.adopt(self._folder(reader))
+        place.mount = KernelMount.reattach(self._folder(reader))
         place.mount_reads_cache = idle is not None and place.mount is not None
 
     def hold(
@@ -258,7 +258,7 @@ class Shelf:
             used = {self._folder(place.reader) for place in self._places.values()}
             used |= {idle.mount.folder for idle in self._idle.values()}
             for folder in self._images.glob("*/*"):
-                if folder not in used and (mount := KernelMount.adopt(folder)):
+                if folder not in used and (mount := KernelMount.reattach(folder)):
                     mount.close()
         for server in self._servers.values():
             server.settle()

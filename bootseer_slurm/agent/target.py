@@ -24,11 +24,11 @@ from bootseer_slurm.agent.source import adopted_id, remote_id
 from bootseer_slurm.blob.digest import DIGEST_BYTES, PREFERRED
 from bootseer_slurm.blob.manifest import CHUNK_BYTES, MAX_BLOB_BYTES, Layout, block_bytes_of
 from bootseer_slurm.cache.reader import OnFault
-from bootseer_slurm.env.attach import Overlay, Unpacked
+from bootseer_slurm.env.mounting import Overlay, Unpacked
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.events import BELOW_LAYER
 from bootseer_slurm.fetch.process import FetchProcess, NoAnswer, Reply
-from bootseer_slurm.image.trust import Key
+from bootseer_slurm.image.signing import Key
 
 # A step waits for the check that an original is still the same.
 _SAME_TIMEOUT_S = 4.0

@@ -169,8 +169,8 @@ def _fuse() -> Finding:
 
 def _kernel_mounts(config: Config) -> Iterator[Finding]:
     """Loop devices, squashfs, owners and attaching; and whether anything is trusted to go that way."""
-    from bootseer_slurm.image.kernel import STEPS, probe
-    from bootseer_slurm.image.trust import read_key
+    from bootseer_slurm.image.kernel_mount import STEPS, probe
+    from bootseer_slurm.image.signing import read_key
 
     if os.geteuid() != 0:
         yield from (Finding(step, None, "only root can try") for step in STEPS)

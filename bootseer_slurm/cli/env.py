@@ -216,7 +216,7 @@ def env_gc() -> None:
 
 def _packing() -> Packing | None:
     """The agent of this node, in a job that asked for Bootseer: the kernel may mount what it packs."""
-    from bootseer_slurm.image.packing import AgentPacking
+    from bootseer_slurm.image.signed_packing import AgentPacking
 
     job_id, settings_ = os.environ.get("SLURM_JOB_ID"), settings.config()
     if not job_id or settings_.image.kernel_mount == "off":

@@ -21,7 +21,7 @@ from bootseer_slurm.cli.progress import progress_bars, store_with_progress
 from bootseer_slurm.errors import InputError, IntegrityError
 
 if TYPE_CHECKING:
-    from bootseer_slurm.image.packing import Packing
+    from bootseer_slurm.image.signed_packing import Packing
 
 app = typer.Typer(no_args_is_help=True, help="Container images in the store.")
 
@@ -75,8 +75,8 @@ def image_push(
 
 def _packing() -> Packing | None:
     """Root's images are signed, and packed by this process for that."""
-    from bootseer_slurm.image.packing import OwnPacking
-    from bootseer_slurm.image.trust import read_key
+    from bootseer_slurm.image.signed_packing import OwnPacking
+    from bootseer_slurm.image.signing import read_key
 
     key = read_key(settings.config().image.site_key)
     return OwnPacking(key) if os.geteuid() == 0 and key else None
@@ -85,7 +85,7 @@ def _packing() -> Packing | None:
 @app.command("make-key")
 def image_make_key() -> None:
     """Make the site's key, once; then copy it to all nodes (root's alone, 0600)."""
-    from bootseer_slurm.image.trust import make_key
+    from bootseer_slurm.image.signing import make_key
 
     path = settings.config().image.site_key
     make_key(path)

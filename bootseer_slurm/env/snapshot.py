@@ -39,7 +39,7 @@ _KEY_LIMIT_BYTES = 32 * 2**10  # of what is kept to tell what changed
 
 
 class Packing(Protocol):
-    """Who packs instead of this process (image.packing.AgentPacking)."""
+    """Who packs instead of this process (image.signed_packing.AgentPacking)."""
 
     def pack_stream(self, write: Callable[[int], None], target: Path, *, kind: str) -> bool:
         """Make the squashfs `target` of a tar, which `write` writes to a descriptor; False: it does not."""

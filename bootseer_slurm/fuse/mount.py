@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bootseer_slurm import mounts
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.fuse import kernel, ledger
+from bootseer_slurm.fuse import ledger, protocol
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Mount:
         point: Path,
         fd: int,
         device: str,
-        flags: kernel.InitFlag,
+        flags: protocol.InitFlag,
         ledger_fd: int,
         readers: int,
         key: str,
@@ -77,7 +77,7 @@ class Mount:
             raise BootseerError(
                 f"cannot open /dev/fuse: {error.strerror}", hint="be root, and load it: modprobe fuse"
             ) from error
-        mount = cls(point, fd, "", kernel.InitFlag(0), -1, readers, secrets.token_hex(8))
+        mount = cls(point, fd, "", protocol.InitFlag(0), -1, readers, secrets.token_hex(8))
         try:
             mount.ledger_fd = ledger.create(readers)
             mount._attach()
@@ -109,7 +109,7 @@ class Mount:
         """
         try:
             fields = json.loads(text)
-            fields |= {"point": Path(fields["point"]), "flags": kernel.InitFlag(fields["flags"])}
+            fields |= {"point": Path(fields["point"]), "flags": protocol.InitFlag(fields["flags"])}
             mount = cls(**fields)
         except (TypeError, KeyError) as error:
             raise ValueError(f"not a mount: {text!r}") from error
@@ -139,7 +139,7 @@ class Mount:
     def _attach(self) -> None:
         options = (
             f"fd={self.fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,"
-            f"max_read={kernel.MAX_READ_BYTES}"
+            f"max_read={protocol.MAX_READ_BYTES}"
         )
         flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
         mounts.mount("bootseer", self.point, _FSTYPE, flags, options)
@@ -147,10 +147,10 @@ class Mount:
         self.device = mounts.mounts_at(self.point)[-1].device
 
     def _negotiate(self) -> None:
-        inbox = memoryview(bytearray(kernel.REQUEST_BUFFER_BYTES))
-        request = kernel.parse(inbox[: os.readv(self.fd, [inbox])])
-        self.flags, payload = kernel.init_reply(request.body)
-        os.writev(self.fd, [kernel.reply_header(request.unique, len(payload)), payload])
+        inbox = memoryview(bytearray(protocol.REQUEST_BUFFER_BYTES))
+        request = protocol.parse(inbox[: os.readv(self.fd, [inbox])])
+        self.flags, payload = protocol.init_reply(request.body)
+        os.writev(self.fd, [protocol.reply_header(request.unique, len(payload)), payload])
 
     def _set_read_ahead(self, read_ahead_kb: int) -> None:
         control = Path("/sys/class/bdi", self.device, "read_ahead_kb")

@@ -1,7 +1,7 @@
 """The server of a FUSE mount: takes the kernel's requests from /dev/fuse and answers them.
 
 Owns: the threads, the node table's file, and when a waiting read is answered. Does not own: the mount and the
-descriptors (mount.py), the tree (tree.py), the layout of messages (kernel.py) and of shared memory
+descriptors (mount.py), the tree (nodes.py), the layout of messages (protocol.py) and of shared memory
 (ledger.py), and where bytes come from (File).
 
 Threads: `mount.readers` readers take requests. What is local they answer themselves: one pread, one writev,
@@ -42,14 +42,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.fuse import kernel, ledger
+from bootseer_slurm.fuse import ledger, protocol
 from bootseer_slurm.fuse.answers import Answers
 from bootseer_slurm.fuse.device import Device
 from bootseer_slurm.fuse.fair import FairQueue
-from bootseer_slurm.fuse.kernel import Opcode, Request
 from bootseer_slurm.fuse.ledger import Ledger, Parked
 from bootseer_slurm.fuse.mount import Mount
-from bootseer_slurm.fuse.tree import File, Node, State, Tree
+from bootseer_slurm.fuse.nodes import File, Node, NodeTable, State
+from bootseer_slurm.fuse.protocol import Opcode, Request
 from bootseer_slurm.fuse.waiting import Waiting
 
 _log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Server:
         self._state = state
         self._device = Device(mount.fd, mount.point)
         self._ledger = Ledger(mount.ledger_fd, mount.readers)
-        self._tree = Tree(self._ledger.lookups, self._write_state)
+        self._tree = NodeTable(self._ledger.lookups, self._write_state)
         self._stopping = False
         self._turns: FairQueue[_Turn] = FairQueue(max(1, blocking_threads // _USERS))
         self._outboxes: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
@@ -94,7 +94,7 @@ class Server:
         answers = Answers(
             self._tree,
             self._device,
-            zero_message_open=kernel.InitFlag.NO_OPEN_SUPPORT in mount.flags,
+            zero_message_open=protocol.InitFlag.NO_OPEN_SUPPORT in mount.flags,
         )
         self._handlers = answers.handlers | {Opcode.INTERRUPT: self._interrupt}
 
@@ -135,7 +135,7 @@ class Server:
             self._give_up(added.replaced)
         self._tell_gone(added.gone)
         if added.changed is not None:
-            self._device.send(kernel.notify_inval_inode(added.changed))
+            self._device.send(protocol.notify_inval_inode(added.changed))
         return self._mount.point / path
 
     def remove(self, path: str) -> None:
@@ -156,7 +156,7 @@ class Server:
             waiting = [parked for each in self._without_file.values() for parked in each]
             self._without_file.clear()
         for parked in waiting:
-            self._finish(parked, kernel.failure(errno.EIO))
+            self._finish(parked, protocol.failure(errno.EIO))
         self._tell_gone(gone)
         self._save()
 
@@ -183,9 +183,9 @@ class Server:
         view = memoryview(data).cast("B")
         if offset < 0 or offset + len(view) > node.size_bytes:
             raise ValueError(f"{path} ends at {node.size_bytes}, before {offset + len(view)}")
-        for start in range(0, len(view), kernel.MAX_READ_BYTES):
-            part = view[start : start + kernel.MAX_READ_BYTES]
-            header = kernel.notify_store_header(node.id, offset + start, len(part))
+        for start in range(0, len(view), protocol.MAX_READ_BYTES):
+            part = view[start : start + protocol.MAX_READ_BYTES]
+            header = protocol.notify_store_header(node.id, offset + start, len(part))
             if not self._device.send(header, part):
                 return False
         return True
@@ -243,14 +243,14 @@ class Server:
         inbox, outbox = self._ledger.inboxes[number], ledger.outbox()
         left = self._ledger.unanswered(number)
         if left is not None:
-            self._answer(kernel.parse(left), outbox)
+            self._answer(protocol.parse(left), outbox)
         while True:
             self._ledger.clear(number)
             message = self._device.take(inbox)
             if message is None or self._stopping:
                 return
             if message:
-                self._answer(kernel.parse(message), outbox)
+                self._answer(protocol.parse(message), outbox)
 
     def _answer(self, request: Request, outbox: memoryview) -> None:
         try:
@@ -260,7 +260,7 @@ class Server:
             elif request.opcode in self._handlers:
                 payload = self._handlers[request.opcode](request)
             else:  # ENOSYS: the kernel does not ask again
-                raise kernel.failure(errno.EROFS if request.opcode in kernel.WRITING else errno.ENOSYS)
+                raise protocol.failure(errno.EROFS if request.opcode in protocol.WRITING else errno.ENOSYS)
             if payload is not None:
                 self._device.reply(request.unique, payload)
         except BaseException as error:  # some extension modules raise past Exception; the thread must live
@@ -324,15 +324,15 @@ class Server:
 
     def _tell_gone(self, gone: list[tuple[int, bytes]]) -> None:
         for parent_id, name in gone:
-            self._device.send(kernel.notify_inval_entry(parent_id, name))
+            self._device.send(protocol.notify_inval_entry(parent_id, name))
 
     # Requests
 
     def _read(self, request: Request, outbox: memoryview) -> memoryview | None:
-        _fh, offset, asked, _, _, _, _ = kernel.READ_IN.unpack_from(request.body)
+        _fh, offset, asked, _, _, _, _ = protocol.READ_IN.unpack_from(request.body)
         node = self._tree.get(request.node_id)
         if not node.is_file:
-            raise kernel.failure(errno.EISDIR)
+            raise protocol.failure(errno.EISDIR)
         size = max(0, min(asked, node.size_bytes - offset))
         part = outbox[:size]
         if size == 0:
@@ -344,7 +344,7 @@ class Server:
                 _read_local(file, fd, offset, part)
                 return part
         if self._waiting.count(node.uid) >= _USER_PARKED and size > _PAGE_BYTES:
-            raise kernel.failure(errno.EAGAIN)
+            raise protocol.failure(errno.EAGAIN)
         parked = self._ledger.park(request.unique, node.id, offset, size, request.pid, node.uid)
         self._waiting.add(parked)
         if file is not None:
@@ -361,7 +361,7 @@ class Server:
                 self._without_file.setdefault(node.id, []).append(parked)
                 return
         if file is None:
-            self._finish(parked, kernel.failure(errno.EIO))
+            self._finish(parked, protocol.failure(errno.EIO))
         else:
             self._turns.put(parked.uid, _Turn(parked, file, asked=False))
 
@@ -370,7 +370,7 @@ class Server:
         with self._file_lock:
             waiting = self._without_file.pop(node.id, [])
         for parked in waiting:
-            self._finish(parked, kernel.failure(errno.EIO))
+            self._finish(parked, protocol.failure(errno.EIO))
 
     def _interrupt(self, request: Request) -> None:
         """Let go of a process that is being killed and waits in O_DIRECT or for a single page.
@@ -378,12 +378,12 @@ class Server:
         Who waits for readahead needs no help. Other signals do not count: a read of an ordinary file does not
         end with EINTR.
         """
-        (unique,) = kernel.INTERRUPT_IN.unpack_from(request.body)
+        (unique,) = protocol.INTERRUPT_IN.unpack_from(request.body)
         parked = self._waiting.get(unique)
         if parked is None:  # not here yet: the kernel asks again; answered meanwhile: it takes no notice
-            self._device.send(kernel.error_reply(request.unique, errno.EAGAIN))
+            self._device.send(protocol.error_reply(request.unique, errno.EAGAIN))
         elif _is_being_killed(parked.pid):
-            self._finish(parked, kernel.failure(errno.EINTR))
+            self._finish(parked, protocol.failure(errno.EINTR))
 
 
 def _read_local(file: File, fd: int, offset: int, part: memoryview) -> None:

@@ -31,8 +31,8 @@ from bootseer_slurm.blob.writer import store_file
 from bootseer_slurm.errors import BootseerError, IntegrityError, NotFound
 from bootseer_slurm.image import registry
 from bootseer_slurm.image.convert import Progress, Stage, convert, scratch_folder, unpack
-from bootseer_slurm.image.packing import Packing
 from bootseer_slurm.image.reference import Folder, Reference
+from bootseer_slurm.image.signed_packing import Packing
 from bootseer_slurm.store import ObjectReader, Store
 
 Warn = Callable[[str], None]

@@ -37,7 +37,7 @@ from bootseer_slurm.env.archive import squash, write_tar
 from bootseer_slurm.env.layer import FILES, FILES_LIMIT_BYTES, decode_files, encode_files
 from bootseer_slurm.env.tree import Entry, survey
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.image.packing import AgentPacking
+from bootseer_slurm.image.signed_packing import AgentPacking
 from bootseer_slurm.repack.order import (
     HotFile,
     blocks_bytes,

@@ -1,7 +1,7 @@
 """The files that are served, as the kernel sees them: a tree of two levels, "<uid>/<name>".
 
 Owns: node ids, names, how often the kernel has looked a node up, and what a later server has to know of them
-(`save`). Does not own: the bytes (a File has them), the layout of messages (kernel.py), where the state and
+(`save`). Does not own: the bytes (a File has them), the layout of messages (protocol.py), where the state and
 the counts are kept, and telling the kernel what changed: `add`, `remove` and `settle` return what has to be
 told, and server.py does it.
 
@@ -31,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from bootseer_slurm.fuse import kernel
+from bootseer_slurm.fuse import protocol
 from bootseer_slurm.fuse.ledger import Lookups
 
 State = dict[str, Any]  # as JSON keeps it
@@ -99,7 +99,7 @@ class Added(NamedTuple):
     gone: list[tuple[int, bytes]]
 
 
-class Tree:
+class NodeTable:
     """The node table."""
 
     def __init__(self, lookups: Lookups, save: Callable[[State], None]) -> None:
@@ -109,8 +109,8 @@ class Tree:
         self._changes = threading.Lock()
         self._lock = threading.Lock()
         self._nodes: dict[int, Node] = {}
-        self._last_id = kernel.ROOT_ID
-        self._root = self._make_directory(kernel.ROOT_ID, uid=0, mode=0o755)
+        self._last_id = protocol.ROOT_ID
+        self._root = self._make_directory(protocol.ROOT_ID, uid=0, mode=0o755)
 
     def restore(self, state: State) -> None:
         """Take over names and node ids; for an empty tree, before anything else.
@@ -130,7 +130,7 @@ class Tree:
         """Return a node; raises OSError ESTALE when there is none."""
         node = self._nodes.get(node_id)
         if node is None:
-            raise kernel.failure(errno.ESTALE)
+            raise protocol.failure(errno.ESTALE)
         return node
 
     def find(self, path: str) -> Node | None:
@@ -145,7 +145,7 @@ class Tree:
         with self._lock:
             node = self.get(parent_id).children.get(name)
             if node is None:
-                raise kernel.failure(errno.ENOENT)
+                raise protocol.failure(errno.ENOENT)
             self._count(node, 1)
             return node
 
@@ -265,7 +265,7 @@ class Tree:
         self, node_id: int, uid: int, gid: int, size_bytes: int, mtime_ns: int, file: File | None = None
     ) -> Node:
         mode = stat.S_IFREG | 0o400
-        attr = kernel.attributes(node_id, mode, uid, gid, size_bytes, mtime_ns)
+        attr = protocol.attributes(node_id, mode, uid, gid, size_bytes, mtime_ns)
         slot, lookups = self._lookups.take(node_id)
         node = Node(node_id, mode, uid, gid, size_bytes, mtime_ns, attr, slot, lookups, file)
         self._nodes[node.id] = node
@@ -291,7 +291,7 @@ class Tree:
 
     def _touch(self, directory: Node) -> None:
         directory.mtime_ns = time.time_ns()
-        directory.attr = kernel.attributes(
+        directory.attr = protocol.attributes(
             directory.id, directory.mode, directory.uid, 0, 0, directory.mtime_ns
         )
 

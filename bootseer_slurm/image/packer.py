@@ -4,7 +4,7 @@ The user gives content only: a tar stream through a pipe. mksquashfs reads it as
 nobody has, one for each packing at a time, without groups, capabilities or a way to get any. The agent takes
 the result away from the packer, when no process of it is left, before it reads the digests that get signed.
 Set-user-id bits and device nodes go into the image as they come: all files are root's there, and the mounts
-that steps get are nosuid and nodev, locked (see `kernel`).
+that steps get are nosuid and nodev, locked (see `kernel_mount`).
 
 On disk: `folder`, below the cache's, only for root to enter; in it <ticket>/, 0700, the packer's: image, log.
 A result is an open file without a name, and no user has two: the next packing waits until the last one's

@@ -23,17 +23,17 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm import mounts
-from bootseer_slurm.fuse import Mount, kernel
+from bootseer_slurm.fuse import Mount, protocol
 
 pytestmark = [
     pytest.mark.fuse,
     pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root, /dev/fuse"),
 ]
-_ROOT = Path(kernel.__file__).parents[2]
+_ROOT = Path(protocol.__file__).parents[2]
 _SERVER = """
 import json, os, random, signal, sys, threading, time
 from pathlib import Path
-from bootseer_slurm.fuse import Mount, Server, kernel
+from bootseer_slurm.fuse import Mount, Server, protocol
 from bootseer_slurm.fuse import server as module
 
 def say(what):
@@ -64,7 +64,7 @@ def trap(where, opcode):
     owner = module.Server if where == "_answer" else module.Device
     inner, taken = getattr(owner, where), []
     def trapped(self, *arguments):
-        request = next((a for a in arguments if isinstance(a, kernel.Request)), None)
+        request = next((a for a in arguments if isinstance(a, protocol.Request)), None)
         if where == "_answer" and request.opcode == opcode:
             die()
         if where == "reply" and opcode == taken[-1]:
@@ -351,26 +351,26 @@ def test_many_waiting_reads_and_two_kills_before_any_answer(keeper: Keeper, data
 
 
 _CALLS = {
-    kernel.Opcode.LOOKUP: "os.stat(path)",
-    kernel.Opcode.GETATTR: "os.stat(os.path.dirname(os.path.dirname(path)))",
-    kernel.Opcode.OPEN: "os.open(path, os.O_RDONLY)",
-    kernel.Opcode.READ: "open(path, 'rb').read()",
-    kernel.Opcode.READDIR: "os.listdir(os.path.dirname(path)) == ['blob'] or sys.exit(1)",
-    kernel.Opcode.READDIRPLUS: "os.listdir(os.path.dirname(path)) == ['blob'] or sys.exit(1)",
-    kernel.Opcode.STATFS: "os.statvfs(path)",
+    protocol.Opcode.LOOKUP: "os.stat(path)",
+    protocol.Opcode.GETATTR: "os.stat(os.path.dirname(os.path.dirname(path)))",
+    protocol.Opcode.OPEN: "os.open(path, os.O_RDONLY)",
+    protocol.Opcode.READ: "open(path, 'rb').read()",
+    protocol.Opcode.READDIR: "os.listdir(os.path.dirname(path)) == ['blob'] or sys.exit(1)",
+    protocol.Opcode.READDIRPLUS: "os.listdir(os.path.dirname(path)) == ['blob'] or sys.exit(1)",
+    protocol.Opcode.STATFS: "os.statvfs(path)",
 }
 
 
 @pytest.mark.parametrize("where", ["_answer", "reply"])
 @pytest.mark.parametrize("opcode", _CALLS)
 def test_killed_between_request_and_answer(
-    keeper: Keeper, data: Path, blob: Path, opcode: kernel.Opcode, where: str
+    keeper: Keeper, data: Path, blob: Path, opcode: protocol.Opcode, where: str
 ) -> None:
     """Killed with the request just taken, and with the answer given but not yet noted."""
     server = keeper.serve(trap=(where, int(opcode)))
     server.do("add", "0/blob", str(data))
     reader = keeper.read(f"import os, sys; path = sys.argv[1]; {_CALLS[opcode]}", blob)
-    if opcode not in (kernel.Opcode.OPEN, kernel.Opcode.READDIR):  # those two are not asked by every kernel
+    if opcode not in (protocol.Opcode.OPEN, protocol.Opcode.READDIR):  # those two are not asked by every kernel
         assert server.process.wait(20) == -signal.SIGKILL
     else:
         time.sleep(0.5)

@@ -1,6 +1,6 @@
 """Who packs an image, and so whether the kernel may mount it: the agent, root, or its user.
 
-A user's own squashfs is never signed. The agent packs what a user's process sends it as a tar (see `pack`),
+A user's own squashfs is never signed. The agent packs what a user's process sends it as a tar (see `packer`),
 and signs the result; root signs what it packed itself. Where neither is to be had, the user packs, and the
 image works all the same, through squashfuse.
 """
@@ -20,7 +20,7 @@ from bootseer_slurm.agentapi.client import request_descriptors
 from bootseer_slurm.agentapi.protocol import first
 from bootseer_slurm.errors import AgentUnavailable, BootseerError
 from bootseer_slurm.image.convert import pack
-from bootseer_slurm.image.trust import Key, sign
+from bootseer_slurm.image.signing import Key, sign
 
 _START_TIMEOUT_S = 10.0
 _FINISH_TIMEOUT_S = 900.0  # mksquashfs has most of its work done when the tar ends

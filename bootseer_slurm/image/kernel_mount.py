@@ -1,20 +1,20 @@
 """Kernel mounts: a trusted image through the kernel's squashfs driver, as its user's own files.
 
 squashfuse costs a start more than the link does (DESIGN.md, section 5); the kernel's driver little.
-It may only be given what passed `trust`. Owns: the loop device, the squashfs, and the idmapped mount that
+It may only be given what passed `signing`. Owns: the loop device, the squashfs, and the idmapped mount that
 steps get clones of. Does not own: whether an image is trusted, and who may have a clone.
 
 On disk: `folder`, an empty folder below one that only root may enter. The mount on it outlives the agent:
-one that was killed left it there, the next one adopts it. It is read-only, nosuid and nodev, and *locked* so:
-without the lock, its user could attach it in a user namespace of his and remount it without nodev there (seen
-on Linux 6.18), and a device node in an image would be his. The lock comes of copying the mount into a user
+the next agent reattaches what a killed one left there. It is read-only, nosuid and nodev, and *locked* so.
+Without the lock, its user could attach it in a user namespace of his and remount it without nodev there (seen
+on Linux 6.18); then a device node in an image would be his. The lock comes of copying the mount into a user
 namespace (mount_namespaces(7)), and its clones inherit it.
 
 Processes: the agent serves the very file that the loop device reads. A mount(2) in the agent would wait for
 the agent; killed at that moment it could not even die, and no successor would come. So a process of its own
 makes the mount, which is detached until the agent attaches it, and goes away with whoever dies:
 
-    python -I -m bootseer_slurm.image.kernel <socket fd> <image> <folder> <uid> <gid>
+    python -I -m bootseer_slurm.image.kernel_mount <socket fd> <image> <folder> <uid> <gid>
 
 It says each step when it is done, one message each, then {"error": …, "hint": …}, or sends the descriptor.
 """
@@ -70,7 +70,7 @@ class KernelMount:
     """An image that the kernel shows at `folder`, with the files of root being its user's. No state."""
 
     def __init__(self, folder: Path) -> None:
-        """The mount that is at `folder`; see `open_image` and `adopt`."""
+        """The mount that is at `folder`; see `open_image` and `reattach`."""
         self.folder = folder
 
     @classmethod
@@ -98,7 +98,7 @@ class KernelMount:
         return cls(folder)
 
     @classmethod
-    def adopt(cls, folder: Path) -> KernelMount | None:
+    def reattach(cls, folder: Path) -> KernelMount | None:
         """The mount that an earlier agent left at `folder`, or None. Does not touch the file system on it."""
         if any(entry.fstype == _FSTYPE for entry in mounts.mounts_at(folder)):
             return cls(folder)
@@ -141,7 +141,7 @@ def _detached_mount(image: Path, folder: Path, uid: int, gid: int, timeout_s: fl
     """Have a process of its own make the mount. Raises MountFailed, OSError or SubprocessError."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with here, there:
-        command = [sys.executable, "-I", "-m", "bootseer_slurm.image.kernel"]
+        command = [sys.executable, "-I", "-m", "bootseer_slurm.image.kernel_mount"]
         process = subprocess.Popen(
             [*command, str(there.fileno()), str(image), str(folder), str(uid), str(gid)],
             pass_fds=(there.fileno(),),

@@ -126,7 +126,7 @@ def _put_into_store(source: Reference | Folder, digest: str | None, job_id: str)
     """Have the image in the store; gives its fingerprint there."""
     from bootseer_slurm import config
     from bootseer_slurm.image.library import Listener, ensure
-    from bootseer_slurm.image.packing import AgentPacking
+    from bootseer_slurm.image.signed_packing import AgentPacking
     from bootseer_slurm.store import open_store
 
     def stage(text: str, size_bytes: int | None) -> None:

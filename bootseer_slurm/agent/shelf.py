@@ -261,7 +261,7 @@ class Shelf:
                 if folder not in used and (mount := KernelMount.reattach(folder)):
                     mount.close()
         for server in self._servers.values():
-            server.settle()
+            server.end_recovery()
 
     def _folder(self, reader: Reader) -> Path:
         return self._images / str(reader.uid) / reader.blob.id

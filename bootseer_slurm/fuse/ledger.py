@@ -158,7 +158,7 @@ def create(readers: int) -> int:
     return fd
 
 
-def outbox() -> memoryview:
+def make_outbox() -> memoryview:
     """Return memory for the longest reply, of which a killed process can still send all."""
     area = mmap.mmap(-1, protocol.MAX_READ_BYTES)
     make_resident(area)

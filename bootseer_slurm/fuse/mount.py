@@ -18,6 +18,7 @@ import secrets
 import select
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from bootseer_slurm import mounts
@@ -30,6 +31,7 @@ _FSTYPE = "fuse.bootseer"
 _ANSWER_TIMEOUT_S = 5.0
 
 
+@dataclass(eq=False)
 class Mount:
     """A mounted file system, which `Server` serves.
 
@@ -38,23 +40,13 @@ class Mount:
     mount from any other.
     """
 
-    def __init__(
-        self,
-        point: Path,
-        fd: int,
-        device: str,
-        flags: protocol.InitFlag,
-        ledger_fd: int,
-        readers: int,
-        key: str,
-    ) -> None:
-        self.point = point
-        self.fd = fd
-        self.device = device
-        self.flags = flags
-        self.ledger_fd = ledger_fd
-        self.readers = readers
-        self.key = key
+    point: Path
+    fd: int
+    readers: int
+    key: str
+    ledger_fd: int = -1
+    device: str = ""
+    flags: protocol.InitFlag = protocol.InitFlag(0)
 
     @classmethod
     def open(cls, point: Path, *, read_ahead_kb: int = 1024, readers: int = 2) -> Mount:
@@ -77,10 +69,10 @@ class Mount:
             raise BootseerError(
                 f"cannot open /dev/fuse: {error.strerror}", hint="be root, and load it: modprobe fuse"
             ) from error
-        mount = cls(point, fd, "", protocol.InitFlag(0), -1, readers, secrets.token_hex(8))
+        mount = cls(point, fd, readers, key=secrets.token_hex(8))
         try:
             mount.ledger_fd = ledger.create(readers)
-            mount._attach()
+            mount._mount()
             mount._negotiate()
         except OSError as error:
             mount.close()
@@ -136,7 +128,7 @@ class Mount:
                 os.close(fd)
         self.fd = self.ledger_fd = -1
 
-    def _attach(self) -> None:
+    def _mount(self) -> None:
         options = (
             f"fd={self.fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,"
             f"max_read={protocol.MAX_READ_BYTES}"

@@ -34,7 +34,7 @@ _SERVER = """
 import json, os, random, signal, sys, threading, time
 from pathlib import Path
 from bootseer_slurm.fuse import Mount, Server, protocol
-from bootseer_slurm.fuse import server as module
+from bootseer_slurm.fuse import requests
 
 def say(what):
     os.write(1, (json.dumps(what) + "\\n").encode())
@@ -61,7 +61,7 @@ def die(*arguments):
     time.sleep(10)
 
 def trap(where, opcode):
-    owner = module.Server if where == "_answer" else module.Device
+    owner = requests.RequestThreads if where == "_answer" else requests.Device
     inner, taken = getattr(owner, where), []
     def trapped(self, *arguments):
         request = next((a for a in arguments if isinstance(a, protocol.Request)), None)
@@ -72,11 +72,11 @@ def trap(where, opcode):
             die()
         return inner(self, *arguments)
     if where == "reply":
-        answer = module.Server._answer
+        answer = requests.RequestThreads._answer
         def remember(self, request, outbox):
             taken.append(request.opcode)
             answer(self, request, outbox)
-        module.Server._answer = remember
+        requests.RequestThreads._answer = remember
     setattr(owner, where, trapped)
 
 mount, state = Mount.from_argument(sys.argv[1]), Path(sys.argv[2])
@@ -99,7 +99,7 @@ def store(path, data, offset, size):
 def store_aside(*arguments):
     threading.Thread(target=store, args=arguments, daemon=True).start()
 
-does = {"add": add, "remove": server.remove, "settle": server.settle, "known": server.known, "store": store,
+does = {"add": add, "remove": server.remove, "end_recovery": server.end_recovery, "known": server.known, "store": store,
         "store_aside": store_aside, "reads": lambda path: files[path].reads}
 for line in sys.stdin:
     name, *arguments = json.loads(line)
@@ -217,14 +217,14 @@ class Keeper:
         self.servers: list[Serving] = []
         self.readers: list[subprocess.Popen[str]] = []
 
-    def serve(self, *added: tuple[object, ...], settle: bool = True, trap: object = None) -> Serving:
-        """Start a server, add files to it, and settle."""
+    def serve(self, *added: tuple[object, ...], recovered: bool = True, trap: object = None) -> Serving:
+        """Start a server, add files to it, and end the recovery."""
         server = Serving(self.mount, self.state, trap)  # type: ignore[arg-type]
         self.servers.append(server)
         if added:
             server.do("add", *map(list, added))
-        if settle and trap is None:
-            server.do("settle")
+        if recovered and trap is None:
+            server.do("end_recovery")
         return server
 
     def read(self, code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -319,7 +319,7 @@ def test_killed_at_random_moments(keeper: Keeper, data: Path, tmp_path: Path) ->
         server.kill()
         # Every third is killed while it starts, while it takes over, or before it was told of all files.
         told = files if turn % 3 else files[: chance.randrange(2)]
-        server = keeper.serve(*told, settle=turn % 3 > 0)
+        server = keeper.serve(*told, recovered=turn % 3 > 0)
     server.kill()
     server = keeper.serve(*files)
     stop.touch()
@@ -334,7 +334,7 @@ def test_many_waiting_reads_and_two_kills_before_any_answer(keeper: Keeper, data
         keeper.read(_PREAD, blob, offset, 5000)
     server.wait_for_fetches(len(offsets))
     server.kill()
-    keeper.serve(settle=False).kill()
+    keeper.serve(recovered=False).kill()
     server = keeper.serve(("0/blob", str(data), "stuck"))
     server.wait_for_fetches(5)
     server.kill()
@@ -396,7 +396,7 @@ os.preadv(os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), [mmap.mmap(-1, 4096)]
     server.wait_for_fetches(2)
     server.kill()
     readers[0].kill()
-    keeper.serve(settle=False)  # and is told of no file
+    keeper.serve(recovered=False)  # and is told of no file
     assert readers[0].wait(10) == -signal.SIGKILL
     time.sleep(0.2)
     assert readers[1].poll() is None
@@ -439,28 +439,28 @@ def test_bound_files_and_mappings_go_on(keeper: Keeper, data: Path, blob: Path, 
             mounts.unmount(bound)
 
 
-def test_settle_ends_the_waiting_for_a_file_that_does_not_come(
+def test_the_end_of_recovery_ends_the_waiting_for_a_file_that_does_not_come(
     keeper: Keeper, data: Path, blob: Path
 ) -> None:
     server = keeper.serve(("0/blob", str(data), "stuck"), ("0/other", str(data)))
     before = keeper.read(_PREAD, blob, 0, 10)
     server.wait_for_fetches()
     server.kill()
-    server = keeper.serve(("0/other", str(data)), settle=False)
+    server = keeper.serve(("0/other", str(data)), recovered=False)
     during = keeper.read(_PREAD, blob, 1 << 20, 10)
     assert during.stdout is not None and during.stdout.readline() == "open\n"
     time.sleep(0.2)
     assert before.poll() is None and during.poll() is None
     assert server.do("known", "0/blob") is True
-    server.do("settle")
+    server.do("end_recovery")
     assert _result(before) == str(errno.EIO) and _result(during) == str(errno.EIO)
     assert os.listdir(blob.parent) == ["other"] and not blob.exists()
     server.do("add", "0/blob", str(data))
     assert blob.read_bytes() == data.read_bytes()
     server.kill()
-    server = keeper.serve(settle=False)
+    server = keeper.serve(recovered=False)
     server.do("remove", "0/other")
-    server.do("settle")
+    server.do("end_recovery")
     assert os.listdir(keeper.mount.point) == []
 
 
@@ -474,7 +474,7 @@ def test_a_name_that_comes_back_with_another_size_is_another_file(
         server.kill()
         other = tmp_path / "other"
         other.write_bytes(b"another")
-        keeper.serve(("0/blob", str(other), "ready"), settle=False)
+        keeper.serve(("0/blob", str(other), "ready"), recovered=False)
         assert _result(reader) == str(errno.EIO)
         assert blob.read_bytes() == b"another"
         with pytest.raises(OSError) as raised:
@@ -549,7 +549,7 @@ def test_the_state_of_another_mount_means_nothing(tmp_path: Path, data: Path) ->
     for _ in range(2):
         keeper = Keeper(tmp_path)
         try:
-            server = keeper.serve(settle=False)
+            server = keeper.serve(recovered=False)
             assert os.listdir(keeper.mount.point) == []
             server.do("add", "0/blob", str(data))
             assert (keeper.mount.point / "0/blob").read_bytes() == data.read_bytes()

@@ -370,7 +370,7 @@ def test_stuck_fetches_hold_up_nothing_else(mountpoint: Path, stuck: StuckFile) 
 
 def test_one_user_cannot_keep_another_waiting(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """He stops what brings his bytes, and reads with many threads and far ahead."""
-    monkeypatch.setattr("bootseer_slurm.fuse.server._USER_PARKED", 32)
+    monkeypatch.setattr("bootseer_slurm.fuse.waiting._USER_PARKED", 32)
     data = random.Random(3).randbytes(8 << 20)
     stuck = StuckFile(random.Random(2).randbytes(128 << 20))
     read = """

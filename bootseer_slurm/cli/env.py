@@ -7,8 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -18,6 +17,7 @@ from rich.table import Table
 from bootseer_slurm.cli import settings
 from bootseer_slurm.cli.progress import progress_bars
 from bootseer_slurm.errors import InputError, NotFound
+from bootseer_slurm.signals import exit_on
 
 if TYPE_CHECKING:
     from bootseer_slurm.blob.names import Name
@@ -72,8 +72,7 @@ def _tell_saved(record: Name, saved: bool) -> None:
 def _save(folder: Path, image_digest: str, installed: Installed | None = None) -> tuple[Name, bool]:
     from bootseer_slurm.env.snapshot import save
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)  # so that what was begun is cleaned up
+    exit_on(signal.SIGTERM, signal.SIGHUP)
     real = _resolve(folder)
     with progress_bars() as progress:
         task = progress.add_task("looking", total=None)
@@ -276,7 +275,3 @@ def _in_a_row(names: list[str]) -> list[str]:
 
 def _when(record: Name) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(record.made_ns / 1e9))
-
-
-def _end(number: int, _: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)

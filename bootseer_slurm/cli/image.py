@@ -7,8 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -19,6 +18,7 @@ from rich.table import Table
 from bootseer_slurm.cli import settings
 from bootseer_slurm.cli.progress import progress_bars, store_with_progress
 from bootseer_slurm.errors import InputError, IntegrityError
+from bootseer_slurm.signals import exit_on
 
 if TYPE_CHECKING:
     from bootseer_slurm.image.signed_packing import Packing
@@ -41,8 +41,7 @@ def image_push(
     from bootseer_slurm.image.library import Listener, ensure
     from bootseer_slurm.image.reference import SquashfsFile, parse
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)  # so that what was begun is cleaned up
+    exit_on(signal.SIGTERM, signal.SIGHUP)
     found = parse(source)
     assert not isinstance(found, SquashfsFile)  # those begin with "/"
     warnings: list[str] = []
@@ -209,10 +208,6 @@ def _name(image: str) -> str:
     if os.path.exists(image) or image.startswith(("/", ".")):
         return os.path.realpath(image)
     return parse(image).name
-
-
-def _end(number: int, _: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _tell(problems: list[str]) -> None:

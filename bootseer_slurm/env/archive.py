@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
-from bootseer_slurm.blob.compression import mksquashfs_options
+from bootseer_slurm.blob import mksquashfs
 from bootseer_slurm.env.tree import Entry, Tree, changed, entry_of
 from bootseer_slurm.errors import BootseerError
 
@@ -26,9 +26,6 @@ from bootseer_slurm.errors import BootseerError
 # zstd costs a node 0.4 s and saves it 160 MB, and N nodes share the store's link. When a start has shown what
 # is touched, and how fast the link is, the snapshot is packed again (repack), by what is measured then.
 _COMPRESSION = "zstd"
-_MKSQUASHFS = (
-    *("-noappend", "-quiet", "-no-progress", "-no-xattrs", "-exit-on-error", "-tar", "-root-mode", "755"),
-)
 
 
 def write_tar(
@@ -67,7 +64,7 @@ def write_tar(
 def squash(write: Callable[[int], None], target: Path, compression: str = _COMPRESSION) -> None:
     """Make the squashfs `target` of a tar, which `write` writes to a descriptor. Raises BootseerError."""
     with tempfile.TemporaryFile("w+", errors="replace") as said:
-        command = ["mksquashfs", "-", str(target), *_MKSQUASHFS, *mksquashfs_options(compression)]
+        command = mksquashfs.from_tar(str(target), compression)
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said) as process:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # it has failed, and says why

@@ -23,6 +23,7 @@ import psutil
 
 from bootseer_slurm import mounts
 from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.identity import User
 from bootseer_slurm.tail import last_lines
 
 _log = logging.getLogger(__name__)
@@ -76,10 +77,8 @@ class Snapshot:
                     stderr=subprocess.DEVNULL,
                     cwd="/",
                     env={"LANG": "C.UTF-8"},
-                    user=uid,
-                    group=gid,
-                    extra_groups=[],
                     start_new_session=True,
+                    **User(uid, gid, ()).popen_arguments(),
                 )
             finally:
                 os.close(fd)
@@ -187,10 +186,8 @@ class Unpacked:
         return {
             "cwd": self.path,
             "env": {"PATH": _PATH, "LANG": "C.UTF-8", "TZ": "UTC"},
-            "user": uid,
-            "group": gid,
-            "extra_groups": [],
             "start_new_session": True,
+            **User(uid, gid, ()).popen_arguments(),
         }
 
     def close(self) -> None:

@@ -109,7 +109,7 @@ def save(
             if before and layer and "manifest" not in store.list(before.base.folder):
                 raise BootseerError(f"{folder}: the snapshot that it was to lie over was removed meanwhile")
             stage("storing", file.stat().st_size)
-            os.utime(file, (0, 0))  # its own time says nothing, and a young file would be waited for
+            scratch.mark_finished(file)
             return store_file(
                 store,
                 file,

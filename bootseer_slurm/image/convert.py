@@ -20,19 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from bootseer_slurm import scratch as scratches
-from bootseer_slurm.blob.compression import mksquashfs_options
+from bootseer_slurm.blob import mksquashfs
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.image import registry
 from bootseer_slurm.image.reference import Folder, Reference
 from bootseer_slurm.image.rootfs import configure
-from bootseer_slurm.scratch import make_readable, remove_tree
+from bootseer_slurm.scratch import make_readable, mark_finished, remove_tree
 
-# The first job that names an image waits for this. Blocks of 256 KiB save 4 % more; but each small read of a
-# job unpacks a whole block, and the images that enroot makes have 128 KiB.
-_SQUASHFS = (*mksquashfs_options("zstd", quick=True), "-b", "128K", "-no-xattrs")
-_UNCOMPRESSED = ("-noI", "-noD", "-noF", "-noX", "-no-xattrs")
-_PACK = ("-all-root", "-noappend", "-quiet", "-no-progress", "-exit-on-error", "-wildcards", "-e", "dev/*")
-_PLACE = "TMPDIR, or ENROOT_TEMP_PATH, must name a folder with room for three times the image"
+_SCRATCH_HINT = "TMPDIR, or ENROOT_TEMP_PATH, must name a folder with room for three times the image"
 _POLICIES = ("~/.config/containers/policy.json", "/etc/containers/policy.json")
 
 Stage = Callable[[str, int | None], None]
@@ -56,12 +51,12 @@ def convert(
     if isinstance(source, Folder):
         stage("packing", None)
         pack(Path(source.path), target, progress=progress)
-    elif not _enroot_import(source, target, _SQUASHFS, stage, progress):
+    elif not _enroot_import(source, target, stage, progress):
         rootfs = _unpack_layers(source, scratch, stage, progress)
         stage("packing", None)
         pack(rootfs, target, progress=progress)
         remove_tree(rootfs)
-    os.utime(target, (0, 0))  # its own time says nothing, and a young file would be waited for
+    mark_finished(target)
     return target
 
 
@@ -77,7 +72,7 @@ def unpack(
     reference: pinned to its digest. Raises what `convert` does.
     """
     plain = scratch / "plain.sqsh"
-    if not _enroot_import(reference, plain, _UNCOMPRESSED, stage, progress):
+    if not _enroot_import(reference, plain, stage, progress, compressed=False):
         return _unpack_layers(reference, scratch, stage, progress)
     rootfs = scratch / "rootfs"
     command = ["unsquashfs", "-quiet", "-no-progress", "-no-xattrs", "-dest", str(rootfs), str(plain)]
@@ -91,7 +86,7 @@ def pack(rootfs: Path, target: Path, *, progress: Progress = lambda count: None)
     """Make the squashfs `target` of a folder, without what is in its dev/. Raises BootseerError."""
     if not rootfs.is_dir():
         raise BootseerError(f"{rootfs}: no such folder")
-    command = ["mksquashfs", str(rootfs), str(target), *_SQUASHFS, *_PACK]
+    command = mksquashfs.from_rootfs(str(rootfs), str(target))
     registry.run(command, str(rootfs), watch=_growth(target, progress))
 
 
@@ -102,25 +97,26 @@ def scratch_folder() -> Iterator[Path]:
     An error of the block gets a hint how full the disk is.
     """
     base = Path(os.environ.get("ENROOT_TEMP_PATH") or tempfile.gettempdir())
-    with scratches.folder("image", base, hint=_PLACE) as path:
+    with scratches.folder("image", base, hint=_SCRATCH_HINT) as path:
         try:
             yield path
         except BootseerError as error:
             # On a full disk umoci may remove what it wrote, and die with a message of something else.
             if error.hint is None:
                 disk = os.statvfs(path)
-                error.hint = f"{disk.f_bavail * disk.f_frsize // 2**20} MiB are free now; {_PLACE}"
+                error.hint = f"{disk.f_bavail * disk.f_frsize // 2**20} MiB are free now; {_SCRATCH_HINT}"
             raise
 
 
 def _enroot_import(
-    reference: Reference, target: Path, squash_options: tuple[str, ...], stage: Stage, progress: Progress
+    reference: Reference, target: Path, stage: Stage, progress: Progress, *, compressed: bool = True
 ) -> bool:
     """Let enroot make the squashfs; False where it is not installed, or failed and there is another way."""
     if not shutil.which("enroot"):
         return False
     stage("importing with enroot", None)
-    environ = registry.enroot_environ(reference) | {"ENROOT_SQUASH_OPTIONS": " ".join(squash_options)}
+    squash_options = mksquashfs.enroot_options(compressed=compressed)
+    environ = registry.enroot_environ(reference) | {"ENROOT_SQUASH_OPTIONS": squash_options}
     command = ["enroot", "import", "--output", str(target), reference.enroot_uri]
     try:
         registry.run(command, reference.name, environ=environ, watch=_growth(target, progress))

@@ -36,6 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bootseer_slurm import mounts
+from bootseer_slurm.blob import mksquashfs
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.identity import User
 
@@ -188,7 +189,7 @@ def probe() -> list[tuple[str, bool, str]]:
         home.chmod(0o755)
         (home / "tree").mkdir()
         image, folder = home / "image", home / "mount"
-        command = ["mksquashfs", str(home / "tree"), str(image), "-all-root", "-quiet", "-no-progress"]
+        command = mksquashfs.from_rootfs(str(home / "tree"), str(image))
         try:
             subprocess.run(command, check=True, capture_output=True)
             mount = KernelMount.open_image(image, folder, uid=_PROBE_ID, gid=_PROBE_ID)
@@ -247,7 +248,7 @@ def main(link_fd: int, image: Path, folder: Path, uid: int, gid: int) -> None:
 def _make(image: Path, folder: Path, uid: int, gid: int, done: Callable[[], object]) -> int:
     """The way to the mount, `done` being told after each of STEPS. Raises BootseerError or OSError."""
     mounts.unshare_mount_namespace()
-    loop_fd = _attach_loop(image)
+    loop_fd = _set_up_loop(image)
     done()
     try:
         _mount_squashfs(f"/dev/loop{os.minor(os.fstat(loop_fd).st_rdev)}", folder)
@@ -275,7 +276,7 @@ def _open_backing(image: Path) -> int:
     return backing
 
 
-def _attach_loop(image: Path) -> int:
+def _set_up_loop(image: Path) -> int:
     """A free loop device over the file, read-only, which ends with its last user."""
     backing = _open_backing(image)
     try:

@@ -33,6 +33,7 @@ from bootseer_slurm.image import registry
 from bootseer_slurm.image.convert import Progress, Stage, convert, scratch_folder, unpack
 from bootseer_slurm.image.reference import Folder, Reference
 from bootseer_slurm.image.signed_packing import Packing
+from bootseer_slurm.scratch import mark_finished
 from bootseer_slurm.store import ObjectReader, Store
 
 Warn = Callable[[str], None]
@@ -217,7 +218,7 @@ def _squashfs(source: Reference | Folder, scratch: Path, packing: Packing | None
     listener.stage("packing", None)
     file = scratch / "image.sqsh"
     packing.pack(rootfs, file)
-    os.utime(file, (0, 0))  # its own time says nothing, and a young file would be waited for
+    mark_finished(file)
     return file
 
 

@@ -34,27 +34,21 @@ from typing import BinaryIO
 
 import psutil
 
-from bootseer_slurm.blob.compression import COMPRESSIONS, mksquashfs_options
+from bootseer_slurm.blob import mksquashfs
+from bootseer_slurm.blob.compression import COMPRESSIONS
 from bootseer_slurm.blob.digest import PREFERRED
 from bootseer_slurm.blob.manifest import SQUASHFS_BLOCK_BYTES, Layout, Manifest
 from bootseer_slurm.blob.squashfs import check_squashfs
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
+from bootseer_slurm.identity import without_rights
 
 _log = logging.getLogger(__name__)
 
 # Of the range that distributions leave to services without a fixed id (systemd's UIDS-GIDS.md).
 PACKER_UIDS = range(61872, 61875)
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# Fatal errors, since a part of an image is worse than none.
-_SQUASHFS = (
-    *("-tar", "-noappend", "-all-root", "-no-xattrs", "-exit-on-error", "-no-progress", "-quiet"),
-    *("-b", "128K", "-root-mode", "755"),
-)
-# A job waits for its image. None waits for a snapshot: see env/archive.py.
-_COMPRESSION = {
-    "image": mksquashfs_options("zstd", quick=True),
-    "environment": mksquashfs_options("zstd"),
-}
+_COMPRESSION = "zstd"
+_QUICK = frozenset({"image"})  # a job waits for its image; none waits for a snapshot: see env/archive.py
 _MEMORY_MIB = 1024
 _ADDRESS_SPACE_BYTES = 8 * 2**30  # mksquashfs has some stacks and buffers for each thread
 _OPEN_FILES = 64
@@ -131,7 +125,8 @@ class Packer:
         """
         if compression and compression not in COMPRESSIONS:
             raise InputError(f"{compression[:40]!r} is no compression")
-        options = mksquashfs_options(compression) if compression else _COMPRESSION[kind]
+        quick = not compression and kind in _QUICK
+        squash = mksquashfs.from_tar("image", compression or _COMPRESSION, quick=quick, all_root=True)
         with self._lock:
             if any(packing.uid == uid for packing in self._packings.values()):
                 raise BootseerError(f"an image of uid {uid} is being packed on this node", hint="wait for it")
@@ -146,7 +141,7 @@ class Packer:
             if limit_bytes <= 0:
                 raise BootseerError(f"{self._folder}: the disk has no room for packing")
             ticket = secrets.token_hex(16)
-            command = _command(options, free[0], limit_bytes)
+            command = _command(squash, free[0], limit_bytes)
             packing, fd = self._launch(ticket, kind, uid, free[0], command)
             self._packings[ticket] = packing
             threading.Thread(target=self._watch, args=(packing,), name="packing", daemon=True).start()
@@ -277,15 +272,14 @@ class Packer:
             self._packings.pop(packing.ticket, None)
 
 
-def _command(options: tuple[str, ...], packer_uid: int, limit_bytes: int) -> list[str]:
+def _command(squash: list[str], packer_uid: int, limit_bytes: int) -> list[str]:
     """mksquashfs as a packer, with nothing to gain."""
     processors = max(1, (os.cpu_count() or 1) // 2)  # jobs run beside it
     return [
-        *("setpriv", f"--reuid={packer_uid}", f"--regid={packer_uid}", "--clear-groups", "--no-new-privs"),
-        *("--bounding-set=-all", "--inh-caps=-all", "--"),
+        *without_rights(packer_uid),
         *("prlimit", f"--fsize={limit_bytes}", f"--nofile={_OPEN_FILES}", f"--nproc={_THREADS}", "--core=0"),
         *(f"--as={_ADDRESS_SPACE_BYTES}", "--"),
-        *("nice", "-n", "5", "mksquashfs", "-", "image", *_SQUASHFS, *options),
+        *("nice", "-n", "5", *squash),
         *("-processors", str(processors), "-mem", f"{_MEMORY_MIB}M"),
     ]
 

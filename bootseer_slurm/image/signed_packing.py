@@ -114,9 +114,7 @@ class AgentPacking:
             raise BootseerError("the agent gave no image")
         return fds[0], (first(reply, "MANIFEST_ID"), first(reply, "SIGNATURE"))
 
-    def _ask(
-        self, op: str, fields: protocol.Message, timeout_s: float
-    ) -> tuple[protocol.Message, list[int]]:
+    def _ask(self, op: str, fields: protocol.Message, timeout_s: float) -> tuple[protocol.Message, list[int]]:
         """One question, whose answer may bring a descriptor. Raises BootseerError, OSError or ValueError."""
         asked = [("JOB_ID", self._job_id), *fields]
         return request_descriptors(op, asked, socket_path=str(self._socket_path), timeout_s=timeout_s)

@@ -19,8 +19,6 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from bootseer_slurm import config as configuration
 from bootseer_slurm import scratch
@@ -49,6 +47,7 @@ from bootseer_slurm.repack.order import (
 )
 from bootseer_slurm.repack.touched import is_tail_in_memory
 from bootseer_slurm.repack.worth import Scene, Start, best, is_worth_it
+from bootseer_slurm.signals import exit_on
 from bootseer_slurm.store import FileReader, Store, open_store
 from bootseer_slurm.units import format_bytes
 
@@ -170,7 +169,7 @@ class _Work:
             if not is_worth_it(self._now, Start(new_bytes, self._compression), self._scene):
                 return f"lies as starts touch it: {format_bytes(new_bytes)} would be fetched in another order"
             beside = self._listed(written)
-            os.utime(file, (0, 0))  # its own time says nothing, and a young file would be waited for
+            scratch.mark_finished(file)
             blob, folder = store_blob(self._store, file, kind=self._task.kind, beside=beside)
         self._publish(blob, folder, packing.signature(blob), touches)
         now = format_bytes(self._now.fetched_bytes)
@@ -247,13 +246,8 @@ def _contents(files: dict[str, Entry]) -> dict[str, tuple[int, int, str, bytes]]
     return {path: (each.mode, each.size_bytes, each.link, each.digest) for path, each in files.items()}
 
 
-def _end(number: int, _: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)  # so that what was begun is cleaned up
-
-
 if __name__ == "__main__":
-    for _number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(_number, _end)
+    exit_on(signal.SIGTERM, signal.SIGHUP)
     try:
         print(main(Task(**json.loads(sys.argv[1]))))
     except (BootseerError, OSError) as _error:

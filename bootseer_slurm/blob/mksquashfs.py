@@ -42,6 +42,6 @@ def from_rootfs(rootfs: str, target: str) -> list[str]:
 
 
 def enroot_options(*, compressed: bool) -> str:
-    """What ENROOT_SQUASH_OPTIONS has to be, so that `enroot import` makes the same content."""
+    """The value of ENROOT_SQUASH_OPTIONS with which `enroot import` makes the same content."""
     how = compression_options("zstd", quick=True) if compressed else _UNCOMPRESSED
     return " ".join((*how, *_CONTENT))

@@ -250,7 +250,7 @@ def _squashfuse(program: str) -> Finding:
 
 
 def _environments(by_kernel: bool) -> Finding:
-    """How this node shows a snapshot, the fastest way first (agent.target.Target.mount_snapshot)."""
+    """The ways in which this node can show a snapshot, the fastest first."""
     thing, ways = "environments", ["by the kernel, where an agent packed them"] if by_kernel else []
     mounting = [name for name in ("squashfuse_ll", "squashfuse") if _programs(name)]
     if mounting:

@@ -58,7 +58,7 @@ def env_save_installed(
 
 
 def _tell_saved(record: Name, saved: bool) -> None:
-    """What was saved; a snapshot that this replaces goes a day later, without anybody asking."""
+    """Print the name of a saved snapshot. The one that it replaces is collected a day later."""
     from bootseer_slurm.blob.garbage import collect_garbage
     from bootseer_slurm.env.snapshot import forget_installed
 
@@ -71,19 +71,23 @@ def _tell_saved(record: Name, saved: bool) -> None:
 
 def _save(folder: Path, image_digest: str, installed: Installed | None = None) -> tuple[Name, bool]:
     from bootseer_slurm.env.snapshot import save
+    from bootseer_slurm.listener import Listener
 
     exit_on(signal.SIGTERM, signal.SIGHUP)
     real = _resolve(folder)
     with progress_bars() as progress:
         task = progress.add_task("looking", total=None)
+        listener = Listener(
+            stage=lambda text, size_bytes: progress.reset(task, description=text, total=size_bytes),
+            progress=lambda count: progress.advance(task, count),
+        )
         return save(
             settings.store(),
             real,
             image=image_digest,
             installed=installed,
             packing=_packing(),
-            stage=lambda text, size_bytes: progress.reset(task, description=text, total=size_bytes),
-            progress=lambda count: progress.advance(task, count),
+            listener=listener,
         )
 
 
@@ -234,7 +238,7 @@ def _resolve(folder: Path) -> Path:
 
 
 def _digest(image: str) -> str:
-    """What tells the image: as a job's node finds it. Raises NotFound when the store does not have it."""
+    """The digest or fingerprint of an image, as a job's node finds it. Raises NotFound without one."""
     from bootseer_slurm.blob.names import file_fingerprint, read_published
     from bootseer_slurm.image.reference import parse
 

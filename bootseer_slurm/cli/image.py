@@ -38,8 +38,9 @@ def image_push(
     if os.path.exists(source) or source.startswith(("/", ".")):
         _push_file(Path(source))
         return
-    from bootseer_slurm.image.library import Listener, ensure
+    from bootseer_slurm.image.library import ensure
     from bootseer_slurm.image.reference import SquashfsFile, parse
+    from bootseer_slurm.listener import Listener
 
     exit_on(signal.SIGTERM, signal.SIGHUP)
     found = parse(source)

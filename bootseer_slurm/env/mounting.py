@@ -159,7 +159,7 @@ class Unpacked:
                 raise BootseerError(f"snapshot cannot be unpacked: {(said or ['it was killed'])[-1][:300]}")
 
     def _contents(self, layer: Path, uid: int, gid: int) -> list[tuple[bool, bytes]]:
-        """What a layer replaces: its path, as plain as layer_over has them, and whether by nothing."""
+        """The paths that a layer replaces, as plain as layer_over has them, each with whether by nothing."""
         found = []
         with tempfile.TemporaryFile() as listed:
             done = subprocess.run(
@@ -182,7 +182,7 @@ class Unpacked:
         return found
 
     def _as_user(self, uid: int, gid: int) -> dict[str, Any]:
-        """How a program is run as its user in the tree, which that user could not enter by path."""
+        """The arguments of Popen for a program of the user in the tree, which he cannot enter by path."""
         return {
             "cwd": self.path,
             "env": {"PATH": _PATH, "LANG": "C.UTF-8", "TZ": "UTC"},
@@ -266,7 +266,7 @@ def squashfuse(uid: int, gid: int, *, all_root: bool) -> list[str]:
 
 
 def unpacked_folder(cache: Path) -> Path:
-    """Where in the cache's folder unpacked snapshots lie, each in the folder of its job, <job>.<restart>."""
+    """The folder of unpacked snapshots in the cache's, with a folder for each job, <job>.<restart>."""
     return cache / ".unpacked"
 
 

@@ -37,7 +37,7 @@ State = dict[str, Any]  # as JSON keeps it
 
 
 class Added(NamedTuple):
-    """What became of an `add`: the node, the node that lost its name to it, and what to tell the kernel.
+    """The result of an `add`: the node, the node that lost its name to it, and the change for the kernel.
 
     changed: the directory that has a new name, if it is new. gone: (parent id, name) of the other node.
     """

@@ -27,7 +27,7 @@ from bootseer_slurm.fuse.ledger import Lookups
 
 
 class File(Protocol):
-    """What can be served: immutable bytes, of which some are already local.
+    """A file that can be served: immutable bytes, of which some are already local.
 
     Called by many threads at once. A descriptor that `ready` gave must stay open, and what it shows must stay
     as it is, for as long as the server holds a reference to the File. The server drops its last one when the

@@ -311,7 +311,7 @@ def _kill_processes(uid: int) -> None:
 
 
 def _last_words(log: BinaryIO) -> str:
-    """What mksquashfs said last, as far as it can be shown. log: as we opened it, whatever has its name."""
+    """The last line of mksquashfs that can be shown. log: as we opened it, whatever has its name."""
     try:
         log.seek(max(0, os.fstat(log.fileno()).st_size - _LOG_TAIL_BYTES))
         lines = log.read().decode(errors="replace").splitlines()

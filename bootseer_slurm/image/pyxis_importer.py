@@ -124,8 +124,9 @@ def _from_agent(uri: str, environ: Mapping[str, str]) -> str:
 def _put_into_store(source: Reference | Folder, digest: str | None, job_id: str) -> str:
     """Have the image in the store; gives its fingerprint there."""
     from bootseer_slurm import config
-    from bootseer_slurm.image.library import Listener, ensure
+    from bootseer_slurm.image.library import ensure
     from bootseer_slurm.image.signed_packing import AgentPacking
+    from bootseer_slurm.listener import Listener
     from bootseer_slurm.store import open_store
 
     def stage(text: str, size_bytes: int | None) -> None:
@@ -139,7 +140,7 @@ def _put_into_store(source: Reference | Folder, digest: str | None, job_id: str)
 
 
 class _Question:
-    """What a tag stands for, asked of the registry in a thread, for so long as the user can wait."""
+    """The digest of a tag, asked of the registry in a thread, for as long as the user can wait."""
 
     def __init__(self, source: Reference | Folder) -> None:
         self.asks = isinstance(source, Reference) and not source.digest

@@ -1,4 +1,4 @@
-"""Who packs an image, and so whether the kernel may mount it: the agent, root, or its user.
+"""The ways to pack an image so that it is signed, and the kernel may mount it: by the agent, or by root.
 
 A user's own squashfs is never signed. The agent packs what a user's process sends it as a tar (see `packer`),
 and signs the result; root signs what it packed itself. Where neither is to be had, the user packs, and the

@@ -33,7 +33,7 @@ from bootseer_slurm.blob.trace import Plan, Trace
 from bootseer_slurm.blob.writer import store_blob
 from bootseer_slurm.env.archive import squash, write_tar
 from bootseer_slurm.env.layer import FILES, FILES_LIMIT_BYTES, decode_files, encode_files
-from bootseer_slurm.env.tree import Entry, survey
+from bootseer_slurm.env.tree import FileState, survey
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.image.signed_packing import AgentPacking
 from bootseer_slurm.repack.order import (
@@ -51,13 +51,13 @@ from bootseer_slurm.signals import exit_on
 from bootseer_slurm.store import FileReader, Store, open_store
 from bootseer_slurm.units import format_bytes
 
-_PLACE = "TMPDIR must name a folder with room for the image"
+_SCRATCH_HINT = "TMPDIR must name a folder with room for the image"
 _SAMPLES = 32  # blocks, of all the files that a start touches: 0.1 s of a core
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to pack again, and for whom.
+    """The blob to pack again, and its job.
 
     kind: image or environment. blob, folder: in the store. image: where its bytes can be read. mount: the
     descriptor of a mount of it. link_bytes_per_s: what this node got of the store, 0 when that is not known.
@@ -100,7 +100,7 @@ class _Work:
         self._plan = Plan()
 
     def look(self) -> list[HotFile]:
-        """What starts touch, in order; nothing where packing it again would save little."""
+        """The files that starts touch, in order; none where packing again would save little."""
         task, layout = self._task, self._layout
         self._plan, _ = plan_of(
             self._store,
@@ -156,8 +156,8 @@ class _Work:
         return [each for each in records if (each.folder, each.blob) == (self._task.folder, self._task.blob)]
 
     def _made(self, hot: list[HotFile]) -> str:
-        with scratch.folder("repack", Path(tempfile.gettempdir()), hint=_PLACE) as place:
-            file = place / "packed.sqsh"
+        with scratch.folder("repack", Path(tempfile.gettempdir()), hint=_SCRATCH_HINT) as work:
+            file = work / "packed.sqsh"
             packing = AgentPacking(
                 configuration.load(None).agent.socket, str(self._task.job), warn=lambda message: None
             )
@@ -176,10 +176,10 @@ class _Work:
         how = f"packed anew in the order of touch, with {self._compression}"
         return f"{how}: a start fetches {format_bytes(new_bytes)}, not {now}"
 
-    def _packed(self, file: Path, hot: list[HotFile], packing: AgentPacking) -> dict[str, Entry]:
+    def _packed(self, file: Path, hot: list[HotFile], packing: AgentPacking) -> dict[str, FileState]:
         """Make the squashfs; gives what it holds. By the agent if it made the first one too."""
         tree = in_order_of_touch(survey(self._root), hot)
-        written: dict[str, Entry] = {}
+        written: dict[str, FileState] = {}
 
         def write(fd: int) -> None:
             with open(fd, "wb", closefd=False) as out:
@@ -203,8 +203,8 @@ class _Work:
                 samples.append(stream.read(self._image.block_bytes))
         return samples
 
-    def _listed(self, written: dict[str, Entry]) -> dict[str, bytes]:
-        """What is kept beside an environment's blob. Raises BootseerError when another thing was packed."""
+    def _listed(self, written: dict[str, FileState]) -> dict[str, bytes]:
+        """The objects beside an environment's blob. Raises BootseerError when other files were packed."""
         if self._task.kind != "environment":
             return {}
         content = self._store.read(f"{self._task.folder}/{FILES}", limit_bytes=FILES_LIMIT_BYTES)
@@ -242,7 +242,7 @@ def _files_of(path: Path) -> Squashfs:
         reader.close()
 
 
-def _contents(files: dict[str, Entry]) -> dict[str, tuple[int, int, str, bytes]]:
+def _contents(files: dict[str, FileState]) -> dict[str, tuple[int, int, str, bytes]]:
     return {path: (each.mode, each.size_bytes, each.link, each.digest) for path, each in files.items()}
 
 

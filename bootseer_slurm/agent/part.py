@@ -245,7 +245,7 @@ class Part:
         if not squashfuse(job.uid, job.gid, all_root=all_root):
             return None
         place = folder / self.reader.blob.id[:16]
-        self._snapshot = Snapshot(self.served_path, place, uid=job.uid, gid=job.gid, all_root=all_root)
+        self._snapshot = Snapshot.mount(self.served_path, place, uid=job.uid, gid=job.gid, all_root=all_root)
         self.mounted = self._snapshot.path
         return self.mounted
 

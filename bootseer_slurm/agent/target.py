@@ -195,7 +195,7 @@ class Target:
                 self._on_fault("overlay_failed", error.message)
                 lower = []
         if len(lower) < len(self.parts):
-            self._unpacked = Unpacked(images, disk / name, uid=job.uid, gid=job.gid)
+            self._unpacked = Unpacked.unpack(images, disk / name, uid=job.uid, gid=job.gid)
             lower = [self._unpacked.path]
         self._mounted = lower[0]
         if writable:
@@ -204,7 +204,7 @@ class Target:
     def _layered(self, folder: Path, lower: list[Path], *, writable: bool) -> Overlay:
         """Its place tells the environment, not the blobs: what a job sees stays, whatever is saved."""
         place = folder / f"{hashlib.sha256(os.fsencode(self.path or '')).hexdigest()[:16]}.layers"
-        return Overlay(lower, place, uid=self._job.uid, gid=self._job.gid, writable=writable)
+        return Overlay.mount(lower, place, uid=self._job.uid, gid=self._job.gid, writable=writable)
 
     def installed_view(self) -> View:
         """The snapshot with what was installed over it, read-only, and the original that it is shown at.

@@ -3,7 +3,7 @@
 Owns: the mount, its /dev/fuse descriptor and the descriptor of its ledger; all three live as long as one
 process holds them and nobody closes the Mount. Does not own: the answers (server.py), nor who serves.
 
-Processes: one, the keeper, opens and closes. Its child, forked or started with `fds` and `to_argument`,
+Processes: one, the supervisor, opens and closes. Its child, forked or started with `fds` and `to_argument`,
 serves; when it dies, requests wait in the kernel and in the ledger for the next child. There must be one at a
 time: a killed process may still be about to die when its next one starts, but none of its threads may run.
 Threads: none are made, and none is needed.
@@ -52,7 +52,7 @@ class Mount:
     def open(cls, point: Path, *, read_ahead_kb: int = 1024, readers: int = 2) -> Mount:
         """Mount at point, which is made when it is missing; from here on, requests wait for a server.
 
-        A dead mount that an earlier keeper left there is taken away first.
+        A dead mount that an earlier supervisor left there is taken away first.
         read_ahead_kb: the kernel's readahead, and so the size of its largest buffered read.
         readers: how many threads of a server take requests. Raises BootseerError.
         """
@@ -167,7 +167,7 @@ class Mount:
 
 
 def _remove_dead_mount(point: Path) -> None:
-    """Unmount what a killed keeper left at point; raises BootseerError when something there is alive."""
+    """Unmount what a killed supervisor left at point; raises BootseerError when something there is alive."""
     while there := mounts.mounts_at(point):
         if there[-1].fstype != _FSTYPE or _is_served(point):
             raise BootseerError(

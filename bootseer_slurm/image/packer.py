@@ -73,7 +73,7 @@ class Packed:
 
 
 @dataclass(slots=True)
-class _Packing:
+class _Run:
     ticket: str
     kind: str
     uid: int
@@ -100,7 +100,7 @@ class Packer:
         self._max_bytes = max_bytes
         self._min_free_bytes = min_free_bytes
         self._time_limit_s = time_limit_s
-        self._packings: dict[str, _Packing] = {}
+        self._packings: dict[str, _Run] = {}
         self._results: dict[int, int] = {}  # of each user, as a descriptor of our own
         self._lock = threading.Lock()
         self._packers = [uid for uid in PACKER_UIDS if not _is_user(uid)]
@@ -149,7 +149,7 @@ class Packer:
 
     def _launch(
         self, ticket: str, kind: str, uid: int, packer_uid: int, command: list[str]
-    ) -> tuple[_Packing, int]:
+    ) -> tuple[_Run, int]:
         folder = self._folder / ticket
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
         try:
@@ -171,9 +171,9 @@ class Packer:
             raise BootseerError(f"packing cannot be started: {error}") from error
         finally:
             os.close(read_fd)
-        return _Packing(ticket, kind, uid, packer_uid, folder, process, log), write_fd
+        return _Run(ticket, kind, uid, packer_uid, folder, process, log), write_fd
 
-    def _watch(self, packing: _Packing) -> None:
+    def _watch(self, packing: _Run) -> None:
         """End a packing that takes too long, or whose result nobody asks for (a thread of its own)."""
         try:
             packing.process.wait(self._time_limit_s)
@@ -263,7 +263,7 @@ class Packer:
             packing.claimed.set()
             self._forget(packing)
 
-    def _forget(self, packing: _Packing) -> None:
+    def _forget(self, packing: _Run) -> None:
         packing.log.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             packing.process.wait(_KILL_TIMEOUT_S)

@@ -576,7 +576,7 @@ time.sleep(100)
         child.kill()
 
 
-def test_the_mount_of_a_killed_keeper_is_replaced(mountpoint: Path) -> None:
+def test_the_mount_of_a_killed_supervisor_is_replaced(mountpoint: Path) -> None:
     _start_and_kill(mountpoint)
     with pytest.raises(OSError) as raised:
         os.statvfs(mountpoint)

@@ -228,10 +228,7 @@ def _packing() -> Packing | None:
 
 
 def _resolve(folder: Path) -> Path:
-    try:
-        real = folder.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{folder}: {getattr(error, 'strerror', None) or error}") from error
+    real = settings.real_path(folder)
     if not real.is_dir():
         raise InputError(f"{folder}: not a directory")
     return real

@@ -96,10 +96,7 @@ def _push_file(source: Path) -> None:
     from bootseer_slurm.blob.squashfs import check_squashfs
     from bootseer_slurm.store import FileReader
 
-    try:
-        real = source.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{source}: {getattr(error, 'strerror', None) or error}") from error
+    real = settings.real_path(source)
     if real.is_dir():
         raise InputError(f"{source}: is a folder", hint=f"bootseer image push dir:{real}")
     reader = FileReader(real)

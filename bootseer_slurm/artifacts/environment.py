@@ -17,9 +17,9 @@ from typing import NamedTuple
 from bootseer_slurm import mounts
 from bootseer_slurm.artifacts.layer import Layer
 from bootseer_slurm.cache.sources import OnFault
-from bootseer_slurm.env.attach import Overlay, Snapshot, Unpacked, squashfuse
+from bootseer_slurm.env.mounting import Overlay, Snapshot, Unpacked, squashfuse
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.image.trust import Key
+from bootseer_slurm.image.signing import Key
 
 
 class View(NamedTuple):
@@ -89,17 +89,17 @@ def mount_environment(
         over = place.folder / f"{hashlib.sha256(os.fsencode(original)).hexdigest()[:16]}.layers"
         if len(lower) == len(layers) > 1 and not place.writable:
             try:
-                mount.overlay = Overlay(lower, over, uid=place.uid, gid=place.gid, writable=False)
+                mount.overlay = Overlay.mount(lower, over, uid=place.uid, gid=place.gid, writable=False)
             except BootseerError as error:
                 on_fault("overlay_failed", error.message)
                 lower = []
         if len(lower) < len(layers):
             images = [layer.handle.served_path for layer in layers]
             folder = place.disk / layers[0].description.id[:16]
-            mount._unpacked = Unpacked(images, folder, uid=place.uid, gid=place.gid)
+            mount._unpacked = Unpacked.unpack(images, folder, uid=place.uid, gid=place.gid)
             lower = [mount._unpacked.path]
         if place.writable:
-            mount.overlay = Overlay(lower, over, uid=place.uid, gid=place.gid, writable=True)
+            mount.overlay = Overlay.mount(lower, over, uid=place.uid, gid=place.gid, writable=True)
         mount.path = mount.overlay.path if mount.overlay else lower[0]
     except BaseException:
         mount.close()
@@ -117,7 +117,7 @@ def _mount_layer(layer: Layer, place: MountPlace, mount: EnvironmentMount, on_fa
     all_root = bool(layer.description.signature)
     if not squashfuse(place.uid, place.gid, all_root=all_root):
         return None
-    snapshot = Snapshot(
+    snapshot = Snapshot.mount(
         layer.handle.served_path,
         place.folder / layer.description.id[:16],
         uid=place.uid,

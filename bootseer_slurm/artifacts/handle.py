@@ -21,7 +21,7 @@ from bootseer_slurm.cache.reader import Reader
 from bootseer_slurm.cache.sources import OnFault, Source
 from bootseer_slurm.cache.waits import Waited
 from bootseer_slurm.fuse import Server
-from bootseer_slurm.image.kernel import KernelMount
+from bootseer_slurm.image.kernel_mount import KernelMount
 
 
 @dataclass(slots=True, eq=False)

@@ -18,7 +18,7 @@ from bootseer_slurm.blob.ref import ArtifactRef
 from bootseer_slurm.blob.trace import SETTLED_STARTS, Plan
 from bootseer_slurm.cache.waits import Waited
 from bootseer_slurm.errors import InputError, IntegrityError, StoreError
-from bootseer_slurm.image.trust import Key, is_signed
+from bootseer_slurm.image.signing import Key, is_signed
 from bootseer_slurm.userproc.client import UserProcess
 from bootseer_slurm.userproc.protocol import MakePlan
 

@@ -26,7 +26,7 @@ from bootseer_slurm.cache.reader import Reader
 from bootseer_slurm.cache.sources import OnFault, Source
 from bootseer_slurm.errors import NotFound
 from bootseer_slurm.fuse import Server
-from bootseer_slurm.image.kernel import KernelMount
+from bootseer_slurm.image.kernel_mount import KernelMount
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class OpenBlobs:
         idle = self._idle.pop((reader.uid, reader.blob.id), None)
         if idle is not None and idle.gone:
             idle.mount.close()
-        blob.mount = KernelMount.adopt(folder)  # of a job, or an agent, before this one
+        blob.mount = KernelMount.reattach(folder)  # of a job, or an agent, before this one
         blob.mount_reads_cache = idle is not None and blob.mount is not None
         handle = BlobHandle(self, blob, sources, on_fault, warm=warm or blob.mount is not None)
         reader.sources.add(handle)  # first: where an agent was killed, reads wait for `server.add`
@@ -201,10 +201,10 @@ class OpenBlobs:
             used = {blob.mount_folder for blob in self._open.values()}
             used |= {idle.mount.folder for idle in self._idle.values()}
             for folder in self._images.glob("*/*"):
-                if folder not in used and (mount := KernelMount.adopt(folder)):
+                if folder not in used and (mount := KernelMount.reattach(folder)):
                     mount.close()
         for server in self._servers.values():
-            server.settle()
+            server.end_recovery()
 
 
 def _add(total: Usage, more: Usage) -> None:

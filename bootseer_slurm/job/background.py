@@ -72,7 +72,7 @@ class Background:
     ) -> subprocess.Popen[bytes]:
         user = User.of(self.job.uid, self.job.gid)
         command = [sys.executable, "-I", "-m", *arguments]
-        rights: dict[str, Any] = {"user": user.uid, "group": user.gid, "extra_groups": list(user.groups)}
+        rights: dict[str, Any] = dict(user.popen_arguments())
         if seen_at:
             groups = ",".join(map(str, user.groups))
             whose = [str(user.uid), str(user.gid), groups]

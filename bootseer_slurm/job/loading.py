@@ -17,9 +17,9 @@ from bootseer_slurm.artifacts.resolved import ResolvedArtifact
 from bootseer_slurm.artifacts.table import Artifacts, image_name
 from bootseer_slurm.blob.jobclass import Remembered
 from bootseer_slurm.blob.ref import ArtifactRef
-from bootseer_slurm.env.attach import unpacked_folder
+from bootseer_slurm.env.mounting import unpacked_folder
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
-from bootseer_slurm.image.trust import Key, read_key
+from bootseer_slurm.image.signing import Key, read_key
 from bootseer_slurm.job.context import JobContext
 from bootseer_slurm.job.journal import Journal
 from bootseer_slurm.job.recording import Recording

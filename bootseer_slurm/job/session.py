@@ -21,7 +21,7 @@ from bootseer_slurm.artifacts.step_view import StepView
 from bootseer_slurm.artifacts.table import Artifacts
 from bootseer_slurm.blob.jobclass import job_class
 from bootseer_slurm.config import Config
-from bootseer_slurm.env.attach import unmount_left
+from bootseer_slurm.env.mounting import unmount_left
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.job.after_start import AfterStart

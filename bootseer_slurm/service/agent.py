@@ -17,10 +17,10 @@ from bootseer_slurm.agentapi.operations import OPERATIONS
 from bootseer_slurm.artifacts.open_blobs import OpenBlobs
 from bootseer_slurm.cache.cache import Cache
 from bootseer_slurm.config import Config
-from bootseer_slurm.env.attach import unpacked_folder
+from bootseer_slurm.env.mounting import unpacked_folder
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.fuse import Server as FuseServer
-from bootseer_slurm.image.pack import Packer
+from bootseer_slurm.image.packer import Packer
 from bootseer_slurm.job.journal import Journal
 from bootseer_slurm.job.session import Session
 from bootseer_slurm.service.answers import Answers, slow_operations

@@ -12,8 +12,8 @@ from bootseer_slurm.agentapi.protocol import Message, first
 from bootseer_slurm.artifacts.open_blobs import OpenBlobs
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import InputError, NotFound
-from bootseer_slurm.image.pack import Packer
-from bootseer_slurm.image.trust import read_key, sign
+from bootseer_slurm.image.packer import Packer
+from bootseer_slurm.image.signing import read_key, sign
 from bootseer_slurm.job.request import number
 from bootseer_slurm.job.session import Session
 from bootseer_slurm.service.sessions import Sessions

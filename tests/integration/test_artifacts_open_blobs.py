@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm import mounts
-from bootseer_slurm.image.trust import make_key
+from bootseer_slurm.image.signing import make_key
 from tests.integration.node import ALICE, Node, node_of, wait_until
-from tests.integration.test_env import contents, contents_of, end, names, pytestmark, shown
-from tests.integration.test_env_layers import make_large_venv, saved, start_is_over, without_byte_code
+from tests.integration.test_env_layer import make_large_venv, saved, start_is_over, without_byte_code
+from tests.integration.test_env_snapshot import contents, contents_of, end, names, pytestmark, shown
 
 __all__ = ["pytestmark"]
 OFTEN = "agent._TEND_EVERY_S = 0.1\n"

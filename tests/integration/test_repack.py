@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm.blob.squashfs_files import read_files
-from bootseer_slurm.image.trust import make_key
+from bootseer_slurm.image.signing import make_key
 from bootseer_slurm.store import FileReader
 from tests.integration.node import ALICE, Node, node_of, wait_until
-from tests.integration.test_env import blobs, end, give_alice, make_venv, names, shown
+from tests.integration.test_env_snapshot import blobs, end, give_alice, make_venv, names, shown
 
 pytestmark = [
     pytest.mark.fuse,

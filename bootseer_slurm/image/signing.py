@@ -1,11 +1,11 @@
-"""Trust: which images were packed by the site, so that the kernel's squashfs driver may read them.
+"""Signing: which images were packed by the site, so that the kernel's squashfs driver may read them.
 
 A squashfs that a user made can be made to break the kernel. One that the agent packed cannot be touched by
 its user between packing and signing; the signature is over the manifest's id, thus over every byte. It is
 an HMAC-SHA256 with the site's key, the same file on all nodes, and lies with the image's name in the store,
 where its user may change it: a changed one does not verify, and the image goes through squashfuse.
 
-Owns: the key's file and the signature. Does not own: what is signed, see `pack`.
+Owns: the key's file and the signature. Does not own: what is signed, see `packer`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bootseer_slurm.image.packing import AgentPacking
+from bootseer_slurm.image.signed_packing import AgentPacking
 
 
 def test_what_was_stored_with_other_digests_than_the_agents_is_not_signed() -> None:

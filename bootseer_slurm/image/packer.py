@@ -4,7 +4,7 @@ The user gives content only: a tar stream through a pipe. mksquashfs reads it as
 nobody has, one for each packing at a time, without groups, capabilities or a way to get any. The agent takes
 the result away from the packer, when no process of it is left, before it reads the digests that get signed.
 Set-user-id bits and device nodes go into the image as they come: all files are root's there, and the mounts
-that steps get are nosuid and nodev, locked (see `kernel`).
+that steps get are nosuid and nodev, locked (see `kernel_mount`).
 
 On disk: `folder`, below the cache's, only for root to enter; in it <ticket>/, 0700, the packer's: image, log.
 A result is an open file without a name, and no user has two: the next packing waits until the last one's
@@ -34,27 +34,21 @@ from typing import BinaryIO
 
 import psutil
 
-from bootseer_slurm.blob.compression import COMPRESSIONS, mksquashfs_options
+from bootseer_slurm.blob import mksquashfs
+from bootseer_slurm.blob.compression import COMPRESSIONS
 from bootseer_slurm.blob.digest import PREFERRED
 from bootseer_slurm.blob.manifest import SQUASHFS_BLOCK_BYTES, Layout, Manifest
 from bootseer_slurm.blob.squashfs import check_squashfs
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
+from bootseer_slurm.identity import without_rights
 
 _log = logging.getLogger(__name__)
 
 # Of the range that distributions leave to services without a fixed id (systemd's UIDS-GIDS.md).
 PACKER_UIDS = range(61872, 61875)
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# Fatal errors, since a part of an image is worse than none.
-_SQUASHFS = (
-    *("-tar", "-noappend", "-all-root", "-no-xattrs", "-exit-on-error", "-no-progress", "-quiet"),
-    *("-b", "128K", "-root-mode", "755"),
-)
-# A job waits for its image. None waits for a snapshot: see env/archive.py.
-_COMPRESSION = {
-    "image": mksquashfs_options("zstd", quick=True),
-    "environment": mksquashfs_options("zstd"),
-}
+_COMPRESSION = "zstd"
+_QUICK = frozenset({"image"})  # a job waits for its image; none waits for a snapshot: see env/archive.py
 _MEMORY_MIB = 1024
 _ADDRESS_SPACE_BYTES = 8 * 2**30  # mksquashfs has some stacks and buffers for each thread
 _OPEN_FILES = 64
@@ -79,7 +73,7 @@ class Packed:
 
 
 @dataclass(slots=True)
-class _Packing:
+class _Run:
     ticket: str
     kind: str
     uid: int
@@ -106,7 +100,7 @@ class Packer:
         self._max_bytes = max_bytes
         self._min_free_bytes = min_free_bytes
         self._time_limit_s = time_limit_s
-        self._packings: dict[str, _Packing] = {}
+        self._packings: dict[str, _Run] = {}
         self._results: dict[int, int] = {}  # of each user, as a descriptor of our own
         self._lock = threading.Lock()
         self._packers = [uid for uid in PACKER_UIDS if not _is_user(uid)]
@@ -131,7 +125,8 @@ class Packer:
         """
         if compression and compression not in COMPRESSIONS:
             raise InputError(f"{compression[:40]!r} is no compression")
-        options = mksquashfs_options(compression) if compression else _COMPRESSION[kind]
+        quick = not compression and kind in _QUICK
+        squash = mksquashfs.from_tar("image", compression or _COMPRESSION, quick=quick, all_root=True)
         with self._lock:
             if any(packing.uid == uid for packing in self._packings.values()):
                 raise BootseerError(f"an image of uid {uid} is being packed on this node", hint="wait for it")
@@ -146,7 +141,7 @@ class Packer:
             if limit_bytes <= 0:
                 raise BootseerError(f"{self._folder}: the disk has no room for packing")
             ticket = secrets.token_hex(16)
-            command = _command(options, free[0], limit_bytes)
+            command = _command(squash, free[0], limit_bytes)
             packing, fd = self._launch(ticket, kind, uid, free[0], command)
             self._packings[ticket] = packing
             threading.Thread(target=self._watch, args=(packing,), name="packing", daemon=True).start()
@@ -154,7 +149,7 @@ class Packer:
 
     def _launch(
         self, ticket: str, kind: str, uid: int, packer_uid: int, command: list[str]
-    ) -> tuple[_Packing, int]:
+    ) -> tuple[_Run, int]:
         folder = self._folder / ticket
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
         try:
@@ -176,9 +171,9 @@ class Packer:
             raise BootseerError(f"packing cannot be started: {error}") from error
         finally:
             os.close(read_fd)
-        return _Packing(ticket, kind, uid, packer_uid, folder, process, log), write_fd
+        return _Run(ticket, kind, uid, packer_uid, folder, process, log), write_fd
 
-    def _watch(self, packing: _Packing) -> None:
+    def _watch(self, packing: _Run) -> None:
         """End a packing that takes too long, or whose result nobody asks for (a thread of its own)."""
         try:
             packing.process.wait(self._time_limit_s)
@@ -268,7 +263,7 @@ class Packer:
             packing.claimed.set()
             self._forget(packing)
 
-    def _forget(self, packing: _Packing) -> None:
+    def _forget(self, packing: _Run) -> None:
         packing.log.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             packing.process.wait(_KILL_TIMEOUT_S)
@@ -277,15 +272,14 @@ class Packer:
             self._packings.pop(packing.ticket, None)
 
 
-def _command(options: tuple[str, ...], packer_uid: int, limit_bytes: int) -> list[str]:
+def _command(squash: list[str], packer_uid: int, limit_bytes: int) -> list[str]:
     """mksquashfs as a packer, with nothing to gain."""
     processors = max(1, (os.cpu_count() or 1) // 2)  # jobs run beside it
     return [
-        *("setpriv", f"--reuid={packer_uid}", f"--regid={packer_uid}", "--clear-groups", "--no-new-privs"),
-        *("--bounding-set=-all", "--inh-caps=-all", "--"),
+        *without_rights(packer_uid),
         *("prlimit", f"--fsize={limit_bytes}", f"--nofile={_OPEN_FILES}", f"--nproc={_THREADS}", "--core=0"),
         *(f"--as={_ADDRESS_SPACE_BYTES}", "--"),
-        *("nice", "-n", "5", "mksquashfs", "-", "image", *_SQUASHFS, *options),
+        *("nice", "-n", "5", *squash),
         *("-processors", str(processors), "-mem", f"{_MEMORY_MIB}M"),
     ]
 
@@ -317,7 +311,7 @@ def _kill_processes(uid: int) -> None:
 
 
 def _last_words(log: BinaryIO) -> str:
-    """What mksquashfs said last, as far as it can be shown. log: as we opened it, whatever has its name."""
+    """The last line of mksquashfs that can be shown. log: as we opened it, whatever has its name."""
     try:
         log.seek(max(0, os.fstat(log.fileno()).st_size - _LOG_TAIL_BYTES))
         lines = log.read().decode(errors="replace").splitlines()

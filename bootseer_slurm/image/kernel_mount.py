@@ -1,20 +1,20 @@
 """Kernel mounts: a trusted image through the kernel's squashfs driver, as its user's own files.
 
 squashfuse costs a start more than the link does (DESIGN.md, section 5); the kernel's driver little.
-It may only be given what passed `trust`. Owns: the loop device, the squashfs, and the idmapped mount that
+It may only be given what passed `signing`. Owns: the loop device, the squashfs, and the idmapped mount that
 steps get clones of. Does not own: whether an image is trusted, and who may have a clone.
 
 On disk: `folder`, an empty folder below one that only root may enter. The mount on it outlives the agent:
-one that was killed left it there, the next one adopts it. It is read-only, nosuid and nodev, and *locked* so:
-without the lock, its user could attach it in a user namespace of his and remount it without nodev there (seen
-on Linux 6.18), and a device node in an image would be his. The lock comes of copying the mount into a user
+the next agent reattaches what a killed one left there. It is read-only, nosuid and nodev, and *locked* so.
+Without the lock, its user could attach it in a user namespace of his and remount it without nodev there (seen
+on Linux 6.18); then a device node in an image would be his. The lock comes of copying the mount into a user
 namespace (mount_namespaces(7)), and its clones inherit it.
 
 Processes: the agent serves the very file that the loop device reads. A mount(2) in the agent would wait for
 the agent; killed at that moment it could not even die, and no successor would come. So a process of its own
 makes the mount, which is detached until the agent attaches it, and goes away with whoever dies:
 
-    python -I -m bootseer_slurm.image.kernel <socket fd> <image> <folder> <uid> <gid>
+    python -I -m bootseer_slurm.image.kernel_mount <socket fd> <image> <folder> <uid> <gid>
 
 It says each step when it is done, one message each, then {"error": …, "hint": …}, or sends the descriptor.
 """
@@ -36,6 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bootseer_slurm import mounts
+from bootseer_slurm.blob import mksquashfs
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.identity import User
 
@@ -70,7 +71,7 @@ class KernelMount:
     """An image that the kernel shows at `folder`, with the files of root being its user's. No state."""
 
     def __init__(self, folder: Path) -> None:
-        """The mount that is at `folder`; see `open_image` and `adopt`."""
+        """The mount that is at `folder`; see `open_image` and `reattach`."""
         self.folder = folder
 
     @classmethod
@@ -98,7 +99,7 @@ class KernelMount:
         return cls(folder)
 
     @classmethod
-    def adopt(cls, folder: Path) -> KernelMount | None:
+    def reattach(cls, folder: Path) -> KernelMount | None:
         """The mount that an earlier agent left at `folder`, or None. Does not touch the file system on it."""
         if any(entry.fstype == _FSTYPE for entry in mounts.mounts_at(folder)):
             return cls(folder)
@@ -141,7 +142,7 @@ def _detached_mount(image: Path, folder: Path, uid: int, gid: int, timeout_s: fl
     """Have a process of its own make the mount. Raises MountFailed, OSError or SubprocessError."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with here, there:
-        command = [sys.executable, "-I", "-m", "bootseer_slurm.image.kernel"]
+        command = [sys.executable, "-I", "-m", "bootseer_slurm.image.kernel_mount"]
         process = subprocess.Popen(
             [*command, str(there.fileno()), str(image), str(folder), str(uid), str(gid)],
             pass_fds=(there.fileno(),),
@@ -188,7 +189,7 @@ def probe() -> list[tuple[str, bool, str]]:
         home.chmod(0o755)
         (home / "tree").mkdir()
         image, folder = home / "image", home / "mount"
-        command = ["mksquashfs", str(home / "tree"), str(image), "-all-root", "-quiet", "-no-progress"]
+        command = mksquashfs.from_rootfs(str(home / "tree"), str(image))
         try:
             subprocess.run(command, check=True, capture_output=True)
             mount = KernelMount.open_image(image, folder, uid=_PROBE_ID, gid=_PROBE_ID)
@@ -247,7 +248,7 @@ def main(link_fd: int, image: Path, folder: Path, uid: int, gid: int) -> None:
 def _make(image: Path, folder: Path, uid: int, gid: int, done: Callable[[], object]) -> int:
     """The way to the mount, `done` being told after each of STEPS. Raises BootseerError or OSError."""
     mounts.unshare_mount_namespace()
-    loop_fd = _attach_loop(image)
+    loop_fd = _set_up_loop(image)
     done()
     try:
         _mount_squashfs(f"/dev/loop{os.minor(os.fstat(loop_fd).st_rdev)}", folder)
@@ -275,7 +276,7 @@ def _open_backing(image: Path) -> int:
     return backing
 
 
-def _attach_loop(image: Path) -> int:
+def _set_up_loop(image: Path) -> int:
     """A free loop device over the file, read-only, which ends with its last user."""
     backing = _open_backing(image)
     try:

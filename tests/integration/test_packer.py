@@ -19,10 +19,10 @@ import pytest
 from bootseer_slurm.blob.digest import PREFERRED
 from bootseer_slurm.blob.manifest import decode
 from bootseer_slurm.errors import BootseerError, NotFound
-from bootseer_slurm.image import pack
-from bootseer_slurm.image.kernel import KernelMount
-from bootseer_slurm.image.pack import PACKER_UIDS, Packed, Packer
-from bootseer_slurm.image.trust import Key, is_signed, sign
+from bootseer_slurm.image import packer as packer_module
+from bootseer_slurm.image.kernel_mount import KernelMount
+from bootseer_slurm.image.packer import PACKER_UIDS, Packed, Packer
+from bootseer_slurm.image.signing import Key, is_signed, sign
 
 pytestmark = [
     pytest.mark.fuse,
@@ -321,14 +321,14 @@ def test_something_else_in_place_of_the_image(tmp_path: Path) -> None:
         folder.mkdir()
         make(folder / "image")
         with pytest.raises(BootseerError):
-            pack._take(folder, 1 << 20)
+            packer_module._take(folder, 1 << 20)
 
 
 def test_processes_of_a_user_of_that_number_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = PACKER_UIDS[1]
-    monkeypatch.setattr(pack, "_is_user", lambda uid: uid == theirs)
+    monkeypatch.setattr(packer_module, "_is_user", lambda uid: uid == theirs)
     with subprocess.Popen(["sleep", "60"], user=theirs) as sleeping:
         try:
             packer = Packer(tmp_path / "packing", max_bytes=1 << 20)
@@ -347,7 +347,7 @@ def test_processes_of_a_user_of_that_number_are_left_alone(
 def test_a_result_is_given_once_and_goes_when_nobody_asks(
     packer: Packer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pack, "_CLAIM_S", 0.3)
+    monkeypatch.setattr(packer_module, "_CLAIM_S", 0.3)
     fd, ticket = packer.start(_UID)
     os.write(fd, _tar(_member("a", data=b"x")))
     os.close(fd)

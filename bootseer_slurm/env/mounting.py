@@ -23,6 +23,7 @@ import psutil
 
 from bootseer_slurm import mounts
 from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.identity import User
 from bootseer_slurm.tail import last_lines
 
 _log = logging.getLogger(__name__)
@@ -36,25 +37,24 @@ _LISTING_LIMIT_BYTES = 256 * 2**20  # of a layer of millions of files
 
 
 class Snapshot:
-    """A mounted snapshot."""
+    """A mounted snapshot, at `path`."""
 
-    def __init__(self, image: Path, target: Path, *, uid: int, gid: int, all_root: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
+        """The snapshot that is mounted at `path`; see `mount`."""
+        self.path = path
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def mount(cls, image: Path, target: Path, *, uid: int, gid: int, all_root: bool = False) -> Snapshot:
         """Mount the squashfs `image`, a file that this user may open, at the new folder `target`.
 
         all_root: all in it is root's, and to be shown as the user's.
-        Where an agent that was killed mounted it already, that mount goes on being used: squashfuse does not
-        end with the agent, but may have ended. Raises BootseerError when squashfuse is missing or the mount
-        fails.
+        The mount of an agent that was killed is reattached: squashfuse does not end with the agent, but may
+        have ended. Raises BootseerError when squashfuse is missing or the mount fails.
         """
-        self.path = target
-        self._process: subprocess.Popen[bytes] | None = None
-        while mounts.is_mountpoint(target):
-            try:
-                os.listdir(target)
-                return
-            except OSError as error:
-                _log.warning("%s: mounted anew: %s", target, error.strerror)
-                mounts.unmount(target)
+        snapshot = cls(target)
+        if _reattached(target):
+            return snapshot
         command = squashfuse(uid, gid, all_root=all_root)
         if not command:
             raise BootseerError("squashfuse is not installed on this node", hint="apt-get install squashfuse")
@@ -68,7 +68,7 @@ class Snapshot:
             fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
             try:
                 mounts.mount("squashfuse", target, "fuse.squashfuse", flags, f"fd={fd},{options}")
-                self._process = subprocess.Popen(
+                snapshot._process = subprocess.Popen(
                     [*command, "-f", str(image), f"/dev/fd/{fd}"],
                     pass_fds=(fd,),
                     stdin=subprocess.DEVNULL,
@@ -76,17 +76,16 @@ class Snapshot:
                     stderr=subprocess.DEVNULL,
                     cwd="/",
                     env={"LANG": "C.UTF-8"},
-                    user=uid,
-                    group=gid,
-                    extra_groups=[],
                     start_new_session=True,
+                    **User(uid, gid, ()).popen_arguments(),
                 )
             finally:
                 os.close(fd)
             os.listdir(target)  # waits for squashfuse; fails when the image is none
         except (OSError, subprocess.SubprocessError) as error:
-            self.close()
+            snapshot.close()
             raise BootseerError(f"snapshot cannot be mounted: {error}") from error
+        return snapshot
 
     def close(self) -> None:
         """Unmount, and end squashfuse when the last step that uses it is gone (at once if it has to)."""
@@ -108,35 +107,45 @@ class Snapshot:
 class Unpacked:
     """A snapshot as files on the node's disk: the last resort, where no squashfuse is installed."""
 
-    def __init__(self, images: Sequence[Path], folder: Path, *, uid: int, gid: int) -> None:
-        """Unpack the squashfs `images` below the new folder `folder`, or take up what is there.
+    def __init__(self, folder: Path, user: User) -> None:
+        """The snapshot of this user that is unpacked in `folder`; see `unpack`."""
+        self.path = folder / "tree"
+        self._folder = folder
+        self._user = user
+
+    @classmethod
+    def unpack(cls, images: Sequence[Path], folder: Path, *, uid: int, gid: int) -> Unpacked:
+        """Unpack the squashfs `images` below the new folder `folder`, or reattach what is there.
 
         images: the snapshot, or a layer and the snapshot below it. folder: where only root may enter. All is
         read, so it takes long, and is the user's. Raises BootseerError when unsquashfs is missing or fails;
         nothing is left then.
         """
-        self.path = folder / "tree"
-        self._folder = folder
+        unpacked = cls(folder, User(uid, gid, ()))
         done = folder / "done"
         if done.exists():
-            return
+            return unpacked
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            self.path.mkdir(mode=0o755, parents=True)
-            os.chown(self.path, uid, gid)
-            replaced = [path for image in images[:-1] for path in self._contents(image, uid, gid)]
-            *layers, snapshot = images
-            self._unpack(snapshot, [path for _, path in replaced], uid, gid)
-            for layer in layers:
-                self._unpack(layer, [path for is_whiteout, path in replaced if is_whiteout], uid, gid)
+            unpacked._make(images)
             done.touch()
         except (OSError, subprocess.SubprocessError) as error:
             raise BootseerError(f"snapshot cannot be unpacked: {error}") from error
         finally:
             if not done.exists():
-                self.close()
+                unpacked.close()
+        return unpacked
 
-    def _unpack(self, image: Path, without: Sequence[bytes], uid: int, gid: int) -> None:
+    def _make(self, images: Sequence[Path]) -> None:
+        self.path.mkdir(mode=0o755, parents=True)
+        os.chown(self.path, self._user.uid, self._user.gid)
+        replaced = [path for image in images[:-1] for path in self._contents(image)]
+        *layers, snapshot = images
+        self._unpack(snapshot, [path for _, path in replaced])
+        for layer in layers:
+            self._unpack(layer, [path for is_whiteout, path in replaced if is_whiteout])
+
+    def _unpack(self, image: Path, without: Sequence[bytes]) -> None:
         """Unpack all but these paths into the tree."""
         with tempfile.TemporaryFile() as listed:
             listed.write(b"".join(path + b"\n" for path in without))
@@ -149,7 +158,7 @@ class Unpacked:
                 stdin=listed,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                **self._as_user(uid, gid),
+                **self._as_user(),
             )
             try:
                 said = last_lines(process, _UNPACK_LIMIT_S)
@@ -159,8 +168,8 @@ class Unpacked:
             if process.returncode:
                 raise BootseerError(f"snapshot cannot be unpacked: {(said or ['it was killed'])[-1][:300]}")
 
-    def _contents(self, layer: Path, uid: int, gid: int) -> list[tuple[bool, bytes]]:
-        """What a layer replaces: its path, as plain as layer_over has them, and whether by nothing."""
+    def _contents(self, layer: Path) -> list[tuple[bool, bytes]]:
+        """The paths that a layer replaces, as plain as layer_over has them, each with whether by nothing."""
         found = []
         with tempfile.TemporaryFile() as listed:
             done = subprocess.run(
@@ -169,7 +178,7 @@ class Unpacked:
                 stderr=subprocess.DEVNULL,
                 timeout=_UNPACK_LIMIT_S,
                 check=False,
-                **self._as_user(uid, gid),
+                **self._as_user(),
             )
             if done.returncode:
                 raise BootseerError("snapshot cannot be unpacked: what its layer holds cannot be listed")
@@ -182,15 +191,13 @@ class Unpacked:
                     found.append((kind == b"c", path.partition(b" -> ")[0] if kind == b"l" else path))
         return found
 
-    def _as_user(self, uid: int, gid: int) -> dict[str, Any]:
-        """How a program is run as its user in the tree, which that user could not enter by path."""
+    def _as_user(self) -> dict[str, Any]:
+        """The arguments of Popen for a program of the user in the tree, which he cannot enter by path."""
         return {
             "cwd": self.path,
             "env": {"PATH": _PATH, "LANG": "C.UTF-8", "TZ": "UTC"},
-            "user": uid,
-            "group": gid,
-            "extra_groups": [],
             "start_new_session": True,
+            **self._user.popen_arguments(),
         }
 
     def close(self) -> None:
@@ -207,36 +214,37 @@ class Overlay:
     goes with the job.
     """
 
-    def __init__(self, lower: Sequence[Path], target: Path, *, uid: int, gid: int, writable: bool) -> None:
-        """Show these mounts, the topmost first, at the new folder `target`; or take up what is there.
+    def __init__(self, path: Path, *, writable: bool) -> None:
+        """The layers that are mounted at `path`; see `mount`."""
+        self.path = path
+        self.writable = writable
+        self._memory = path.with_name(f"{path.name}.new")
+
+    @classmethod
+    def mount(cls, lower: Sequence[Path], target: Path, *, uid: int, gid: int, writable: bool) -> Overlay:
+        """Show these mounts, the topmost first, at the new folder `target`; or reattach what is there.
 
         writable: for its user. Raises BootseerError where the kernel has no overlay for these mounts.
         """
-        self.path = target
-        self.writable = writable
-        self._memory = target.with_name(f"{target.name}.new")
-        while mounts.is_mountpoint(target):
-            try:
-                os.listdir(target)
-                return
-            except OSError as error:  # what it lay over has died
-                _log.warning("%s: mounted anew: %s", target, error.strerror)
-                mounts.unmount(target)
+        overlay = cls(target, writable=writable)
+        if _reattached(target):
+            return overlay
         flags = mounts.MS_NOSUID | mounts.MS_NODEV
         options = f"lowerdir={':'.join(map(str, lower))}"
         try:
             target.mkdir(mode=0o700, parents=True, exist_ok=True)
             if writable:
-                options += self._upper(flags, uid, gid)
+                options += overlay._upper(flags, uid, gid)
             else:
                 flags |= mounts.MS_RDONLY
             mounts.mount("overlay", target, "overlay", flags, options)
         except OSError as error:
-            self.close()
+            overlay.close()
             raise BootseerError(f"layers of a snapshot cannot be mounted: {error}") from error
+        return overlay
 
     def _upper(self, flags: int, uid: int, gid: int) -> str:
-        """Make the layer to write to, or take up the one there; gives overlayfs's options for it."""
+        """Make the layer to write to, or reattach the one there; gives overlayfs's options for it."""
         size_bytes = psutil.virtual_memory().total // _MEMORY_SHARE
         upper, work = self._memory / "upper", self._memory / "work"
         if not mounts.is_mountpoint(self._memory):  # else what was written there is still wanted
@@ -256,6 +264,18 @@ class Overlay:
                 path.rmdir()
 
 
+def _reattached(target: Path) -> bool:
+    """Whether an earlier agent's mount at `target` goes on; one whose server died is taken away."""
+    while mounts.is_mountpoint(target):
+        try:
+            os.listdir(target)
+            return True
+        except OSError as error:
+            _log.warning("%s: mounted anew: %s", target, error.strerror)
+            mounts.unmount(target)
+    return False
+
+
 def squashfuse(uid: int, gid: int, *, all_root: bool) -> list[str]:
     """The fastest squashfuse of this node, with options; empty when there is none.
 
@@ -269,7 +289,7 @@ def squashfuse(uid: int, gid: int, *, all_root: bool) -> list[str]:
 
 
 def unpacked_folder(cache: Path) -> Path:
-    """Where in the cache's folder unpacked snapshots lie, each in the folder of its job, <job>.<restart>."""
+    """The folder of unpacked snapshots in the cache's, with a folder for each job, <job>.<restart>."""
     return cache / ".unpacked"
 
 

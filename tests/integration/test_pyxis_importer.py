@@ -106,7 +106,7 @@ class Step:
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "bootseer_slurm.image.importer", *words],
+            [sys.executable, "-m", "bootseer_slurm.image.pyxis_importer", *words],
             env=self.environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -340,7 +340,7 @@ def test_other_arguments_are_refused(step: Step, words: tuple[str, ...]) -> None
 
 
 def test_it_starts_without_what_is_heavy(step: Step) -> None:
-    code = "import sys, bootseer_slurm.image.importer; print(*sys.modules)"
+    code = "import sys, bootseer_slurm.image.pyxis_importer; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

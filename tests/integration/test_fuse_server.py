@@ -26,7 +26,7 @@ import pytest
 
 from bootseer_slurm import mounts
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.fuse import Mount, Server, kernel
+from bootseer_slurm.fuse import Mount, Server, protocol
 
 pytestmark = [
     pytest.mark.fuse,
@@ -161,7 +161,7 @@ def test_some_blocks_local_and_some_not(server: Server) -> None:
     data = random.Random(2).randbytes(8 << 20)
     file = MemoryFile(data, local=lambda offset, size: offset // _BLOCK % 3 == 0)
     assert server.add("0/blob", file).read_bytes() == data
-    assert max(size for _, size in file.reads) == kernel.MAX_READ_BYTES
+    assert max(size for _, size in file.reads) == protocol.MAX_READ_BYTES
     assert sum(size for _, size in file.reads) == len(data)
 
 
@@ -370,7 +370,7 @@ def test_stuck_fetches_hold_up_nothing_else(mountpoint: Path, stuck: StuckFile) 
 
 def test_one_user_cannot_keep_another_waiting(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """He stops what brings his bytes, and reads with many threads and far ahead."""
-    monkeypatch.setattr("bootseer_slurm.fuse.server._USER_PARKED", 32)
+    monkeypatch.setattr("bootseer_slurm.fuse.waiting._USER_PARKED", 32)
     data = random.Random(3).randbytes(8 << 20)
     stuck = StuckFile(random.Random(2).randbytes(128 << 20))
     read = """
@@ -562,7 +562,7 @@ def test_the_mount_was_taken_away(mountpoint: Path, fusectl: None, held: bool) -
 def _start_and_kill(mountpoint: Path) -> None:
     code = f"""
 import sys, time
-sys.path.insert(0, {str(Path(kernel.__file__).parents[2])!r})
+sys.path.insert(0, {str(Path(protocol.__file__).parents[2])!r})
 from pathlib import Path
 from bootseer_slurm.fuse import Mount, Server
 mount = Mount.open(Path(sys.argv[1]))
@@ -576,7 +576,7 @@ time.sleep(100)
         child.kill()
 
 
-def test_the_mount_of_a_killed_keeper_is_replaced(mountpoint: Path) -> None:
+def test_the_mount_of_a_killed_supervisor_is_replaced(mountpoint: Path) -> None:
     _start_and_kill(mountpoint)
     with pytest.raises(OSError) as raised:
         os.statvfs(mountpoint)

@@ -18,10 +18,10 @@ from bootseer_slurm.blob.garbage import GRACE_S, collect_garbage
 from bootseer_slurm.blob.names import Name, list_names, write_name
 from bootseer_slurm.env import snapshot
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.image.trust import make_key
+from bootseer_slurm.image.signing import make_key
 from bootseer_slurm.store import FileStore
 from tests.integration.node import ALICE, Node, node, node_of, wait_until
-from tests.integration.test_env import (
+from tests.integration.test_env_snapshot import (
     OLD,
     as_alice,
     blobs,

@@ -1,6 +1,6 @@
 """Files of a FUSE mount go on being read, byte by byte right, while the processes that serve it are killed.
 
-Here the test is the keeper: it holds the Mount, and starts server processes (_SERVER), which it tells what to
+Here the test is the supervisor: it holds the Mount, and starts server processes (_SERVER), which it tells what to
 do on their standard input, kills, and replaces. Everything is read in processes of its own.
 """
 
@@ -23,18 +23,18 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm import mounts
-from bootseer_slurm.fuse import Mount, kernel
+from bootseer_slurm.fuse import Mount, protocol
 
 pytestmark = [
     pytest.mark.fuse,
     pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root, /dev/fuse"),
 ]
-_ROOT = Path(kernel.__file__).parents[2]
+_ROOT = Path(protocol.__file__).parents[2]
 _SERVER = """
 import json, os, random, signal, sys, threading, time
 from pathlib import Path
-from bootseer_slurm.fuse import Mount, Server, kernel
-from bootseer_slurm.fuse import server as module
+from bootseer_slurm.fuse import Mount, Server, protocol
+from bootseer_slurm.fuse import requests
 
 def say(what):
     os.write(1, (json.dumps(what) + "\\n").encode())
@@ -61,10 +61,10 @@ def die(*arguments):
     time.sleep(10)
 
 def trap(where, opcode):
-    owner = module.Server if where == "_answer" else module.Device
+    owner = requests.RequestThreads if where == "_answer" else requests.Device
     inner, taken = getattr(owner, where), []
     def trapped(self, *arguments):
-        request = next((a for a in arguments if isinstance(a, kernel.Request)), None)
+        request = next((a for a in arguments if isinstance(a, protocol.Request)), None)
         if where == "_answer" and request.opcode == opcode:
             die()
         if where == "reply" and opcode == taken[-1]:
@@ -72,11 +72,11 @@ def trap(where, opcode):
             die()
         return inner(self, *arguments)
     if where == "reply":
-        answer = module.Server._answer
+        answer = requests.RequestThreads._answer
         def remember(self, request, outbox):
             taken.append(request.opcode)
             answer(self, request, outbox)
-        module.Server._answer = remember
+        requests.RequestThreads._answer = remember
     setattr(owner, where, trapped)
 
 mount, state = Mount.from_argument(sys.argv[1]), Path(sys.argv[2])
@@ -99,7 +99,7 @@ def store(path, data, offset, size):
 def store_aside(*arguments):
     threading.Thread(target=store, args=arguments, daemon=True).start()
 
-does = {"add": add, "remove": server.remove, "settle": server.settle, "known": server.known, "store": store,
+does = {"add": add, "remove": server.remove, "end_recovery": server.end_recovery, "known": server.known, "store": store,
         "store_aside": store_aside, "reads": lambda path: files[path].reads}
 for line in sys.stdin:
     name, *arguments = json.loads(line)
@@ -208,7 +208,7 @@ class Serving:
                 stream.close()
 
 
-class Keeper:
+class Supervisor:
     """Holds the mount, and the processes that a test started."""
 
     def __init__(self, folder: Path) -> None:
@@ -217,14 +217,14 @@ class Keeper:
         self.servers: list[Serving] = []
         self.readers: list[subprocess.Popen[str]] = []
 
-    def serve(self, *added: tuple[object, ...], settle: bool = True, trap: object = None) -> Serving:
-        """Start a server, add files to it, and settle."""
+    def serve(self, *added: tuple[object, ...], recovered: bool = True, trap: object = None) -> Serving:
+        """Start a server, add files to it, and end the recovery."""
         server = Serving(self.mount, self.state, trap)  # type: ignore[arg-type]
         self.servers.append(server)
         if added:
             server.do("add", *map(list, added))
-        if settle and trap is None:
-            server.do("settle")
+        if recovered and trap is None:
+            server.do("end_recovery")
         return server
 
     def read(self, code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -259,10 +259,10 @@ class Keeper:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Iterator[Keeper]:
-    keeper = Keeper(tmp_path)
-    yield keeper
-    keeper.close()
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    supervisor = Supervisor(tmp_path)
+    yield supervisor
+    supervisor.close()
     assert not mounts.is_mountpoint(tmp_path / "blobs")
 
 
@@ -274,8 +274,8 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def blob(keeper: Keeper) -> Path:
-    return keeper.mount.point / "0/blob"
+def blob(supervisor: Supervisor) -> Path:
+    return supervisor.mount.point / "0/blob"
 
 
 _PREAD = """
@@ -303,100 +303,100 @@ def _wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def test_killed_at_random_moments(keeper: Keeper, data: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments(supervisor: Supervisor, data: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.write_bytes(b"small")
     files = [(f"0/{name}", str(data), "mixed") for name in ("blob", "blob2")]
     files += [(f"0/{number:03d}-{'n' * 100}", str(small), "ready") for number in range(200)]
-    server = keeper.serve(*files)
-    stop, point = tmp_path / "stop", keeper.mount.point / "0"
+    server = supervisor.serve(*files)
+    stop, point = tmp_path / "stop", supervisor.mount.point / "0"
     kinds = ("sequential", "random", "mapped", "direct", "names")
     for number, kind in enumerate(kinds):
-        keeper.read(_READER, kind, point / ("blob2" if number % 2 else "blob"), data, stop, number)
+        supervisor.read(_READER, kind, point / ("blob2" if number % 2 else "blob"), data, stop, number)
     chance = random.Random(2)
     for turn in range(30):
         time.sleep(chance.uniform(0, 0.15))
         server.kill()
         # Every third is killed while it starts, while it takes over, or before it was told of all files.
         told = files if turn % 3 else files[: chance.randrange(2)]
-        server = keeper.serve(*told, settle=turn % 3 > 0)
+        server = supervisor.serve(*told, recovered=turn % 3 > 0)
     server.kill()
-    server = keeper.serve(*files)
+    server = supervisor.serve(*files)
     stop.touch()
-    turns = [int(_result(reader, 60)) for reader in keeper.readers]
+    turns = [int(_result(reader, 60)) for reader in supervisor.readers]
     assert min(turns) >= 1 and sum(turns) > len(kinds)
 
 
-def test_many_waiting_reads_and_two_kills_before_any_answer(keeper: Keeper, data: Path, blob: Path) -> None:
-    server = keeper.serve(("0/blob", str(data), "stuck"))
+def test_many_waiting_reads_and_two_kills_before_any_answer(supervisor: Supervisor, data: Path, blob: Path) -> None:
+    server = supervisor.serve(("0/blob", str(data), "stuck"))
     offsets = [number << 19 for number in range(12)]
     for offset in offsets:
-        keeper.read(_PREAD, blob, offset, 5000)
+        supervisor.read(_PREAD, blob, offset, 5000)
     server.wait_for_fetches(len(offsets))
     server.kill()
-    keeper.serve(settle=False).kill()
-    server = keeper.serve(("0/blob", str(data), "stuck"))
+    supervisor.serve(recovered=False).kill()
+    server = supervisor.serve(("0/blob", str(data), "stuck"))
     server.wait_for_fetches(5)
     server.kill()
-    server = keeper.serve(("0/blob", str(data), "fetch"))
+    server = supervisor.serve(("0/blob", str(data), "fetch"))
     content = data.read_bytes()
-    for offset, reader in zip(offsets, keeper.readers, strict=True):
+    for offset, reader in zip(offsets, supervisor.readers, strict=True):
         assert _result(reader) == content[offset : offset + 5000].hex()
     # What waited goes the way of a new read: asked whether it is local first.
     reads = server.do("reads", "0/blob")
     assert isinstance(reads, list) and len(reads) >= len(offsets)
     server.kill()
-    server = keeper.serve(("0/blob", str(data), "stuck"))
+    server = supervisor.serve(("0/blob", str(data), "stuck"))
     assert server.do("reads", "0/blob") == []  # what was answered is not asked again
 
 
 _CALLS = {
-    kernel.Opcode.LOOKUP: "os.stat(path)",
-    kernel.Opcode.GETATTR: "os.stat(os.path.dirname(os.path.dirname(path)))",
-    kernel.Opcode.OPEN: "os.open(path, os.O_RDONLY)",
-    kernel.Opcode.READ: "open(path, 'rb').read()",
-    kernel.Opcode.READDIR: "os.listdir(os.path.dirname(path)) == ['blob'] or sys.exit(1)",
-    kernel.Opcode.READDIRPLUS: "os.listdir(os.path.dirname(path)) == ['blob'] or sys.exit(1)",
-    kernel.Opcode.STATFS: "os.statvfs(path)",
+    protocol.Opcode.LOOKUP: "os.stat(path)",
+    protocol.Opcode.GETATTR: "os.stat(os.path.dirname(os.path.dirname(path)))",
+    protocol.Opcode.OPEN: "os.open(path, os.O_RDONLY)",
+    protocol.Opcode.READ: "open(path, 'rb').read()",
+    protocol.Opcode.READDIR: "os.listdir(os.path.dirname(path)) == ['blob'] or sys.exit(1)",
+    protocol.Opcode.READDIRPLUS: "os.listdir(os.path.dirname(path)) == ['blob'] or sys.exit(1)",
+    protocol.Opcode.STATFS: "os.statvfs(path)",
 }
 
 
 @pytest.mark.parametrize("where", ["_answer", "reply"])
 @pytest.mark.parametrize("opcode", _CALLS)
 def test_killed_between_request_and_answer(
-    keeper: Keeper, data: Path, blob: Path, opcode: kernel.Opcode, where: str
+    supervisor: Supervisor, data: Path, blob: Path, opcode: protocol.Opcode, where: str
 ) -> None:
     """Killed with the request just taken, and with the answer given but not yet noted."""
-    server = keeper.serve(trap=(where, int(opcode)))
+    server = supervisor.serve(trap=(where, int(opcode)))
     server.do("add", "0/blob", str(data))
-    reader = keeper.read(f"import os, sys; path = sys.argv[1]; {_CALLS[opcode]}", blob)
-    if opcode not in (kernel.Opcode.OPEN, kernel.Opcode.READDIR):  # those two are not asked by every kernel
+    reader = supervisor.read(f"import os, sys; path = sys.argv[1]; {_CALLS[opcode]}", blob)
+    if opcode not in (protocol.Opcode.OPEN, protocol.Opcode.READDIR):  # those two are not asked by every kernel
         assert server.process.wait(20) == -signal.SIGKILL
     else:
         time.sleep(0.5)
         server.kill()
-    keeper.serve(("0/blob", str(data)))
+    supervisor.serve(("0/blob", str(data)))
     _result(reader)
     assert (
-        keeper.read(_PREAD, blob, 4096, 100)
+        supervisor.read(_PREAD, blob, 4096, 100)
         .communicate(timeout=20)[0]
         .endswith(data.read_bytes()[4096:4196].hex() + "\n")
     )
 
 
 def test_who_waits_in_direct_io_can_be_killed_with_or_without_a_server(
-    keeper: Keeper, data: Path, blob: Path
+    supervisor: Supervisor, data: Path, blob: Path
 ) -> None:
     code = """
 import mmap, os, sys
 os.preadv(os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), [mmap.mmap(-1, 4096)], int(sys.argv[2]))
 """
-    server = keeper.serve(("0/blob", str(data), "stuck"))
-    readers = [keeper.read(code, blob, number << 20) for number in range(2)]
+    server = supervisor.serve(("0/blob", str(data), "stuck"))
+    readers = [supervisor.read(code, blob, number << 20) for number in range(2)]
     server.wait_for_fetches(2)
     server.kill()
     readers[0].kill()
-    keeper.serve(settle=False)  # and is told of no file
+    supervisor.serve(recovered=False)  # and is told of no file
     assert readers[0].wait(10) == -signal.SIGKILL
     time.sleep(0.2)
     assert readers[1].poll() is None
@@ -404,33 +404,33 @@ os.preadv(os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), [mmap.mmap(-1, 4096)]
     assert readers[1].wait(10) == -signal.SIGKILL
 
 
-def test_a_reader_that_died_meanwhile_is_in_nobodys_way(keeper: Keeper, data: Path, blob: Path) -> None:
-    server = keeper.serve(("0/blob", str(data), "stuck"))
-    readers = [keeper.read(_PREAD, blob, 0, 100) for _ in range(2)]  # one page: one request
+def test_a_reader_that_died_meanwhile_is_in_nobodys_way(supervisor: Supervisor, data: Path, blob: Path) -> None:
+    server = supervisor.serve(("0/blob", str(data), "stuck"))
+    readers = [supervisor.read(_PREAD, blob, 0, 100) for _ in range(2)]  # one page: one request
     server.wait_for_fetches()
     server.kill()
     readers[0].kill()
-    keeper.serve(("0/blob", str(data), "fetch"))
+    supervisor.serve(("0/blob", str(data), "fetch"))
     assert readers[0].wait(10) == -signal.SIGKILL
     assert _result(readers[1]) == data.read_bytes()[:100].hex()
 
 
-def test_bound_files_and_mappings_go_on(keeper: Keeper, data: Path, blob: Path, tmp_path: Path) -> None:
-    server = keeper.serve(("0/blob", str(data), "mixed"))
+def test_bound_files_and_mappings_go_on(supervisor: Supervisor, data: Path, blob: Path, tmp_path: Path) -> None:
+    server = supervisor.serve(("0/blob", str(data), "mixed"))
     bound, stop = tmp_path / "bound", tmp_path / "stop"
     bound.touch()
     fd = mounts.bind_clone(blob)
     try:
         mounts.move_mount(fd, bound)
-        mapped = keeper.read(_READER, "mapped", bound, data, stop, 1)
+        mapped = supervisor.read(_READER, "mapped", bound, data, stop, 1)
         for _ in range(3):
             time.sleep(0.1)
             server.kill()
-            server = keeper.serve(("0/blob", str(data), "mixed"))
+            server = supervisor.serve(("0/blob", str(data), "mixed"))
         stop.touch()
         assert int(_result(mapped)) >= 1
         server.do("remove", "0/blob")
-        assert int(_result(keeper.read(_READER, "random", bound, data, stop, 2))) == 1
+        assert int(_result(supervisor.read(_READER, "random", bound, data, stop, 2))) == 1
         assert not blob.exists()
         assert server.do("known", "0/blob") is False
     finally:
@@ -439,42 +439,42 @@ def test_bound_files_and_mappings_go_on(keeper: Keeper, data: Path, blob: Path, 
             mounts.unmount(bound)
 
 
-def test_settle_ends_the_waiting_for_a_file_that_does_not_come(
-    keeper: Keeper, data: Path, blob: Path
+def test_the_end_of_recovery_ends_the_waiting_for_a_file_that_does_not_come(
+    supervisor: Supervisor, data: Path, blob: Path
 ) -> None:
-    server = keeper.serve(("0/blob", str(data), "stuck"), ("0/other", str(data)))
-    before = keeper.read(_PREAD, blob, 0, 10)
+    server = supervisor.serve(("0/blob", str(data), "stuck"), ("0/other", str(data)))
+    before = supervisor.read(_PREAD, blob, 0, 10)
     server.wait_for_fetches()
     server.kill()
-    server = keeper.serve(("0/other", str(data)), settle=False)
-    during = keeper.read(_PREAD, blob, 1 << 20, 10)
+    server = supervisor.serve(("0/other", str(data)), recovered=False)
+    during = supervisor.read(_PREAD, blob, 1 << 20, 10)
     assert during.stdout is not None and during.stdout.readline() == "open\n"
     time.sleep(0.2)
     assert before.poll() is None and during.poll() is None
     assert server.do("known", "0/blob") is True
-    server.do("settle")
+    server.do("end_recovery")
     assert _result(before) == str(errno.EIO) and _result(during) == str(errno.EIO)
     assert os.listdir(blob.parent) == ["other"] and not blob.exists()
     server.do("add", "0/blob", str(data))
     assert blob.read_bytes() == data.read_bytes()
     server.kill()
-    server = keeper.serve(settle=False)
+    server = supervisor.serve(recovered=False)
     server.do("remove", "0/other")
-    server.do("settle")
-    assert os.listdir(keeper.mount.point) == []
+    server.do("end_recovery")
+    assert os.listdir(supervisor.mount.point) == []
 
 
 def test_a_name_that_comes_back_with_another_size_is_another_file(
-    keeper: Keeper, data: Path, blob: Path, tmp_path: Path
+    supervisor: Supervisor, data: Path, blob: Path, tmp_path: Path
 ) -> None:
-    server = keeper.serve(("0/blob", str(data), "stuck"))
-    reader = keeper.read(_PREAD, blob, 0, 10)
-    with keeper.holding(blob) as held:
+    server = supervisor.serve(("0/blob", str(data), "stuck"))
+    reader = supervisor.read(_PREAD, blob, 0, 10)
+    with supervisor.holding(blob) as held:
         server.wait_for_fetches()
         server.kill()
         other = tmp_path / "other"
         other.write_bytes(b"another")
-        keeper.serve(("0/blob", str(other), "ready"), settle=False)
+        supervisor.serve(("0/blob", str(other), "ready"), recovered=False)
         assert _result(reader) == str(errno.EIO)
         assert blob.read_bytes() == b"another"
         with pytest.raises(OSError) as raised:
@@ -483,14 +483,14 @@ def test_a_name_that_comes_back_with_another_size_is_another_file(
         assert os.fstat(held.fileno()).st_size == data.stat().st_size
 
 
-def test_stored_bytes_are_read_without_the_server(keeper: Keeper, data: Path, blob: Path) -> None:
-    server = keeper.serve(("0/blob", str(data)))
+def test_stored_bytes_are_read_without_the_server(supervisor: Supervisor, data: Path, blob: Path) -> None:
+    server = supervisor.serve(("0/blob", str(data)))
     size, content = data.stat().st_size, data.read_bytes()
     longer = data.with_name("longer")
     longer.write_bytes(content + bytes(100))
     assert server.do("known", "0/blob") is False and server.do("known", "0/missing") is False
     assert server.do("store", "0/blob", str(data), 0, 4096) is False
-    with keeper.holding(blob) as stream:
+    with supervisor.holding(blob) as stream:
         assert server.do("known", "0/blob") is True
         assert server.do("store", "0/blob", str(data), 0, size) is True
         assert stream.read(size) == content
@@ -498,7 +498,7 @@ def test_stored_bytes_are_read_without_the_server(keeper: Keeper, data: Path, bl
         with pytest.raises(RuntimeError, match="ends at"):
             server.do("store", "0/blob", str(longer), size - 10, 20)
         server.kill()
-        server = keeper.serve(("0/blob", str(data)))
+        server = supervisor.serve(("0/blob", str(data)))
         assert server.do("known", "0/blob") is True
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         assert server.do("store", "0/blob", str(data), 1 << 20, 2 << 20) is True
@@ -511,15 +511,15 @@ def test_stored_bytes_are_read_without_the_server(keeper: Keeper, data: Path, bl
     assert server.do("store", "0/blob", str(data), 0, 4096) is False
 
 
-def test_killed_while_it_stores(keeper: Keeper, data: Path, blob: Path) -> None:
-    server = keeper.serve(("0/blob", str(data)))
-    with keeper.holding(blob) as stream:
+def test_killed_while_it_stores(supervisor: Supervisor, data: Path, blob: Path) -> None:
+    server = supervisor.serve(("0/blob", str(data)))
+    with supervisor.holding(blob) as stream:
         for turn in range(10):
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             server.tell("store", "0/blob", str(data), 0, data.stat().st_size)
             time.sleep(turn * 0.002)
             server.kill()
-            server = keeper.serve(("0/blob", str(data)))
+            server = supervisor.serve(("0/blob", str(data)))
             assert stream.read(1 << 30) == b"" or stream.seek(0) == 0
             stream.seek(0)
             assert stream.readall() == data.read_bytes()
@@ -530,9 +530,9 @@ def _is_over(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_one_that_cannot_die_before_its_successor_answers(keeper: Keeper, data: Path, blob: Path) -> None:
-    server = keeper.serve(("0/blob", str(data), "stuck"))
-    reader = keeper.read(_PREAD, blob, 0, 100)
+def test_one_that_cannot_die_before_its_successor_answers(supervisor: Supervisor, data: Path, blob: Path) -> None:
+    server = supervisor.serve(("0/blob", str(data), "stuck"))
+    reader = supervisor.read(_PREAD, blob, 0, 100)
     server.wait_for_fetches()
     server.do("store_aside", "0/blob", str(data), 0, 4096)  # waits for the page that the read has locked
     time.sleep(0.3)
@@ -540,38 +540,38 @@ def test_one_that_cannot_die_before_its_successor_answers(keeper: Keeper, data: 
     _wait_until(lambda: _is_over(server.process.pid))
     time.sleep(0.3)
     assert server.process.poll() is None
-    keeper.serve(("0/blob", str(data), "fetch"))
+    supervisor.serve(("0/blob", str(data), "fetch"))
     assert _result(reader) == data.read_bytes()[:100].hex()
     assert server.process.wait(10) == -signal.SIGKILL
 
 
 def test_the_state_of_another_mount_means_nothing(tmp_path: Path, data: Path) -> None:
     for _ in range(2):
-        keeper = Keeper(tmp_path)
+        supervisor = Supervisor(tmp_path)
         try:
-            server = keeper.serve(settle=False)
-            assert os.listdir(keeper.mount.point) == []
+            server = supervisor.serve(recovered=False)
+            assert os.listdir(supervisor.mount.point) == []
             server.do("add", "0/blob", str(data))
-            assert (keeper.mount.point / "0/blob").read_bytes() == data.read_bytes()
-            (inode,) = {entry.inode() for entry in os.scandir(keeper.mount.point / "0")}
+            assert (supervisor.mount.point / "0/blob").read_bytes() == data.read_bytes()
+            (inode,) = {entry.inode() for entry in os.scandir(supervisor.mount.point / "0")}
             assert inode == 3
-            state = json.loads(keeper.state.read_text())
-            assert state["mount"] == keeper.mount.key and keeper.state.stat().st_mode & 0o777 == 0o600
+            state = json.loads(supervisor.state.read_text())
+            assert state["mount"] == supervisor.mount.key and supervisor.state.stat().st_mode & 0o777 == 0o600
         finally:
-            keeper.close()
+            supervisor.close()
 
 
-def test_a_state_that_cannot_be_read_costs_only_what_was_open(keeper: Keeper, data: Path, blob: Path) -> None:
-    keeper.serve(("0/blob", str(data))).kill()
-    keeper.state.write_text('{"mount": "' + keeper.mount.key + '"}')
-    keeper.serve(("0/blob", str(data)))
+def test_a_state_that_cannot_be_read_costs_only_what_was_open(supervisor: Supervisor, data: Path, blob: Path) -> None:
+    supervisor.serve(("0/blob", str(data))).kill()
+    supervisor.state.write_text('{"mount": "' + supervisor.mount.key + '"}')
+    supervisor.serve(("0/blob", str(data)))
     assert blob.read_bytes() == data.read_bytes()
 
 
-def test_a_mount_as_an_argument(keeper: Keeper) -> None:
-    text = keeper.mount.to_argument()
+def test_a_mount_as_an_argument(supervisor: Supervisor) -> None:
+    text = supervisor.mount.to_argument()
     again = Mount.from_argument(text)
-    assert vars(again) == vars(keeper.mount) and set(again.fds) == {again.fd, again.ledger_fd}
+    assert vars(again) == vars(supervisor.mount) and set(again.fds) == {again.fd, again.ledger_fd}
     for broken in ("", "{}", text.replace("readers", "writers")):
         with pytest.raises(ValueError):
             Mount.from_argument(broken)

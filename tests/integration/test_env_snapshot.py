@@ -17,7 +17,7 @@ import pytest
 from bootseer_slurm import mounts
 from bootseer_slurm.env import snapshot
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.image.trust import make_key
+from bootseer_slurm.image.signing import make_key
 from bootseer_slurm.store import FileStore
 from tests.integration.node import ALICE, Node, node, node_of, wait_until
 from tests.integration.test_service_recovery import attach, needs_squashfuse
@@ -419,11 +419,11 @@ def start_where_programs_may_lack(node: Node) -> Path:
     without.write_text("")
     node.start(f"""
 import shutil, pathlib
-from bootseer_slurm.env import attach
+from bootseer_slurm.env import mounting
 real = shutil.which
 def which(name, path=None):
     return None if name in pathlib.Path({str(without)!r}).read_text().split() else real(name, path=path)
-attach.shutil.which = which
+mounting.shutil.which = which
 """)
     return without
 

@@ -1,7 +1,7 @@
 """The protocol of /dev/fuse: requests, replies and notifications as bytes (linux/fuse.h 7.x; fuse(4)).
 
 Owns: the layout of the messages that a read-only file system sees, and what is agreed on at INIT.
-Does not own: descriptors, threads, or what the answers are: see server.py and tree.py.
+Does not own: descriptors, threads, or what the answers are: see server.py and nodes.py.
 No state. Integers are in the machine's byte order and the structures have no implicit padding, hence "=".
 """
 

@@ -11,7 +11,7 @@ import pytest
 from bootseer_slurm.blob.digest import BLAKE3
 from bootseer_slurm.blob.manifest import Layout, Manifest
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.image.trust import Key, is_signed, make_key, read_key, sign
+from bootseer_slurm.image.signing import Key, is_signed, make_key, read_key, sign
 
 KEY = Key(bytes(range(32)))
 ID = "ab" * 32

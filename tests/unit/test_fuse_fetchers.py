@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from bootseer_slurm.fuse.fair import FairQueue
+from bootseer_slurm.fuse.fetchers import FairQueue
 
 
 def test_users_take_turns_and_none_has_more_than_his_share() -> None:

@@ -28,13 +28,12 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from bootseer_slurm.agentapi import client
 from bootseer_slurm.agentapi.protocol import Message, first
 from bootseer_slurm.errors import BootseerError, InputError
 from bootseer_slurm.image.reference import Folder, Reference, SquashfsFile, parse
+from bootseer_slurm.signals import exit_on
 
 # A registry that is slower than this is not waited for: what the store has then counts.
 REGISTRY_PATIENCE_S = 2.0
@@ -47,7 +46,7 @@ _NUMBER = re.compile(r"[0-9]{1,20}")
 def main(arguments: list[str] | None = None) -> None:
     """The command `bootseer-importer`; ends the process with an exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _end)  # so that what was begun is cleaned up
+    exit_on(signal.SIGTERM)
     try:
         if len(arguments) == 2 and arguments[0] == "get":
             print(get(arguments[1]), flush=True)
@@ -125,8 +124,9 @@ def _from_agent(uri: str, environ: Mapping[str, str]) -> str:
 def _put_into_store(source: Reference | Folder, digest: str | None, job_id: str) -> str:
     """Have the image in the store; gives its fingerprint there."""
     from bootseer_slurm import config
-    from bootseer_slurm.image.library import Listener, ensure
-    from bootseer_slurm.image.packing import AgentPacking
+    from bootseer_slurm.image.library import ensure
+    from bootseer_slurm.image.signed_packing import AgentPacking
+    from bootseer_slurm.listener import Listener
     from bootseer_slurm.store import open_store
 
     def stage(text: str, size_bytes: int | None) -> None:
@@ -140,7 +140,7 @@ def _put_into_store(source: Reference | Folder, digest: str | None, job_id: str)
 
 
 class _Question:
-    """What a tag stands for, asked of the registry in a thread, for so long as the user can wait."""
+    """The digest of a tag, asked of the registry in a thread, for as long as the user can wait."""
 
     def __init__(self, source: Reference | Folder) -> None:
         self.asks = isinstance(source, Reference) and not source.digest
@@ -230,10 +230,6 @@ def _step(environ: Mapping[str, str]) -> str:
 
 def _say(message: str) -> None:
     print(f"bootseer: {message}", file=sys.stderr, flush=True)
-
-
-def _end(signal_number: int, _: FrameType | None) -> NoReturn:
-    sys.exit(128 + signal_number)
 
 
 if __name__ == "__main__":

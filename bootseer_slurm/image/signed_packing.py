@@ -1,6 +1,6 @@
-"""Who packs an image, and so whether the kernel may mount it: the agent, root, or its user.
+"""The ways to pack an image so that it is signed, and the kernel may mount it: by the agent, or by root.
 
-A user's own squashfs is never signed. The agent packs what a user's process sends it as a tar (see `pack`),
+A user's own squashfs is never signed. The agent packs what a user's process sends it as a tar (see `packer`),
 and signs the result; root signs what it packed itself. Where neither is to be had, the user packs, and the
 image works all the same, through squashfuse.
 """
@@ -20,7 +20,7 @@ from bootseer_slurm.agentapi.client import request_descriptors
 from bootseer_slurm.agentapi.protocol import first
 from bootseer_slurm.errors import AgentUnavailable, BootseerError
 from bootseer_slurm.image.convert import pack
-from bootseer_slurm.image.trust import Key, sign
+from bootseer_slurm.image.signing import Key, sign
 
 _START_TIMEOUT_S = 10.0
 _FINISH_TIMEOUT_S = 900.0  # mksquashfs has most of its work done when the tar ends
@@ -114,9 +114,7 @@ class AgentPacking:
             raise BootseerError("the agent gave no image")
         return fds[0], (first(reply, "MANIFEST_ID"), first(reply, "SIGNATURE"))
 
-    def _ask(
-        self, op: str, fields: protocol.Message, timeout_s: float
-    ) -> tuple[protocol.Message, list[int]]:
+    def _ask(self, op: str, fields: protocol.Message, timeout_s: float) -> tuple[protocol.Message, list[int]]:
         """One question, whose answer may bring a descriptor. Raises BootseerError, OSError or ValueError."""
         asked = [("JOB_ID", self._job_id), *fields]
         return request_descriptors(op, asked, socket_path=str(self._socket_path), timeout_s=timeout_s)

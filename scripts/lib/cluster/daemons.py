@@ -233,7 +233,7 @@ def signal_agent(state: State, node: str, number: int) -> None:
 
 
 def crash_agent(state: State, node: str) -> None:
-    """Kill a node's agent proper, which its supervisor then starts again; raises ClusterError when none runs."""
+    """Kill a node's agent proper, which its supervisor starts again; raises ClusterError when none runs."""
     supervisor = state.process(node, "agent")
     if supervisor is None or not supervisor.alive:
         raise ClusterError(f"no agent runs on {node}")

@@ -81,7 +81,7 @@ class Answers:  # size: a method for each operation
         return []
 
     def status(self, message: Message, uid: int, fds: list[int]) -> Message:
-        jobs = [{"job": job.job_id, "restart": job.restart} for job in self._sessions.jobs()]
+        jobs = [{"job": each.job_id, "restart": each.restart} for each in self._jobs()]
         status = {"node": self._node, "pid": os.getpid(), "start_ns": self._start_ns, "jobs": jobs}
         return [("STATUS_JSON", json.dumps(status))]
 
@@ -113,9 +113,12 @@ class Answers:  # size: a method for each operation
         signature = sign(read_key(self._config.image.site_key), owner, packed.manifest.id)
         return [("MANIFEST_ID", packed.manifest.id), ("SIGNATURE", signature)]
 
+    def _jobs(self) -> list[Job]:
+        return [session.context.job for session in self._sessions.all()]
+
     def _cancel_packing(self, job: Job) -> None:
         """End what is packed for a user whose last job ends."""
-        if all(other.uid != job.uid or other is job for other in self._sessions.jobs()):
+        if all(other.uid != job.uid or other is job for other in self._jobs()):
             self._packer.cancel(job.uid)
 
     def _own(self, message: Message, uid: int) -> Session:

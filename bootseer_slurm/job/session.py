@@ -38,6 +38,7 @@ from bootseer_slurm.prefetch.budget import MemoryBudget
 from bootseer_slurm.prefetch.scheduler import Scheduler
 from bootseer_slurm.slurm.allocation import Job
 from bootseer_slurm.userproc.job_process import JobProcess
+from bootseer_slurm.userproc.link import Link
 from bootseer_slurm.userproc.spare import Spare
 
 _log = logging.getLogger(__name__)
@@ -80,6 +81,11 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         self._after_start = AfterStart(
             context, self.artifacts, self.intake, self._recording, publisher, record
         )
+
+    @property
+    def link(self) -> Link:
+        """The link that the job's bytes come over."""
+        return self._process.link
 
     def begin(self, request: Request, *, hook_start_ns: int | None) -> None:
         """Start to bring what the job asks for."""

@@ -14,6 +14,7 @@ from bootseer_slurm.config import Config
 from bootseer_slurm.errors import InputError, NotFound
 from bootseer_slurm.image.packer import Packer
 from bootseer_slurm.image.signing import read_key, sign
+from bootseer_slurm.job.inspection import inspect
 from bootseer_slurm.job.request import number
 from bootseer_slurm.job.session import Session
 from bootseer_slurm.service.sessions import Sessions
@@ -84,6 +85,9 @@ class Answers:  # size: a method for each operation
         jobs = [{"job": each.job_id, "restart": each.restart} for each in self._jobs()]
         status = {"node": self._node, "pid": os.getpid(), "start_ns": self._start_ns, "jobs": jobs}
         return [("STATUS_JSON", json.dumps(status))]
+
+    def debug(self, message: Message, uid: int, fds: list[int]) -> Message:
+        return [("DEBUG_JSON", json.dumps(inspect(self._own(message, uid))))]
 
     def image(self, message: Message, uid: int, fds: list[int]) -> Message:
         session = self._own(message, uid)

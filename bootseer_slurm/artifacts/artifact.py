@@ -70,7 +70,7 @@ class Artifact:
     def become_ready(self, resolved: ResolvedArtifact | None) -> None:
         """It can be shown to steps. resolved: None of a checkpoint that is a folder."""
         self.resolved = resolved or self.resolved
-        self.state = State.READY
+        self.state, self.reason = State.READY, ""
         self.looked_up.set()
 
     def fail(self, reason: str) -> None:

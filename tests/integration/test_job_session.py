@@ -1,0 +1,207 @@
+"""A session without an agent: real processes of its user and a real cache; no FUSE file system."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from bootseer_slurm import config
+from bootseer_slurm.artifacts.artifact import State
+from bootseer_slurm.artifacts.open_blobs import OpenBlobs
+from bootseer_slurm.blob.ref import ArtifactRef
+from bootseer_slurm.cache.cache import Cache
+from bootseer_slurm.errors import InputError, NotFound
+from bootseer_slurm.fuse import Server
+from bootseer_slurm.job.journal import Journal
+from bootseer_slurm.job.request import Request
+from bootseer_slurm.job.session import Session
+from bootseer_slurm.phase import Phase
+from bootseer_slurm.slurm.allocation import Job
+from bootseer_slurm.userproc.spare import Spare
+
+OLD = 1_700_000_000
+
+
+class Files:
+    """The files that a FUSE server would show."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names: set[str] = set()
+
+    def known(self, _name: str) -> bool:
+        return False
+
+    def add(self, name: str, _reader: object) -> Path:
+        self.names.add(name)
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return path
+
+    def remove(self, name: str) -> None:
+        self.names.remove(name)
+
+
+class Scene:
+    """A node's folders, and the sessions on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        settings = folder / "bootseer.toml"
+        settings.write_text(
+            f'[store]\nuri = "file://{folder}/store"\n[cache]\npath = "{folder}/cache"\n'
+            f'[agent]\nblobs = "{folder}/run/blobs"\n[shadow]\nroots = ["{folder}"]\n'
+        )
+        self.settings = config.load(settings, environ={})
+        for name in ("run", "store", "home"):
+            (folder / name).mkdir()
+        self.files = Files(folder / "fuse")
+        cache = Cache(folder / "cache", max_bytes=2**40, min_free_bytes=0, live=folder / "live")
+        servers = {name: cast(Server, self.files) for name in ("blobs", "checkpoints")}
+        self.blobs = OpenBlobs(cache, servers, folder / "images")
+        self.journal = Journal(folder / "home")
+        self.spare = Spare()
+        self.sessions: list[Session] = []
+
+    def session(self, job_id: int = 7) -> Session:
+        job = Job(job_id, 0, os.getuid(), os.getgid())
+        made = Session(job, "n1", self.settings, self.blobs, self.journal, self.spare)
+        self.sessions.append(made)
+        return made
+
+    def file(self, name: str = "model.bin", size_bytes: int = 3 * 2**20) -> Path:
+        path = self.folder / name
+        path.write_bytes(os.urandom(size_bytes))
+        os.utime(path, (OLD, OLD))
+        return path
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    made = Scene(tmp_path)
+    yield made
+    for session in made.sessions:
+        session.end("the test is over")
+    made.spare.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def asks(*paths: Path) -> Request:
+    return Request(observe=False, wanted=tuple(ArtifactRef("checkpoint", str(path)) for path in paths))
+
+
+def named(session: Session) -> list[tuple[str, str]]:
+    return [(event.kind, event.name) for event in session.context.log.events()]
+
+
+def test_a_job_begins_trains_and_ends(scene: Scene) -> None:
+    model, session = scene.file(), scene.session()
+    session.begin(asks(model), hook_start_ns=1)
+    (artifact,) = session.artifacts.all()
+    until(lambda: bool(session.artifacts.layers()) and session.artifacts.layers()[0].handle.reader.blob.complete)
+    assert artifact.state is State.READY and artifact.resolved is not None
+    assert artifact.resolved.layers[0].handle.blob.bind_path().read_bytes() == model.read_bytes()
+    assert session.context.phase.now is Phase.STARTING
+    session.mark("training_started", t_ns=2, step="0", task=0)
+    until(lambda: session.context.phase.now is Phase.TRAINING)
+    session.end("job ended")
+    session.end("job ended twice")
+    assert session.context.phase.now is Phase.ENDED and artifact.state is State.CLOSED
+    assert scene.files.names == set() and not list((scene.folder / "home/events").iterdir())
+    events = named(session)
+    assert events[0] == ("hook", "begin") and events.count(("session", "end")) == 1
+    assert ("access", "start") in events and ("access", "summary") in events
+    stored = list((scene.folder / "store").rglob("n1.jsonl"))
+    assert len(stored) == 1 and '"name":"end"' in stored[0].read_text()
+
+
+def test_an_end_while_something_is_resolved_leaves_nothing(scene: Scene) -> None:
+    session = scene.session()
+    process = session._process()
+    os.kill(process._channel._process.pid, signal.SIGSTOP)
+    session.begin(asks(scene.file()), hook_start_ns=None)
+    (artifact,) = session.artifacts.all()
+    until(lambda: artifact.state is State.RESOLVING)
+    begin_s = time.monotonic()
+    threading.Timer(0.3, lambda: os.kill(process._channel._process.pid, signal.SIGCONT)).start()
+    session.end("job ended")
+    assert time.monotonic() - begin_s < 15
+    assert artifact.state is State.CLOSED and artifact.looked_up.is_set() and artifact.begun.is_set()
+    assert session.artifacts.layers() == [] and scene.files.names == set()
+
+
+def test_two_jobs_of_one_user_share_a_blob_until_the_last_ends(scene: Scene) -> None:
+    model, first, second = scene.file(), scene.session(1), scene.session(2)
+    for session in (first, second):
+        session.begin(asks(model), hook_start_ns=None)
+        session.intake.wait_looked_up(time.monotonic() + 10)
+    one, other = (session.artifacts.layers()[0].handle for session in (first, second))
+    assert one is not other and one.reader is other.reader and len(scene.files.names) == 1
+    first.end("job ended")
+    assert len(scene.files.names) == 1 and other.reader.sources.all == tuple(other.sources)
+    assert other.reader.fetch(0, 100) == model.read_bytes()[:100]
+    second.end("job ended")
+    assert scene.files.names == set()
+
+
+def test_what_fails_is_told_once_and_the_rest_goes_on(scene: Scene) -> None:
+    model, session = scene.file(), scene.session()
+    gone = scene.folder / "gone.bin"
+    session.begin(asks(gone, model), hook_start_ns=None)
+    session.intake.wait_looked_up(time.monotonic() + 10)
+    states = {artifact.ref.name: artifact.state for artifact in session.artifacts.all()}
+    assert states == {str(gone): State.FAILED, str(model): State.READY}
+    assert named(session).count(("fault", "checkpoint_not_used")) == 1
+
+
+def test_a_folder_is_asked_for_once_and_its_files_one_by_one(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = scene.folder / "ckpt" / "step_1"
+    folder.mkdir(parents=True)
+    for name in ("a.distcp", "b.distcp", ".metadata"):
+        os.utime(scene.file(f"ckpt/step_1/{name}", 1000), (OLD, OLD))
+    session = scene.session()
+    asked: list[str] = []
+    resolve = type(session._process()).resolve
+
+    def note(process: Any, request: Any) -> Any:
+        asked.append(request.name)
+        return resolve(process, request)
+
+    monkeypatch.setattr(type(session._process()), "resolve", note)
+    session.begin(asks(folder.parent), hook_start_ns=None)
+    session.intake.wait_looked_up(time.monotonic() + 10)
+    files = sorted(map(str, folder.iterdir()))
+    assert asked[0] == str(folder.parent) and sorted(asked[1:]) == files
+    assert {layer.path for layer in session.artifacts.layers()} == set(files)
+    asked.clear()
+    session.intake.add(asks(folder / "a.distcp"))
+    assert asked == [], "it is there already"
+    other = scene.session(8)
+    other.begin(asks(folder / "a.distcp"), hook_start_ns=None)
+    other.intake.wait_looked_up(time.monotonic() + 10)
+    assert asked == [str(folder / "a.distcp")], "one call, from the option to what can be shown"
+
+
+def test_an_importer_is_answered_by_a_job_that_wants_images_only(scene: Scene) -> None:
+    session, observed = scene.session(1), scene.session(2)
+    session.begin(Request(observe=False), hook_start_ns=None)
+    with pytest.raises(NotFound, match="not in the store"):
+        session.image("docker://registry.example/app:1", "")
+    assert [(each.ref.kind, each.state) for each in session.artifacts.all()] == [("image", State.FAILED)]
+    observed.begin(Request(observe=True), hook_start_ns=None)
+    with pytest.raises(InputError, match="only wants to be measured"):
+        observed.image("docker://registry.example/app:1", "")

@@ -10,7 +10,7 @@ from bootseer_slurm.job.session import Session
 
 
 def inspect(session: Session) -> dict[str, Any]:
-    """The job's phase, artifacts, queues and link, as JSON has it; sizes in bytes, rates in bytes a second."""
+    """The job's phase, artifacts, queues and link, for JSON; sizes in bytes, rates in bytes a second."""
     context = session.context
     hot, whole = session.scheduler.queued()
     return {

@@ -24,7 +24,7 @@ from bootseer_slurm.config import Config
 from bootseer_slurm.env.mounting import unmount_left
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.job.after_start import AfterStart
+from bootseer_slurm.job.background.after_start import AfterStart
 from bootseer_slurm.job.class_record import ClassRecord
 from bootseer_slurm.job.context import JobContext, Threads
 from bootseer_slurm.job.intake import Intake
@@ -33,7 +33,7 @@ from bootseer_slurm.job.loading import Loader
 from bootseer_slurm.job.publishing import Publisher
 from bootseer_slurm.job.recording import Recording, TraceWriter
 from bootseer_slurm.job.request import Request, image_ref
-from bootseer_slurm.job.telemetry import Telemetry
+from bootseer_slurm.job.telemetry.start import Telemetry
 from bootseer_slurm.prefetch.budget import MemoryBudget
 from bootseer_slurm.prefetch.scheduler import Scheduler
 from bootseer_slurm.slurm.allocation import Job

@@ -397,7 +397,7 @@ def run_within(place: Path, original: os.stat_result, script: str, seen: Path) -
     fd = mounts.bind_clone(seen)
     identity = [str(fd), str(original.st_dev), str(original.st_ino)]
     done = subprocess.run(
-        [sys.executable, "-I", "-m", "bootseer_slurm.job.run_in_mount_ns", *identity, str(place), "54321", "54322",
+        [sys.executable, "-I", "-m", "bootseer_slurm.job.background.run_in_mount_ns", *identity, str(place), "54321", "54322",
          "54322,54323", "/bin/sh", "-c", script],
         capture_output=True, text=True, check=False, pass_fds=(fd,),
     )  # fmt: skip

@@ -129,7 +129,7 @@ def test_a_job_that_ends_stops_it_and_leaves_nothing() -> None:
     with node_of() as node:
         root = make(node)
         node.start("""
-from bootseer_slurm.job import background
+from bootseer_slurm.job.background import work as background
 run = background.Background.run
 background.Background.run = lambda self, *a, **o: run(self, *a, **o | {"when_to_go_on": lambda: False})
 """)
@@ -146,7 +146,7 @@ def test_what_was_saved_meanwhile_keeps_its_place() -> None:
         root = make(node)
         node.start("""
 import pathlib
-from bootseer_slurm.job import background
+from bootseer_slurm.job.background import work as background
 run = background.Background.run
 waiting = lambda: pathlib.Path("/run/bootseer-test-go").exists()
 background.Background.run = lambda self, *a, **o: run(self, *a, **o | {"when_to_go_on": waiting})

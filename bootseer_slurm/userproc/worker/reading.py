@@ -7,9 +7,9 @@ import mmap
 import threading
 from collections.abc import Iterator
 
-from bootseer_slurm.userproc.handles import Handles
 from bootseer_slurm.userproc.link import HOLD_S
 from bootseer_slurm.userproc.protocol import Count, Read
+from bootseer_slurm.userproc.worker.handles import Handles
 
 
 class Reading:

@@ -76,7 +76,7 @@ class Background:
         if seen_at:
             groups = ",".join(map(str, user.groups))
             whose = [str(user.uid), str(user.gid), groups]
-            program = [sys.executable, "-I", "-m", "bootseer_slurm.job.run_in_mount_ns"]
+            program = [sys.executable, "-I", "-m", "bootseer_slurm.job.background.run_in_mount_ns"]
             command = [*program, *seen_at, *whose, *command]
             rights = {}
         return subprocess.Popen(

@@ -1,6 +1,6 @@
 """Running a command of a user's where a mount is seen in the place of a folder, as a job's steps see it.
 
-    python -I -m bootseer_slurm.job.run_in_mount_ns \\
+    python -I -m bootseer_slurm.job.background.run_in_mount_ns \\
         <mount> <device> <inode> <path> <uid> <gid> <groups> <command>…
 
 In a mount namespace of its own, begun as root, ended as the user. The folder must still be the one with this

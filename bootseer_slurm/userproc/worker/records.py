@@ -10,9 +10,9 @@ from bootseer_slurm.blob.plans import keep_trace, plan_of
 from bootseer_slurm.errors import NotFound
 from bootseer_slurm.store import clock_offset
 from bootseer_slurm.userproc import protocol
-from bootseer_slurm.userproc.handles import StoreOfUser
 from bootseer_slurm.userproc.memory_file import make_memory_file
 from bootseer_slurm.userproc.protocol import Reply
+from bootseer_slurm.userproc.worker.handles import StoreOfUser
 
 
 class Records:

@@ -1,4 +1,4 @@
-"""What the report needs of a start on this node: told once, when the start is over.
+"""The figures of one start: the report needs them, and they are told once, when the start is over.
 
 Reads that wait after training began are no reads of the start, and training begins before the start is over:
 the agent waits for the marks of the other tasks, or for quiet. So waits are noted when training begins.
@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from bootseer_slurm.artifacts.layer import Layer, summary
 from bootseer_slurm.cache.waits import Waited
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.job.gpu import GpuWatch
-from bootseer_slurm.job.pressure import Pressure
+from bootseer_slurm.job.telemetry.gpu import GpuWatch
+from bootseer_slurm.job.telemetry.pressure import Pressure
 from bootseer_slurm.phase import JobPhase
 from bootseer_slurm.slurm.allocation import Job
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from bootseer_slurm.blob.names import Name, file_fingerprint, read_published
 from bootseer_slurm.env.key import Key, differences, fingerprint_of, key_of, stored_name
 from bootseer_slurm.errors import InputError
-from bootseer_slurm.userproc.handles import StoreOfUser
-from bootseer_slurm.userproc.original import reason
+from bootseer_slurm.userproc.worker.handles import StoreOfUser
+from bootseer_slurm.userproc.worker.original import reason
 
 
 @dataclass(frozen=True, slots=True)

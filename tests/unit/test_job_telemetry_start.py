@@ -10,7 +10,7 @@ from pytest_mock import MockerFixture
 from bootseer_slurm.cache.fetching import Usage
 from bootseer_slurm.cache.waits import Waited
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.job.telemetry import Telemetry
+from bootseer_slurm.job.telemetry.start import Telemetry
 from bootseer_slurm.phase import JobPhase
 from bootseer_slurm.slurm.allocation import Job
 

@@ -19,7 +19,7 @@ from bootseer_slurm.artifacts.table import Artifacts, image_name
 from bootseer_slurm.blob.names import user_folder
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.job.background import Background
+from bootseer_slurm.job.background.work import Background
 from bootseer_slurm.phase import JobPhase
 
 # How often it is looked whether a start has installed something, where the job does not say that it trains.

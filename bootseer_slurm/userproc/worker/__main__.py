@@ -24,11 +24,11 @@ from typing import Any
 
 from bootseer_slurm.identity import User, close_to_tracers
 from bootseer_slurm.userproc import protocol
-from bootseer_slurm.userproc.handles import Handles, StoreOfUser
 from bootseer_slurm.userproc.protocol import AnyRequest, Order, Reply
-from bootseer_slurm.userproc.reading import Reading
-from bootseer_slurm.userproc.records import Records
-from bootseer_slurm.userproc.resolve import Resolver
+from bootseer_slurm.userproc.worker.handles import Handles, StoreOfUser
+from bootseer_slurm.userproc.worker.reading import Reading
+from bootseer_slurm.userproc.worker.records import Records
+from bootseer_slurm.userproc.worker.resolve import Resolver
 
 # Gives the reply to a request with this content, and descriptors that go with it and are closed then.
 Operation = Callable[[Any, bytes], tuple[Reply, list[int]]]

@@ -21,7 +21,7 @@ from bootseer_slurm.artifacts.layer import Layer
 from bootseer_slurm.blob.names import user_folder
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.job.background import Background
+from bootseer_slurm.job.background.work import Background
 from bootseer_slurm.phase import JobPhase
 
 _log = logging.getLogger(__name__)

@@ -22,10 +22,7 @@ from bootseer_slurm.checkpoint.striped import MANIFEST, identity_of, open_file
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError
 from bootseer_slurm.image.reference import registry_reference
 from bootseer_slurm.store import ObjectReader
-from bootseer_slurm.userproc.environments import Environments
-from bootseer_slurm.userproc.handles import Handles, StoreOfUser
 from bootseer_slurm.userproc.memory_file import make_memory_file
-from bootseer_slurm.userproc.original import fingerprint_now, open_original
 from bootseer_slurm.userproc.protocol import (
     FILES_LIMIT,
     CheckpointFile,
@@ -39,6 +36,9 @@ from bootseer_slurm.userproc.protocol import (
     Same,
     StoredBlob,
 )
+from bootseer_slurm.userproc.worker.environments import Environments
+from bootseer_slurm.userproc.worker.handles import Handles, StoreOfUser
+from bootseer_slurm.userproc.worker.original import fingerprint_now, open_original
 
 _SNAPSHOTS = ("docker://", "dir:/")  # names of images that stand for what was there when they were made
 

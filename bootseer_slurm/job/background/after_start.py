@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from bootseer_slurm.artifacts.layer import Layer
 from bootseer_slurm.artifacts.table import Artifacts
-from bootseer_slurm.job.background import Background
+from bootseer_slurm.job.background.repacking import Repacking
+from bootseer_slurm.job.background.saving import Saving, to_save
+from bootseer_slurm.job.background.work import Background
 from bootseer_slurm.job.class_record import ClassRecord
 from bootseer_slurm.job.context import JobContext
 from bootseer_slurm.job.intake import Intake
 from bootseer_slurm.job.publishing import Publisher
 from bootseer_slurm.job.recording import Recording
-from bootseer_slurm.job.repacking import Repacking
-from bootseer_slurm.job.saving import Saving, to_save
 
 
 class AfterStart:

@@ -11,8 +11,8 @@ import pynvml
 import pytest
 from pytest_mock import MockerFixture
 
-from bootseer_slurm.job import gpu
-from bootseer_slurm.job.gpu import GpuWatch
+from bootseer_slurm.job.telemetry import gpu
+from bootseer_slurm.job.telemetry.gpu import GpuWatch
 from bootseer_slurm.phase import JobPhase
 
 

@@ -163,7 +163,7 @@ class Plan:
     full_starts: int = 0
 
     def encode(self) -> bytes:
-        """As it goes from the fetch process to the agent."""
+        """As it goes from the user's process to the agent."""
         touches = tuple(zip(self.blocks, self.times_ms, strict=True))
         return _encode(PLAN_MAGIC, {"full_starts": self.full_starts}, touches)
 
@@ -186,7 +186,7 @@ def decode(content: bytes) -> Trace:
 
 
 def decode_plan(content: bytes, *, blocks: int) -> Plan:
-    """The plan that a fetch process made, for a blob of so many blocks.
+    """The plan that a user's process made, for a blob of so many blocks.
 
     Raises IntegrityError: the process is the user's.
     """

@@ -3,7 +3,7 @@
 Owns the layout below. Drivers keep the objects: local.py in folders (file://), hdfs.py in HDFS, arrow.py in
 what pyarrow knows beside these. None knows what a blob is. Everything in the store belongs to one user and is
 read and written with that user's rights: the node agent, which is root, never touches it itself but asks the
-job's fetch process (fetch/child.py), so root_squash and quotas hold.
+job's user's process (userproc/), so root_squash and quotas hold.
 
     <uri>/users/                         made by the admin (`bootseer store init`), mode 1777 like /tmp
     <uri>/users/<uid>/                   made by the user, 0700

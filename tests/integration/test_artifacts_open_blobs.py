@@ -148,13 +148,13 @@ def test_a_mount_that_somebody_took_away_is_no_reason_to_keep_the_blob(node: Nod
 
 @pytest.mark.parametrize("end_agent", ["stop", "kill"])
 def test_it_does_not_outlive_its_agent(node: Node, end_agent: str) -> None:
-    keeper = node.start()
+    supervisor = node.start()
     root = start_with_all_in_the_cache(node)
     start_and_end(node, 3, root)
     assert len(mount_ids(node)) == 1
     if end_agent == "stop":
-        keeper.terminate()
-        keeper.wait(30)
+        supervisor.terminate()
+        supervisor.wait(30)
         assert mount_ids(node) == []
     else:
         node.crash()

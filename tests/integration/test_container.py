@@ -308,7 +308,7 @@ def test_the_store_is_lost_in_the_middle_and_comes_back(containers: Containers) 
     away = blob.with_name("away")
     blob.rename(away)
     os.truncate(blob, 0) if blob.exists() else blob.touch()
-    # The fetch process has the file open: what is lost is what it reads.
+    # The user's process has the file open: what is lost is what it reads.
     content = away.read_bytes()
     os.truncate(away, 300_000)
     names = list(containers.digests)
@@ -402,10 +402,10 @@ def test_eviction_under_pressure_spares_what_a_job_reads() -> None:
 def test_a_node_that_rebooted_checks_what_it_had(containers: Containers) -> None:
     job = containers.begin()
     containers.start(job, NAMES)
-    keeper = containers.node.processes[-1]
+    supervisor = containers.node.processes[-1]
     containers.node.crash()
-    keeper.send_signal(signal.SIGKILL)  # as the power goes
-    keeper.wait()
+    supervisor.send_signal(signal.SIGKILL)  # as the power goes
+    supervisor.wait()
     for path in (containers.node.run / "cache").iterdir():
         path.unlink()
     with containers.cached().open("r+b") as file:  # what the disk did not get

@@ -121,7 +121,7 @@ class TestNode:
 
     def test_an_upgrade_keeps_what_the_cache_has_of_a_file_that_is_used_where_it_lies(self, node: Node) -> None:
         model, upgraded = make_file(node), node.folder / "upgraded"
-        keeper = node.start(f"""
+        supervisor = node.start(f"""
 import pathlib
 from bootseer_slurm.artifacts import resolve
 if not pathlib.Path({str(upgraded)!r}).exists():
@@ -130,7 +130,7 @@ if not pathlib.Path({str(upgraded)!r}).exists():
         begin(node, 1, model)
         upgraded.touch()
         pid = node.agent_pid
-        keeper.send_signal(signal.SIGHUP)
+        supervisor.send_signal(signal.SIGHUP)
         node.wait_for_another(pid)
         (served,) = (node.run / "checkpoints" / str(ALICE)).iterdir()
         assert digest_of(served) == digest_of(model)

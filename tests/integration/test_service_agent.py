@@ -70,7 +70,7 @@ def connections_of(uid: int, node: Node, count: int) -> Iterator[int]:
 
 def test_descriptors_that_a_client_sends_are_not_kept(node: Node) -> None:
     node.start()
-    wait_until(lambda: len(psutil.Process(node.agent_pid).children()) > 0)  # the spare fetch process
+    wait_until(lambda: len(psutil.Process(node.agent_pid).children()) > 0)  # the spare process
     fds = Path(f"/proc/{node.agent_pid}/fd")
     before = len(list(fds.iterdir()))
     with node.connect() as link:

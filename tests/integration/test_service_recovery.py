@@ -65,7 +65,7 @@ def test_killed_again_and_again_while_jobs_read(node: Node) -> None:
     model = make_file(node, "model.bin", 150 * 2**20)
     node.start()
     node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
-    # Slow enough that most is still to come: alice's fetch process is stopped every now and then.
+    # Slow enough that most is still to come: alice's process is stopped every now and then.
     mount = attach(node, 1)[str(model)]
     readers = [reader(f"/proc/{os.getpid()}/fd/{mount}", step) for step in (1 << 20, 70_000)]
     rng = random.Random(1)
@@ -107,28 +107,28 @@ def test_what_was_fetched_is_not_fetched_again(node: Node) -> None:
 
 def test_an_upgrade_loads_code_anew_and_keeps_the_mounts(node: Node) -> None:
     model = make_file(node, "model.bin", 30 * 2**20)
-    keeper = node.start()
+    supervisor = node.start()
     node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
     mount = attach(node, 1)[str(model)]
     before = [entry.mount_id for entry in mounts.mounts_below(node.run)]
     pid = node.agent_pid
-    keeper.send_signal(signal.SIGHUP)
+    supervisor.send_signal(signal.SIGHUP)
     node.wait_for_another(pid)
-    assert keeper.poll() is None
+    assert supervisor.poll() is None
     assert [entry.mount_id for entry in mounts.mounts_below(node.run)] == before
     with reader(f"/proc/{os.getpid()}/fd/{mount}", 1 << 20) as each:
         output, errors = each.communicate(timeout=60)
     assert (output.strip(), errors) == (digest_of(model), ""), node.log
     os.close(mount)
-    keeper.send_signal(signal.SIGTERM)
-    assert keeper.wait(30) == 0
+    supervisor.send_signal(signal.SIGTERM)
+    assert supervisor.wait(30) == 0
     assert mounts.mounts_below(node.run) == []
 
 
 @pytest.mark.parametrize("broken", ["config", "code"])
 def test_an_upgrade_that_cannot_start_leaves_the_old_agent(node: Node, broken: str) -> None:
     flag = node.folder / "broken"
-    keeper = node.start(f"""
+    supervisor = node.start(f"""
 import pathlib
 if pathlib.Path({str(flag)!r}).exists():
     raise ImportError("no such thing")
@@ -140,13 +140,13 @@ if pathlib.Path({str(flag)!r}).exists():
         node.config.write_text(text + "\n[cash]\n")
     else:
         flag.touch()
-    keeper.send_signal(signal.SIGHUP)
+    supervisor.send_signal(signal.SIGHUP)
     wait_until(lambda: "the old goes on" in node.log)
     assert ("cash" if broken == "config" else "no such thing") in node.log
     assert (node.agent_pid, node.jobs()) == (pid, {1})
     node.config.write_text(text)
     flag.unlink(missing_ok=True)
-    keeper.send_signal(signal.SIGHUP)
+    supervisor.send_signal(signal.SIGHUP)
     node.wait_for_another(pid)
     assert node.jobs() == {1}
 
@@ -315,7 +315,7 @@ def test_an_agent_that_cannot_live_is_started_ever_later_and_ends_with_its_statu
 def test_an_agent_that_fails_later_costs_no_mounts(node: Node) -> None:
     model = make_file(node, "model.bin", 2**20)
     flag = node.folder / "fails"
-    keeper = node.start(f"""
+    supervisor = node.start(f"""
 import pathlib
 supervisor._SHORT_LIFE_S, supervisor._PAUSES_S = 0.2, (0.1,)
 run = agent.Agent.run
@@ -331,20 +331,20 @@ agent.Agent.run = fail
     flag.touch()
     os.kill(node.agent_pid, signal.SIGKILL)
     wait_until(lambda: node.log.count("ended with 2 and is started again") > 2)
-    assert keeper.poll() is None
+    assert supervisor.poll() is None
     flag.unlink()
     with reader(f"/proc/{os.getpid()}/fd/{mount}", 1 << 20) as each:
         assert each.communicate(timeout=60) == (digest_of(model) + "\n", "")
     os.close(mount)
-    keeper.send_signal(signal.SIGTERM)
-    assert keeper.wait(30) == 0
+    supervisor.send_signal(signal.SIGTERM)
+    assert supervisor.wait(30) == 0
 
 
-def test_a_keeper_that_is_killed_takes_its_agent_with_it(node: Node) -> None:
-    keeper = node.start()
+def test_a_supervisor_that_is_killed_takes_its_agent_with_it(node: Node) -> None:
+    supervisor = node.start()
     pid = node.agent_pid
-    keeper.kill()
-    keeper.wait()
+    supervisor.kill()
+    supervisor.wait()
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
     node.start()
     assert node.jobs() == set()
@@ -383,10 +383,10 @@ if not pathlib.Path({str(upgraded)!r}).exists():
     node.ask("mark", JOB_ID=1, NAME="checkpoint_loaded", TIME_NS=time.time_ns())
     node.ask("epilog", JOB_ID=1)
     assert node.job_files() == set()
-    keeper = node.processes[0]
+    supervisor = node.processes[0]
     upgraded.touch()
     pid = node.agent_pid
-    keeper.send_signal(signal.SIGHUP)
+    supervisor.send_signal(signal.SIGHUP)
     node.wait_for_another(pid)
     names = [event["name"] for event in node.events(1)]
     assert "checkpoint_loaded" in names and "end" in names

@@ -15,7 +15,7 @@ PACKAGE = REPO / "bootseer_slurm"
 def first_sentence(path: Path) -> str:
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
-    return re.split(r"(?<=[.:])\s", paragraph)[0].rstrip(".:")
+    return re.split(r"(?<=\.)\s", paragraph)[0].rstrip(".:")
 
 
 def rows(folder: Path) -> list[str]:

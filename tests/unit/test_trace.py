@@ -353,7 +353,7 @@ def test_a_record_is_bounded_whatever_was_asked_for() -> None:
     assert len(content) <= RECORD_LIMIT_BYTES
     wishes = decode_record(content)
     assert wishes and set(wishes) <= {*long, Remembered("image", "/short")}
-    assert len(json.dumps(wishes)) < 60_000, "fits a reply of the fetch process"
+    assert len(json.dumps(wishes)) < 60_000, "fits a reply of the user's process"
 
 
 @pytest.mark.parametrize(

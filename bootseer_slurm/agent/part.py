@@ -122,7 +122,7 @@ class Part:
         """
         if self._place:
             return "place-" + hashlib.sha256(self._place.key.encode(errors="replace")).hexdigest()
-        if not self.reader.blob.adopted:
+        if not self.reader.blob.unmanaged:
             return self.reader.blob.id
         return "file-" + hashlib.sha256(f"{self._path}\0{self._fingerprint}".encode()).hexdigest()
 
@@ -267,7 +267,7 @@ class Part:
     @property
     def is_packed_here(self) -> bool:
         """Whether it is a whole squashfs of ours, and not a file that must keep its bytes, or a layer."""
-        return self.mounted is not None and not (self._layered or self.reader.blob.adopted)
+        return self.mounted is not None and not (self._layered or self.reader.blob.unmanaged)
 
     def close(self) -> None:
         """Let go of the blob and its mount."""

@@ -73,7 +73,7 @@ class _Work:
     def lacking(self) -> list[int]:
         """The hot blocks that are not there."""
         blob = self.part.reader.blob
-        return [block for block in self.times_ms if not blob.has(block, block)]
+        return [block for block in self.times_ms if not blob.blocks.has(block, block)]
 
 
 @dataclass(slots=True, order=True)
@@ -166,7 +166,7 @@ class Prefetch:
         blocks_per_s = self._turns.bytes_per_s / blob.layout.block_bytes
         most, least = (max(1, int(blocks_per_s * each)) for each in (_MOST_AHEAD_S, _LEAST_AHEAD_S))
         behind = ahead.touch(first, last, most, least_blocks=least)
-        if behind is None or blob.has(*behind):
+        if behind is None or blob.blocks.has(*behind):
             return
         with self._lock:
             if not self._start_over:
@@ -291,7 +291,7 @@ class Prefetch:
     def _bring_hot(self, run: _Run) -> None:
         work, first = run.work, run.first
         blob = work.part.reader.blob
-        if not (blob.full or blob.has(first, run.last)):
+        if not (blob.file.full or blob.blocks.has(first, run.last)):
             first = self._retried(work, first, run.last)
         else:
             first = run.last + 1
@@ -304,9 +304,9 @@ class Prefetch:
             if work.hot_left or work.hot_over:
                 return
         # Others may have had some of them in flight, and failed.
-        while (lacking := work.lacking()) and not (blob.full or work.hot_over or self._over.is_set()):
-            blob.wait(lacking[0], _OTHERS_S)
-            if not blob.has(lacking[0], lacking[0]):
+        while (lacking := work.lacking()) and not (blob.file.full or work.hot_over or self._over.is_set()):
+            blob.blocks.wait(lacking[0], _OTHERS_S)
+            if not blob.blocks.has(lacking[0], lacking[0]):
                 self._retried(work, lacking[0], lacking[0])
         with self._lock:
             if not work.hot_over:

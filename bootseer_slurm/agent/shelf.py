@@ -137,7 +137,7 @@ class Shelf:
 
         Raises BootseerError or OSError when it does not.
         """
-        kept = self._cache.kept(blob_id, uid)
+        kept = self._cache.manifest(blob_id, uid)
         reader, _ = self.take(
             blob_id,
             kept.layout,
@@ -156,7 +156,7 @@ class Shelf:
         if not reader.blob.complete:
             return self.served_path(reader)
         self._places[reader.uid, reader.blob.id].bypassed = True
-        return reader.blob.path
+        return reader.blob.file.path
 
     def bypassed(self, reader: Reader) -> bool:
         """Whether `path` ever gave the cache's own file, whose reads are not seen."""
@@ -185,7 +185,7 @@ class Shelf:
             if place.mount is None and not place.gone:
                 path = self.path(reader)
                 place.mount = KernelMount.open_image(path, folder, uid=reader.uid, gid=reader.gid)
-                place.mount_reads_cache = path == reader.blob.path
+                place.mount_reads_cache = path == reader.blob.file.path
         return folder
 
     def clone_mount(self, image: str, uid: int) -> int:
@@ -223,13 +223,13 @@ class Shelf:
             return
         if blob.complete and not place.mount_reads_cache:
             try:
-                mount.read_from(blob.path)
+                mount.read_from(blob.file.path)
                 place.mount_reads_cache = True
             except OSError as error:
                 _log.info("blob %s: its mount is not kept: %s", blob.id[:12], error)
         if place.mount_reads_cache:
             with self._lock:
-                self._idle[blob.uid, blob.id] = _Idle(mount, blob.path, os.fstat(blob.fd).st_ino)
+                self._idle[blob.uid, blob.id] = _Idle(mount, blob.file.path, os.fstat(blob.file.fd).st_ino)
             self.close_idle()
         else:
             mount.close()

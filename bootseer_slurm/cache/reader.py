@@ -22,7 +22,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from bootseer_slurm.blob.digest import NO_DIGEST, place_of_digest
 from bootseer_slurm.blob.trace import Recorder
 from bootseer_slurm.cache.cache import MISSING, PRESENT, CachedBlob
 from bootseer_slurm.cache.waits import Waits
@@ -90,7 +89,7 @@ class _Kept:
     @contextlib.contextmanager
     def read(self, offset: int, size_bytes: int, *, demand: bool, fixed: bool) -> Iterator[memoryview]:
         try:
-            content = self._blob.read(offset, size_bytes)
+            content = self._blob.file.read(offset, size_bytes)
         except OSError as error:
             raise StoreError(f"the cache's file cannot be read: {error.strerror}") from error
         yield memoryview(content)
@@ -151,7 +150,7 @@ class Reader:
             recorder.touch(first, last)
         if (on_read := self.on_read) is not None:
             on_read(first, last)
-        return self.blob.fd if self.blob.has(first, last) else None
+        return self.blob.file.fd if self.blob.blocks.has(first, last) else None
 
     @property
     def is_waited_for(self) -> bool:
@@ -190,9 +189,9 @@ class Reader:
             self._tell("read_failed", error.message)
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
         if not unkept:
-            return self.blob.read(offset, end - offset)
+            return self.blob.file.read(offset, end - offset)
         parts = [
-            unkept.get(block) or self.blob.read(block * layout.block_bytes, layout.block_size(block))
+            unkept.get(block) or self.blob.file.read(block * layout.block_bytes, layout.block_size(block))
             for block in range(first, last + 1)
         ]
         within = offset - first * layout.block_bytes
@@ -203,12 +202,12 @@ class Reader:
 
         A run stays within one chunk, and `limit_bytes`. Raises BootseerError when no source has the bytes.
         """
-        first = self.blob.next_missing()
-        while first >= 0 and not self.blob.full:
+        first = self.blob.blocks.next_missing()
+        while first >= 0 and not self.blob.file.full:
             end = self._prefetch(first, self.blob.layout.blocks - 1, limit_bytes, push=False)
             if end > first:
                 return first * self.blob.layout.block_bytes, self._bytes_of(first, end)
-            first = self.blob.next_missing()  # others were faster
+            first = self.blob.blocks.next_missing()  # others were faster
         return 0, 0
 
     def prefetch_blocks(self, first: int, last: int, limit_bytes: int, *, push: bool = False) -> int:
@@ -218,7 +217,7 @@ class Reader:
         Raises BootseerError when no source has them.
         """
         block = first
-        while block <= last and not self.blob.full:
+        while block <= last and not self.blob.file.full:
             end = self._prefetch(block, last, limit_bytes, push=push)
             if end > block:
                 return end
@@ -230,7 +229,7 @@ class Reader:
         last = self._last_of_run(first, last)
         if limit_bytes is not None:
             last = min(last, first + max(1, limit_bytes // self.blob.layout.block_bytes) - 1)
-        count, unchecked = self.blob.claim(first, last)
+        count, unchecked = self.blob.blocks.claim(first, last)
         if count:
             self._fetch_claimed(first, count, unchecked=unchecked, demand=False, push=push)
         return first + count
@@ -250,10 +249,10 @@ class Reader:
         Brings what is missing behind it with it, up to `last`. Gives how many blocks are there now.
         """
         deadline = time.monotonic() + _DEMAND_PATIENCE_S
-        while self.blob.states[block] != PRESENT:
-            count, unchecked = self.blob.claim(block, self._last_of_run(block, last))
+        while self.blob.blocks.states[block] != PRESENT:
+            count, unchecked = self.blob.blocks.claim(block, self._last_of_run(block, last))
             if count == 0:
-                self.blob.wait(block, 1.0)
+                self.blob.blocks.wait(block, 1.0)
                 continue
             try:
                 self._fetch_claimed(block, count, unchecked=unchecked, demand=True, unkept=unkept)
@@ -276,9 +275,9 @@ class Reader:
     ) -> None:
         """Fetch claimed blocks from the first source whose bytes are right, and end the claim."""
         offset, size_bytes = first * self.blob.layout.block_bytes, self._bytes_of(first, first + count)
-        # An adopted file's bytes agree with no promise: its user, who brings them, is shown what he brought.
+        # Nothing promises an unmanaged file's bytes: its user, who brings them, is shown what he brought.
         # One who changes them meanwhile has a digest kept that is not theirs, and loses the block at a check.
-        fixed = not self.blob.adopted
+        fixed = not self.blob.unmanaged
         failure: BootseerError = StoreError("no source is left: its job is over")
         claimed = True
         try:
@@ -287,13 +286,14 @@ class Reader:
                 begin_s = time.monotonic()
                 try:
                     with source.read(offset, size_bytes, demand=demand, fixed=fixed) as view:
-                        self._check(first, count, view, known=source is self._kept)
+                        learn = self.blob.unmanaged and source is not self._kept
+                        self.blob.blocks.check(first, count, view, learn=learn)
                         fetched_s = time.monotonic()
-                        kept = source is self._kept or self.blob.write(offset, view)
+                        kept = source is self._kept or self.blob.file.write(offset, view)
                         written_s = time.monotonic()
                         if not kept and unkept is not None:
                             self._put_aside(first, view, unkept)
-                        self.blob.settle(first, count, PRESENT if kept else MISSING)
+                        self.blob.blocks.end_claim(first, count, PRESENT if kept else MISSING)
                         claimed = False
                         if push and kept:
                             self._push(offset, view)
@@ -317,7 +317,7 @@ class Reader:
             raise failure
         finally:
             if claimed:
-                self.blob.settle(first, count, MISSING)
+                self.blob.blocks.end_claim(first, count, MISSING)
 
     def _put_aside(self, first: int, view: memoryview, unkept: dict[int, bytes]) -> None:
         block_bytes = self.blob.layout.block_bytes
@@ -334,19 +334,6 @@ class Reader:
             _log.debug("blob %s: not pushed: %s", self.blob.id[:12], error)
         else:
             self.usage.pushed_bytes += len(view)
-
-    def _check(self, first: int, count: int, view: memoryview, *, known: bool) -> None:
-        """Compare digests. known: a block without one, as adopted files have at first, is wrong."""
-        layout = self.blob.layout
-        for number in range(count):
-            block = first + number
-            start = number * layout.block_bytes
-            part, place = view[start : start + layout.block_bytes], place_of_digest(block)
-            expected = self.blob.digests[place]
-            if self.blob.adopted and not known and expected == NO_DIGEST:
-                self.blob.digests[place] = layout.digests_of(part)
-            elif not layout.agrees(expected, part):
-                raise IntegrityError(f"block {block} has not the digest that was promised")
 
     def _tell(self, name: str, message: str) -> None:
         """Report a fault to each user, the first of each name only: a lost store fails thousands of reads."""

@@ -224,10 +224,9 @@ class ParallelFile(io.RawIOBase):
         if manifest is None:
             return
         first = offset // self._layout.block_bytes
-        for number, start in enumerate(range(0, len(view), self._layout.block_bytes)):
-            block = view[start : start + self._layout.block_bytes]
-            if not manifest.agrees(first + number, block):
-                raise IntegrityError(f"{self.name}: block {first + number} is not what was written")
+        blocks = range(first, first - (-len(view) // self._layout.block_bytes))
+        for block in manifest.wrong_blocks(blocks, view):
+            raise IntegrityError(f"{self.name}: block {block} is not what was written")
 
     def __del__(self) -> None:
         if hasattr(self, "_pool"):

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from bootseer_slurm.blob.digest import BLAKE3, SHA256
 from bootseer_slurm.blob.manifest import Layout, Manifest
 from bootseer_slurm.cache import live as live_states
+from bootseer_slurm.cache.admin import entries, evict, verify
 from bootseer_slurm.cache.cache import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, Cache, CachedBlob
-from bootseer_slurm.cache.survey import entries, evict, verify
 from bootseer_slurm.cli import settings
 from bootseer_slurm.cli.cache import app
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError
@@ -73,11 +73,11 @@ def acquire(cache: Cache, seed: int, uid: int = 20001) -> CachedBlob:
 def fill(blob: CachedBlob, data: bytes, first: int = 0, last: int = BLOCKS - 1) -> None:
     """Bring blocks as a reader does, one by one."""
     for block in range(first, last + 1):
-        count, unchecked = blob.claim(block, block)
+        count, unchecked = blob.blocks.claim(block, block)
         assert (count, unchecked) == (1, False)
         at = block * blob.layout.block_bytes
-        kept = blob.write(at, memoryview(data)[at : at + blob.layout.block_bytes])
-        blob.settle(block, 1, PRESENT if kept else MISSING)
+        kept = blob.file.write(at, memoryview(data)[at : at + blob.layout.block_bytes])
+        blob.blocks.end_claim(block, 1, PRESENT if kept else MISSING)
 
 
 def stored(cache: Cache, seed: int, *, used_s: float | None = None) -> Path:
@@ -85,9 +85,9 @@ def stored(cache: Cache, seed: int, *, used_s: float | None = None) -> Path:
     blob = acquire(cache, seed)
     fill(blob, content(seed))
     cache.release(blob)
-    if used_s is not None and blob.folder.exists():
-        os.utime(blob.folder / "used", (used_s, used_s))
-    return blob.folder
+    if used_s is not None and blob.folder.path.exists():
+        os.utime(blob.folder.path / "used", (used_s, used_s))
+    return blob.folder.path
 
 
 def flip(path: Path, at: int) -> None:
@@ -104,18 +104,18 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_cache as t
 node = t.Node(Path(sys.argv[2]))
-adopted = sys.argv[3] == "adopted"
+unmanaged = sys.argv[3] == "unmanaged"
 cache = node.cache()
 data, made = t.content(1), t.manifest(1)
-blob = cache.acquire("file-1", made.layout, None, 0, 0) if adopted else t.acquire(cache, 1, 0)
+blob = cache.acquire("file-1", made.layout, None, 0, 0) if unmanaged else t.acquire(cache, 1, 0)
 print("ready", flush=True)
-while (first := blob.next_missing()) >= 0:
-    count, _ = blob.claim(first, min(first + 2, t.BLOCKS - 1))
-    for block in range(first, first + count) if adopted else ():
-        blob.digests[block * 32 : block * 32 + 32] = made.digest(block)
+while (first := blob.blocks.next_missing()) >= 0:
+    count, _ = blob.blocks.claim(first, min(first + 2, t.BLOCKS - 1))
+    for block in range(first, first + count) if unmanaged else ():
+        blob.blocks.digests[block * 32 : block * 32 + 32] = made.digest(block)
     at = first * t.BLOCK
-    blob.write(at, memoryview(data)[at : at + count * t.BLOCK])
-    blob.settle(first, count, t.PRESENT)
+    blob.file.write(at, memoryview(data)[at : at + count * t.BLOCK])
+    blob.blocks.end_claim(first, count, t.PRESENT)
     if first % 64 == 0:
         blob.save()
 """
@@ -129,7 +129,7 @@ def child(node: Node, kind: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("kind", ["stored", "adopted"])
+@pytest.mark.parametrize("kind", ["stored", "unmanaged"])
 def test_sigkill_at_any_moment_leaves_no_wrong_block(node: Node, kind: str) -> None:
     data, made, seen = content(1), manifest(1), []
     for delay_s in (0.0, 0.001, 0.002, 0.004, 0.008):
@@ -139,17 +139,17 @@ def test_sigkill_at_any_moment_leaves_no_wrong_block(node: Node, kind: str) -> N
         process.communicate()
         cache = node.cache()
         assert cache.check() == []
-        adopted = kind == "adopted"
-        blob = cache.acquire("file-1", LAYOUT, None, 0, 0) if adopted else acquire(cache, 1, 0)
-        states = blob.states[:]
+        unmanaged = kind == "unmanaged"
+        blob = cache.acquire("file-1", LAYOUT, None, 0, 0) if unmanaged else acquire(cache, 1, 0)
+        states = blob.blocks.states[:]
         assert IN_FLIGHT not in states and UNCHECKED not in states
         for block in range(BLOCKS):
             if states[block] == PRESENT:
                 assert (
-                    blob.read(block * BLOCK, LAYOUT.block_size(block))
+                    blob.file.read(block * BLOCK, LAYOUT.block_size(block))
                     == data[block * BLOCK : (block + 1) * BLOCK]
                 )
-                assert blob.digests[block * 32 : block * 32 + 32] == made.digest(block)
+                assert blob.blocks.digests[block * 32 : block * 32 + 32] == made.digest(block)
         seen.append(states.count(PRESENT))
         del blob, cache  # without a release, as if killed too
     assert seen == sorted(seen), "what was there once stays"
@@ -157,7 +157,7 @@ def test_sigkill_at_any_moment_leaves_no_wrong_block(node: Node, kind: str) -> N
     process = child(node, kind)
     process.communicate(timeout=20)
     assert process.returncode == 0
-    assert node.live.joinpath("0.file-1" if kind == "adopted" else f"0.{made.id}").exists()
+    assert node.live.joinpath("0.file-1" if kind == "unmanaged" else f"0.{made.id}").exists()
 
 
 def test_a_release_and_a_restart_in_the_same_boot_need_no_hashing(node: Node) -> None:
@@ -173,16 +173,16 @@ def test_after_a_reboot_blocks_are_unchecked(node: Node, monkeypatch: pytest.Mon
     cache = node.cache()
     assert cache.check() == []
     blob = acquire(cache, 1)
-    assert set(blob.states[:]) == {UNCHECKED} and blob.present_bytes == 0 and not blob.has(0, 0)
+    assert set(blob.blocks.states[:]) == {UNCHECKED} and blob.present_bytes == 0 and not blob.blocks.has(0, 0)
     for block in range(BLOCKS):
-        assert blob.next_missing() == block
-        assert blob.claim(block, block) == (1, True)
-        right = manifest(1).agrees(block, blob.read(block * BLOCK, LAYOUT.block_size(block)))
-        blob.settle(block, 1, PRESENT if right else MISSING)
+        assert blob.blocks.next_missing() == block
+        assert blob.blocks.claim(block, block) == (1, True)
+        right = manifest(1).agrees(block, blob.file.read(block * BLOCK, LAYOUT.block_size(block)))
+        blob.blocks.end_claim(block, 1, PRESENT if right else MISSING)
         if not right:
             assert block == 5
             fill(blob, content(1), 5, 5)
-    assert blob.complete and blob.path.read_bytes() == content(1)
+    assert blob.complete and blob.file.path.read_bytes() == content(1)
 
 
 def test_a_reboot_in_the_middle_of_a_job_keeps_what_was_saved(
@@ -195,14 +195,14 @@ def test_a_reboot_in_the_middle_of_a_job_keeps_what_was_saved(
     fill(blob, content(1), 10, 19)
     node.reboot(monkeypatch)
     again = acquire(node.cache(), 1)
-    assert again.states[:] == bytes([UNCHECKED] * 10 + [MISSING] * (BLOCKS - 10))
-    assert again.claim(0, BLOCKS - 1) == (10, True) and again.claim(10, 11) == (2, False)
+    assert again.blocks.states[:] == bytes([UNCHECKED] * 10 + [MISSING] * (BLOCKS - 10))
+    assert again.blocks.claim(0, BLOCKS - 1) == (10, True) and again.blocks.claim(10, 11) == (2, False)
 
 
 def test_data_that_somebody_wrote_to_is_checked_again(node: Node) -> None:
     folder = stored(node.cache(), 1)
     flip(folder / "data", 0)
-    assert set(acquire(node.cache(), 1).states[:]) == {UNCHECKED}
+    assert set(acquire(node.cache(), 1).blocks.states[:]) == {UNCHECKED}
 
 
 @pytest.mark.parametrize("name", ["manifest", "data", "blocks", "used", "digests"])
@@ -213,11 +213,11 @@ def test_a_damaged_folder_never_gives_a_wrong_block(
 ) -> None:
     made, cache = manifest(1), node.cache()
     blob = cache.acquire("file-1", LAYOUT, None, 0, 0)
-    blob.digests[:] = made.digests
+    blob.blocks.digests[:] = made.digests
     fill(blob, content(1))
     cache.release(blob)
     node.reboot(monkeypatch)
-    path = blob.folder / name
+    path = blob.folder.path / name
     path.unlink()
     if damage == "folder":
         path.mkdir()
@@ -232,12 +232,12 @@ def test_a_damaged_folder_never_gives_a_wrong_block(
     if damage == "folder" and not removed:
         return  # what is not checked may fail, and is served from the store
     again = cache.acquire("file-1", LAYOUT, None, 0, 0)
-    assert PRESENT not in again.states[:]
+    assert PRESENT not in again.blocks.states[:]
     for block in range(BLOCKS):
-        if again.states[block] == UNCHECKED:
-            assert again.digests[block * 32 : block * 32 + 32] == made.digest(block)
-    first = again.next_missing()
-    assert again.claim(first, first)[0] == 1
+        if again.blocks.states[block] == UNCHECKED:
+            assert again.blocks.digests[block * 32 : block * 32 + 32] == made.digest(block)
+    first = again.blocks.next_missing()
+    assert again.blocks.claim(first, first)[0] == 1
 
 
 def test_live_state_that_is_garbage_or_of_another_boot_counts_for_nothing(
@@ -254,7 +254,7 @@ def test_live_state_that_is_garbage_or_of_another_boot_counts_for_nothing(
     ):
         file.write_bytes(damaged)
         again = acquire(node.cache(), 1)
-        assert set(again.states[:]) == {MISSING}
+        assert set(again.blocks.states[:]) == {MISSING}
     del again
     gc.collect()  # what an agent held that is no more
     file.write_bytes(b"{}")
@@ -266,7 +266,7 @@ def test_two_users_of_the_same_blob_are_apart(node: Node) -> None:
     mine, other = acquire(cache, 1, 20001), acquire(cache, 1, 20002)
     fill(mine, content(1))
     assert other.present_bytes == 0
-    assert (mine.path.stat().st_uid, other.path.stat().st_uid) == (20001, 20002)
+    assert (mine.file.path.stat().st_uid, other.file.path.stat().st_uid) == (20001, 20002)
     assert node.root.stat().st_mode & 0o777 == 0o700 and node.live.stat().st_mode & 0o777 == 0o700
 
 
@@ -274,20 +274,20 @@ def test_the_longest_unused_go_first_down_to_the_low_mark_and_pinned_ones_stay(n
     cache = node.cache()
     pinned = acquire(cache, 0)
     fill(pinned, content(0))
-    os.utime(pinned.folder / "used", (1, 1))
+    os.utime(pinned.folder.path / "used", (1, 1))
     folders = [stored(cache, seed, used_s=1000 + seed) for seed in (1, 2, 3)]
     each = (folders[0] / "data").stat().st_blocks * 512
     small = Cache(node.root, max_bytes=int(3.99 * each), min_free_bytes=0, live=node.live)
     assert small.make_room()
-    assert [folder.exists() for folder in folders] == [False, True, True] and pinned.folder.exists()
+    assert [folder.exists() for folder in folders] == [False, True, True] and pinned.folder.path.exists()
     tight = Cache(node.root, max_bytes=3 * each, min_free_bytes=0, live=node.live)
     assert tight.make_room() and all(folder.exists() for folder in folders[1:]), "not over: nothing goes"
     tight = Cache(node.root, max_bytes=3 * each - BLOCK, min_free_bytes=0, live=node.live)
     assert tight.make_room() and [folder.exists() for folder in folders[1:]] == [False, True]
     none = Cache(node.root, max_bytes=1, min_free_bytes=0, live=node.live)
     assert not none.make_room(), "what is in use is too much"
-    assert pinned.folder.exists() and not folders[2].exists()
-    assert pinned.path.read_bytes() == content(0)
+    assert pinned.folder.path.exists() and not folders[2].exists()
+    assert pinned.file.path.read_bytes() == content(0)
 
 
 def test_the_low_mark_is_below_the_bound(node: Node) -> None:
@@ -314,22 +314,22 @@ def test_a_live_blob_makes_room_as_it_grows_and_keeps_what_fits_when_it_never_wi
     assert not folder.exists() and blob.complete
     small.release(blob)
     huge = small.acquire("file-huge", Layout(100 * each), None, 0, 0)
-    assert not huge.full
+    assert not huge.file.full
     kept = 0
-    while huge.write(kept * BLOCK, memoryview(bytes(BLOCK))):
+    while huge.file.write(kept * BLOCK, memoryview(bytes(BLOCK))):
         kept += 1
         assert kept < BLOCKS
-    assert huge.full and kept > 0 and blob.folder.exists(), "one that never fits evicts nobody"
-    blob.path.unlink()
-    assert small.make_room() and not huge.full, "room again"
+    assert huge.file.full and kept > 0 and blob.folder.path.exists(), "one that never fits evicts nobody"
+    blob.file.path.unlink()
+    assert small.make_room() and not huge.file.full, "room again"
 
 
 def test_the_disk_keeps_what_others_need(node: Node) -> None:
     folder = stored(node.cache(), 1)
     greedy = node.cache(min_free_bytes=2**60)
     blob = acquire(greedy, 2)
-    assert blob.full and not folder.exists()
-    assert not blob.write(0, memoryview(b"x"))
+    assert blob.file.full and not folder.exists()
+    assert not blob.file.write(0, memoryview(b"x"))
 
 
 @pytest.fixture
@@ -346,14 +346,14 @@ def test_a_full_disk(node: Node, small_disk: Path) -> None:
     cache = node.cache()
     blob = acquire(cache, 1)
     fill(blob, content(1))
-    there = blob.states[:].count(PRESENT)
-    assert blob.full and 0 < there < BLOCKS
+    there = blob.blocks.states[:].count(PRESENT)
+    assert blob.file.full and 0 < there < BLOCKS
     cache.release(blob)  # there is no room for `blocks` either
-    assert not list(blob.folder.glob("*.new"))
+    assert not list(blob.folder.path.glob("*.new"))
     again = acquire(node.cache(), 1)
     for block in range(BLOCKS):
-        if again.states[block] != MISSING:
-            assert again.read(block * BLOCK, BLOCK) == content(1)[block * BLOCK : (block + 1) * BLOCK]
+        if again.blocks.states[block] != MISSING:
+            assert again.file.read(block * BLOCK, BLOCK) == content(1)[block * BLOCK : (block + 1) * BLOCK]
 
 
 def test_live_memory_that_is_full_is_an_error_not_a_crash(node: Node, small_disk: Path) -> None:
@@ -387,63 +387,63 @@ def test_verify_and_gc_beside_what_is_in_use(node: Node) -> None:
     fill(pinned, content(1))
     folder, gone = stored(cache, 2, used_s=2000), stored(cache, 3, used_s=1000)
     flip(folder / "data", 7 * BLOCK + 3)
-    flip(pinned.path, 9)
+    flip(pinned.file.path, 9)
     damage = {each.id: each for each in verify(node.root, node.live)}
     assert damage[folder.name].blocks == (7,) and damage[folder.name].mended
     assert damage[pinned.id].blocks == (0,) and not damage[pinned.id].mended
     assert pinned.complete, "what an agent uses is only reported"
     mended = acquire(cache, 2)
-    assert mended.next_missing() == 7 and mended.states[:].count(PRESENT) == BLOCKS - 1
+    assert mended.blocks.next_missing() == 7 and mended.blocks.states[:].count(PRESENT) == BLOCKS - 1
     cache.release(mended)
-    os.utime(mended.folder / "used", (2000, 2000))
+    os.utime(mended.folder.path / "used", (2000, 2000))
 
     removed = evict(node.root, node.live, 2 * (gone / "data").stat().st_blocks * 512)
     assert [each.id for each in removed] == [gone.name]
     assert [each.id for each in evict(node.root, node.live, 0)] == [folder.name]
-    assert pinned.folder.exists()
+    assert pinned.folder.path.exists()
 
 
 @pytest.mark.parametrize("digest", [SHA256, BLAKE3])
-@pytest.mark.parametrize("adopted", [False, True])
-def test_verify_compares_the_digest_that_the_blob_has(node: Node, digest: str, adopted: bool) -> None:
+@pytest.mark.parametrize("unmanaged", [False, True])
+def test_verify_compares_the_digest_that_the_blob_has(node: Node, digest: str, unmanaged: bool) -> None:
     cache, layout = node.cache(), replace(LAYOUT, digest=digest)
     made = manifest(1, layout)
-    if adopted:
+    if unmanaged:
         blob = cache.acquire("file-1", layout, None, 0, 0)
-        blob.digests[:] = made.digests
+        blob.blocks.digests[:] = made.digests
     else:
         blob = cache.acquire(made.id, layout, made.digests, 0, 0)
     fill(blob, content(1))
     cache.release(blob)
     assert verify(node.root, node.live) == []
-    flip(blob.path, 7 * BLOCK + 3)
+    flip(blob.file.path, 7 * BLOCK + 3)
     (damage,) = verify(node.root, node.live)
     assert damage.blocks == (7,) and damage.mended
 
 
-def adopted_of_an_earlier_version(node: Node, seed: int = 1) -> CachedBlob:
+def unmanaged_of_an_earlier_version(node: Node, seed: int = 1) -> CachedBlob:
     """A complete file that is used where it lies, with digests of sha256, which nobody uses."""
     cache = node.cache()
     blob = cache.acquire("file-1", LAYOUT, None, 0, 0)
-    blob.digests[:] = manifest(seed).digests
+    blob.blocks.digests[:] = manifest(seed).digests
     fill(blob, content(seed))
     cache.release(blob)
-    assert b"digest" not in (blob.folder / "manifest").read_bytes()
+    assert b"digest" not in (blob.folder.path / "manifest").read_bytes()
     return blob
 
 
 @pytest.mark.parametrize("rebooted", [False, True])
-def test_digests_of_adopted_files_stay_valid_under_a_version_with_another(
+def test_digests_of_unmanaged_files_stay_valid_under_a_version_with_another(
     node: Node, monkeypatch: pytest.MonkeyPatch, rebooted: bool
 ) -> None:
-    folder = adopted_of_an_earlier_version(node).folder
+    folder = unmanaged_of_an_earlier_version(node).folder.path
     if rebooted:
         node.reboot(monkeypatch)
     cache = node.cache()
     assert cache.check() == []
     blob = cache.acquire("file-1", replace(LAYOUT, digest=BLAKE3), None, 0, 0)
     assert blob.layout == LAYOUT, "what the folder has of it counts"
-    assert set(blob.states[:]) == {UNCHECKED if rebooted else PRESENT}
+    assert set(blob.blocks.states[:]) == {UNCHECKED if rebooted else PRESENT}
     cache.release(blob)
     assert verify(node.root, node.live) == []
     evict(node.root, node.live, 0)
@@ -453,15 +453,15 @@ def test_digests_of_adopted_files_stay_valid_under_a_version_with_another(
 
 def test_killed_while_a_folder_changes_its_digest(node: Node, mocker: MockerFixture) -> None:
     """Nothing that the earlier digests say may count for the new one."""
-    folder = adopted_of_an_earlier_version(node).folder
+    folder = unmanaged_of_an_earlier_version(node).folder.path
     (folder / "manifest").write_bytes(b"damaged")
-    mocker.patch.object(CachedBlob, "_open_data", side_effect=KeyboardInterrupt)
+    mocker.patch("bootseer_slurm.cache.blob.open_data", side_effect=KeyboardInterrupt)
     new = replace(LAYOUT, digest=BLAKE3)
     with pytest.raises(KeyboardInterrupt):
         node.cache().acquire("file-1", new, None, 0, 0)
     mocker.stopall()
     blob = node.cache().acquire("file-1", new, None, 0, 0)
-    assert blob.layout == new and set(blob.states[:]) == {MISSING} and not any(blob.digests[:])
+    assert blob.layout == new and set(blob.blocks.states[:]) == {MISSING} and not any(blob.blocks.digests[:])
 
 
 def bootseer(node: Node, *words: str) -> Result:
@@ -499,8 +499,8 @@ def test_the_commands(node: Node) -> None:
     assert isinstance(result.exception, IntegrityError) and result.exception.exit_status == 6
     assert f"1 of {BLOCKS} blocks" in result.output and "will be fetched again" in result.output
     assert "removed: 0" in bootseer(node, "gc", "--to", "1GiB").output
-    assert "removed: 1" in bootseer(node, "gc").output and not folder.exists() and pinned.folder.exists()
-    (pinned.folder / "manifest").write_bytes(b"x")
+    assert "removed: 1" in bootseer(node, "gc").output and not folder.exists() and pinned.folder.path.exists()
+    (pinned.folder.path / "manifest").write_bytes(b"x")
     assert "damaged" in bootseer(node, "show").output
 
 
@@ -525,7 +525,7 @@ def test_data_that_counts_for_nothing_is_not_written_over(node: Node) -> None:
     shown = os.open(folder / "data", os.O_RDONLY)
     (folder / "blocks").unlink()
     again = acquire(node.cache(), 1)
-    assert set(again.states[:]) == {MISSING}
+    assert set(again.blocks.states[:]) == {MISSING}
     assert os.pread(shown, LAYOUT.size_bytes, 0) == content(1)
     os.close(shown)
 
@@ -547,4 +547,6 @@ def test_what_runs_with_the_last_pin_may_wait_for_the_cache(node: Node) -> None:
 
     cache.release(blob, on_last)
     taking.join(10)
-    assert again[0] is not blob and again[0].pins == 1
+    assert again[0] is not blob
+    cache.release(again[0])
+    assert list(node.live.iterdir()) == [], "it had one pin"

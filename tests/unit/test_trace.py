@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bootseer_slurm.agent.wanted import Wanted
-from bootseer_slurm.blob.garbage import collect_garbage
+from bootseer_slurm.blob.gc import collect_garbage
 from bootseer_slurm.blob.jobclass import (
     RECORD_LIMIT_BYTES,
     WISH_LIMIT,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from bootseer_slurm.blob.names import list_names, user_folder
 from bootseer_slurm.blob.trace import MAX_AGE_S, traces_folder
-from bootseer_slurm.store import TEMPORARY, Entry, Store
+from bootseer_slurm.store import TEMPORARY, Store, StoreEntry
 
 GRACE_S = 86400.0
 _UNUSED = "unused"
@@ -60,7 +60,7 @@ def collect_garbage(store: Store, uid: int, *, now_s: float | None = None) -> Co
 
 
 def _look_at_blob(
-    store: Store, path: str, folder: Entry, named: bool, now_s: float, result: Collected
+    store: Store, path: str, folder: StoreEntry, named: bool, now_s: float, result: Collected
 ) -> None:
     entries = store.scan(path)
     objects = {entry.name: entry for entry in entries}
@@ -97,7 +97,7 @@ def _remove_traces(store: Store, root: str, now_s: float, result: Collected) -> 
             _remove(store, *each, result)
 
 
-def _folders(store: Store, path: str) -> list[Entry]:
+def _folders(store: Store, path: str) -> list[StoreEntry]:
     return [entry for entry in store.scan(path) if entry.is_folder]
 
 

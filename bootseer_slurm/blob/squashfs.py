@@ -15,6 +15,7 @@ _TABLES_LIMIT_BYTES = 64 * 2**20
 _COMPRESSIONS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
 
 
+# size: a record of the format.
 class Superblock(NamedTuple):
     """The first bytes of a squashfs 4.0. root: of the inode, (piece << 16) + offset.
 
@@ -50,7 +51,7 @@ class Superblock(NamedTuple):
     def tables_start(self) -> int:
         """Where the first table begins."""
         tables = (self.ids, self.xattrs, self.inodes, self.folders, self.fragments, self.exports)
-        return min((place for place in tables if place != NO_TABLE), default=self.used_bytes)
+        return min((start for start in tables if start != NO_TABLE), default=self.used_bytes)
 
 
 def check_squashfs(reader: ObjectReader, name: str) -> None:

@@ -142,8 +142,8 @@ class _Image:
             return []
         per_piece = _PIECE_BYTES // _FRAGMENT.size
         pieces = -(-count // per_piece)
-        places = struct.unpack(f"<{pieces}Q", self._read(self._head.fragments, pieces * 8))
-        content = b"".join(self._piece(place)[0] for place in places)
+        offsets = struct.unpack(f"<{pieces}Q", self._read(self._head.fragments, pieces * 8))
+        content = b"".join(self._piece(offset)[0] for offset in offsets)
         found = (_FRAGMENT.unpack_from(content, number * _FRAGMENT.size) for number in range(count))
         return [Extent(offset, size & (_BLOCK_STORED - 1)) for offset, size, _ in found]
 

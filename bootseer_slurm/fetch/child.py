@@ -29,7 +29,7 @@ from urllib.parse import quote
 from bootseer_slurm.blob.jobclass import RECORD_LIMIT_BYTES, class_path, decode_wishes
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, decode
 from bootseer_slurm.blob.names import Base, Name, file_fingerprint, read_published, user_folder
-from bootseer_slurm.blob.plans import keep_trace, plan_of
+from bootseer_slurm.blob.plans import Shape, keep_trace, plan_of
 from bootseer_slurm.blob.squashfs import head_and_tables
 from bootseer_slurm.blob.stripes import Stripes, open_stripes
 from bootseer_slurm.checkpoint.locate import named_files, share_of
@@ -322,8 +322,7 @@ class Child:
             os.getuid(),
             request["class"],
             request["blob"],
-            blocks=request["blocks"],
-            block_bytes=request["block_bytes"],
+            Shape(request["blocks"], request["block_bytes"]),
             any_class=request["any_class"],
         )
         return {"warning": warning} if warning else {}, [_memory_file(plan.encode())]

@@ -63,6 +63,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
+# size: a row of accounting.
 class JobRecord:
     """One run of a job as accounting has it. Times are whole seconds in ns since the epoch; None: not yet."""
 

@@ -17,7 +17,7 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")  # what an object is called while 
 _TICK_NS = 10_000_000  # as coarse as a kernel may stamp files, with times in ns
 
 
-class Entry(NamedTuple):
+class StoreEntry(NamedTuple):
     """What lies in a folder of the store. size_bytes is 0 of a folder; changed_s: seconds since 1970."""
 
     name: str
@@ -40,6 +40,7 @@ class ObjectReader(Protocol):
 ObjectWriter = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
+# size: the interface of all drivers.
 class Store(Protocol):
     """A folder of objects. Paths are relative, with "/" between their parts."""
 
@@ -99,7 +100,7 @@ class Store(Protocol):
         no such thing: there it is looked first and written then, and in between two may get True.
         """
 
-    def scan(self, path: str) -> list[Entry]:
+    def scan(self, path: str) -> list[StoreEntry]:
         """All that lies in a folder, half-written objects too (`.` in front); empty when it is missing.
 
         Raises StoreError.

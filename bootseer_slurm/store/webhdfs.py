@@ -99,9 +99,10 @@ def _locations(answer: Any) -> dict[str, int]:
         blocks[last["block"]["blockId"]] = last
     found: Counter[str] = Counter()
     for each in blocks.values():
-        places = each["locations"]
-        for place in places:
-            found[f"{place['hostName']}:{place['xferPort']}"] += each["block"]["numBytes"] // len(places)
+        replicas = each["locations"]
+        share_bytes = each["block"]["numBytes"] // max(1, len(replicas))
+        for replica in replicas:
+            found[f"{replica['hostName']}:{replica['xferPort']}"] += share_bytes
     return dict(found)
 
 

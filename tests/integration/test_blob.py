@@ -22,7 +22,7 @@ from bootseer_slurm.agent.source import FetchSource
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, Manifest, decode
 from bootseer_slurm.blob.names import file_fingerprint, read_name, user_folder
 from bootseer_slurm.blob.trace import Recorder
-from bootseer_slurm.blob.writer import store_file
+from bootseer_slurm.blob.writer import BlobWriter, Original
 from bootseer_slurm.cache.cache import MISSING, UNCHECKED, Cache
 from bootseer_slurm.cache.datafile import DataFile
 from bootseer_slurm.cache.reader import Reader, Usage
@@ -48,9 +48,8 @@ class Scene:
         self.file.write_bytes(self.content)
         os.utime(self.file, (1_700_000_000, 1_700_000_000))
         fingerprint = file_fingerprint(self.file.stat())
-        self.name = store_file(
-            self.store, self.file, kind="checkpoint", name=str(self.file), fingerprint=fingerprint, objects=3
-        )
+        original = Original("checkpoint", str(self.file), fingerprint)
+        self.name = BlobWriter(self.store, objects=3).store_named(self.file, original)
         self.blob_folder = self.store_folder / self.name.folder
         user = User(os.getuid(), os.getgid(), ())
         self.process = FetchProcess(user, f"file://{self.store_folder}", streams=4, timeout_s=5)
@@ -365,7 +364,7 @@ def test_a_file_changed_while_it_is_stored_is_refused(scene: Scene, tmp_path: Pa
         os.utime(path)
 
     with pytest.raises(BootseerError, match="changed while"):
-        store_file(scene.store, path, kind="image", name="n", fingerprint="f", progress=touch)
+        BlobWriter(scene.store, progress=touch).store_named(path, Original("image", "n", "f"))
     assert read_name(scene.store, os.getuid(), "n") is None
     assert scene.store.list(f"{user_folder(os.getuid())}/blobs") == [scene.name.folder.split("/")[-1]]
 

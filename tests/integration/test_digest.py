@@ -36,8 +36,8 @@ from bootseer_slurm.store import open_store
 writer.PREFERRED = sys.argv[3]
 file = Path(sys.argv[2])
 fingerprint = file_fingerprint(file.stat())
-stored = writer.store_file(
-    open_store(sys.argv[1]), file, kind="checkpoint", name=str(file), fingerprint=fingerprint, objects=3)
+original = writer.Original("checkpoint", str(file), fingerprint)
+stored = writer.BlobWriter(open_store(sys.argv[1]), objects=3).store_named(file, original)
 print(stored.folder)
 """
 

@@ -1,4 +1,4 @@
-"""Taking out of a user's part of the store what nothing there needs any more.
+"""The garbage of a user's part of the store: blobs without a name, dead leases, old traces, half objects.
 
     users/<uid>/blobs/<token>/unused    an empty object: since its time, no name has stood for this blob
 
@@ -24,7 +24,7 @@ _UNUSED = "unused"
 
 @dataclass(slots=True)
 class Collected:
-    """What was taken out: store paths, and bytes.
+    """The paths in the store that were removed, and their bytes.
 
     marked: blobs that go after a day. problems: what is wrong with records that are damaged.
     """

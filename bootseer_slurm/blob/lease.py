@@ -171,7 +171,7 @@ def make_once(
     make: Callable[[], _Made],
     on_wait: Callable[[str], None],
 ) -> tuple[_Made, bool]:
-    """What is called `name`, and whether this process made it: one in the cluster does, the others wait.
+    """The thing called `name`, and whether this process made it: one in the cluster does, the others wait.
 
     look: finds it in the store, or None. on_wait: see Lease.acquire. Raises what that and `make` raise.
     """

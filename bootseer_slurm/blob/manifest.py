@@ -177,7 +177,7 @@ def manifest_of(blob_id: str, layout: Layout, digests: bytes) -> Manifest:
 
 
 def encode_unmanaged(layout: Layout) -> bytes:
-    """What the cache keeps in a manifest's place for an unmanaged file."""
+    """The line that the cache keeps in a manifest's place for an unmanaged file."""
     header = {"format": "bootseer-file", **_header(layout)}
     return json.dumps(header, sort_keys=True).encode() + b"\n"
 
@@ -213,7 +213,7 @@ def _split(content: bytes, format_: str) -> tuple[Any, bytes]:
 
 
 def _header(layout: Layout) -> dict[str, object]:
-    """What a line says of a layout, and the version that this takes."""
+    """The fields of a line that describe a layout, and the version that this takes."""
     header = {"version": 1 if layout.digest == SHA256 else 2, **asdict(layout)}
     if layout.digest == SHA256:
         del header["digest"]  # as it was when there was no other: the ids of old blobs hold

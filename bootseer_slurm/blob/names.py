@@ -41,7 +41,7 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """What the store knows of one path or URI.
+    """The record that the store has of one path or URI.
 
     signature: says that the site made this blob itself, "" when it did not. Only the agent can tell whether
     it is a good one.
@@ -89,7 +89,7 @@ def write_name(store: Store, uid: int, name: Name) -> None:
 
 
 def read_name(store: Store, uid: int, name: str) -> Name | None:
-    """What the store knows of a path or URI of this user, or None.
+    """The record that the store has of a path or URI of this user, or None.
 
     Raises IntegrityError when the record is damaged, StoreError when the store cannot be read.
     """

@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 def plan_of(
     store: Store, uid: int, job_class: str, blob_id: str, shape: Shape, *, any_class: bool
 ) -> tuple[Plan, str]:
-    """What earlier starts of a class touched of a blob, and what is wrong with traces that were left out.
+    """The plan that earlier starts of a class give for a blob, and why traces were left out, "" if none was.
 
     shape: the blob's. any_class: where the class has no traces, those of the user's others.
     Raises StoreError.
@@ -97,7 +97,7 @@ def _paths_of_any_class(store: Store, uid: int, blob_id: str) -> Iterator[str]:
 
 
 def _by_time(store: Store, folder: str) -> list[str]:
-    """What lies in a folder of the store, the newest last."""
+    """The names in a folder of the store, the newest last."""
     entries = sorted(store.scan(folder), key=lambda entry: (entry.changed_s, entry.name))
     return [entry.name for entry in entries if _is_whole(entry)]
 

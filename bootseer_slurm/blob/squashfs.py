@@ -1,4 +1,4 @@
-"""What a squashfs file says of itself, read without mounting it."""
+"""The superblock of a squashfs file, read without mounting it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_squashfs(reader: ObjectReader, name: str) -> None:
 
 
 def head_and_tables(reader: ObjectReader, name: str) -> list[tuple[int, int]]:
-    """What a mount needs at once, as (offset, bytes): the superblock, and the tables at the end.
+    """The ranges that a mount needs at once, as (offset, bytes): the superblock, and the tables at the end.
 
     Of very long tables the end, 64 MiB: there lies what the mount itself reads. Raises InputError.
     """
@@ -76,7 +76,7 @@ def head_and_tables(reader: ObjectReader, name: str) -> list[tuple[int, int]]:
 
 
 def read_superblock(reader: ObjectReader, name: str) -> Superblock:
-    """What a file says of itself. Raises InputError when it is no squashfs."""
+    """The superblock of a file. Raises InputError when it is no squashfs."""
     head = bytearray(_SUPERBLOCK.size)
     if reader.read_into(0, memoryview(head)) < len(head):
         raise InputError(f"image {name}: too short for a squashfs")

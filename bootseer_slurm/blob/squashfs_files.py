@@ -64,7 +64,7 @@ class StoredFile:
 
 
 class Squashfs(NamedTuple):
-    """What an image holds: its regular files by path, as in its folders; how their blocks are compressed."""
+    """An image's regular files by path, in the order of its folders, and how their blocks are compressed."""
 
     block_bytes: int
     files: dict[str, StoredFile]

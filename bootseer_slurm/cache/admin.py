@@ -44,7 +44,7 @@ class CacheEntry:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What is wrong with one blob. blocks: those with wrong bytes. mended: they will be fetched again."""
+    """The damage of one blob. blocks: those with wrong bytes. mended: they will be fetched again."""
 
     uid: int
     id: str

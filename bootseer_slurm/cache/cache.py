@@ -182,7 +182,7 @@ class Cache:
 
 
 def _flaw(folder: BlobFolder) -> str:
-    """What a folder lacks to be a blob's; "" when it lacks nothing."""
+    """Why a folder is not one of a blob; "" when it is."""
     try:
         kept = read_manifest(folder)
         data = os.lstat(folder.path / "data")

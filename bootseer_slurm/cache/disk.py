@@ -59,7 +59,7 @@ class BlobFolder:
 
     @property
     def disk_bytes(self) -> int:
-        """What its data takes on the disk."""
+        """Bytes that its data takes on the disk."""
         with contextlib.suppress(OSError):
             return os.lstat(self.path / "data").st_blocks * 512
         return 0
@@ -275,7 +275,7 @@ def _sealed(content: bytes) -> bytes:
 
 
 def _unsealed(content: bytes) -> bytes:
-    """What was sealed. Raises ValueError."""
+    """The content that was sealed. Raises ValueError where it is not whole."""
     if hashlib.sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
         raise ValueError("is not whole")
     return content[:-DIGEST_BYTES]

@@ -126,7 +126,7 @@ def _batches(works: list[_Whole | _Straight]) -> Iterator[list[_Whole | _Straigh
 
 
 class _Planner:
-    """What is asked of a LoadPlanner, by one thread at a time."""
+    """A LoadPlanner, which is asked by one thread at a time."""
 
     def __init__(self, planner: Any) -> None:
         self._planner = planner
@@ -230,7 +230,7 @@ def _look(file: ParallelFile, infos: list[Any]) -> dict[int, _Saved | None]:
 
 
 def _saved(length: int, front: bytearray, back: bytearray) -> _Saved | None:
-    """What is saved in an archive of which only both ends are known."""
+    """The tensor in an archive of which only both ends are known."""
     try:
         with _Sparse(-1, length) as content:
             content[: len(front)], content[length - len(back) :] = front, back
@@ -274,7 +274,7 @@ class _Storage:
 
 @dataclass
 class _Tensor:
-    """What torch._utils._rebuild_tensor_v2 is called with for a tensor without anything special."""
+    """The arguments of torch._utils._rebuild_tensor_v2 for a tensor without anything special."""
 
     storage: _Storage
     offset: int

@@ -173,7 +173,7 @@ def _within(path: str) -> str:
 
 @contextlib.contextmanager
 def _as_os_error(path: str) -> Any:
-    """What is not there is what fsspec's users expect."""
+    """A missing file is the error that fsspec's users expect."""
     try:
         yield
     except NotFound as error:

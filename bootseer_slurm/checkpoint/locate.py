@@ -177,7 +177,7 @@ def _step_in(name: str) -> re.Match[str] | None:
 
 
 def _without_step(path: str) -> str:
-    """What the checkpoints of all steps are called alike, or a file in their folders."""
+    """The pattern that the checkpoints of all steps match, or a file in their folders."""
     folder, slash, name = path.rstrip("/").rpartition("/")
     if match := _step_in(name):
         return f"{folder}{slash}{name[: match.start(1)]}*{name[match.end(1) :]}"

@@ -1,4 +1,4 @@
-"""What every command needs: the configuration that `--config` named, and the store."""
+"""The configuration that `--config` named, and the store: for every command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Slurm's accounting knows of a job, as typed rows.
+"""The records of jobs in Slurm's accounting, as typed rows.
 
 The only caller of sacct in this package. Owns the command line, the parsing and the numbering of restarts; it
 keeps nothing and writes nothing. One process per call, with a time limit; no threads.

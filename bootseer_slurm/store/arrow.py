@@ -179,5 +179,5 @@ def _remove_folder(filesystem: Any, full: str) -> None:
 
 
 def _tag(file: Any) -> object:
-    """What tells an object of S3 from another of its name; of others their size."""
+    """The ETag of an object of S3, which tells it from another of its name; of others their size."""
     return (file.metadata() or {}).get("ETag"), file.size()

@@ -2,11 +2,11 @@
 # squashfs-tools; the others install what they need, as root on Debian or Ubuntu (scripts/setup).
 .PHONY: unit check node cluster test demo
 
-unit: .venv/bin/bootseer
+unit:
+	scripts/setup --venv
 	.venv/bin/python -m pytest -q tests/unit
 
 check:
-	scripts/setup
 	scripts/check
 
 node:
@@ -20,8 +20,3 @@ test:
 
 demo:
 	scripts/demo
-
-.venv/bin/bootseer: pyproject.toml
-	python3 -m venv .venv
-	.venv/bin/pip install -q -e '.[test,check]'
-	touch $@

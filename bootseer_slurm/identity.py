@@ -1,6 +1,7 @@
 """Becoming a user: the one place where a process of root's takes a user's rights, for good.
 
-What is begun with `subprocess` as a user takes these rights there. All functions change the whole process.
+`User.popen_arguments` and `without_rights` are for what is begun with `subprocess`. All else changes the
+whole process.
 """
 
 from __future__ import annotations
@@ -9,9 +10,18 @@ import ctypes
 import os
 import pwd
 from dataclasses import dataclass
+from typing import TypedDict
 
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
+
+
+class PopenRights(TypedDict):
+    """The arguments of `subprocess.Popen` that say whose rights the program has."""
+
+    user: int
+    group: int
+    extra_groups: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +41,21 @@ class User:
             groups = [gid]
         return cls(uid, gid, tuple(groups))
 
+    def popen_arguments(self) -> PopenRights:
+        """Have a program that `subprocess` begins run as this user, with these groups only. For root."""
+        return {"user": self.uid, "group": self.gid, "extra_groups": list(self.groups)}
+
     def become(self) -> None:
         """Take this user's ids and groups, all of them. For root. Raises OSError."""
         os.setgroups(self.groups)
         os.setresgid(self.gid, self.gid, self.gid)
         os.setresuid(self.uid, self.uid, self.uid)
+
+
+def without_rights(uid: int) -> list[str]:
+    """The beginning of a command that runs as this user and group, without any right nor a way to get one."""
+    rights = ("--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all")
+    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", *rights, "--"]
 
 
 def close_to_tracers() -> None:

@@ -251,8 +251,8 @@ def mounts_at(path: Path | str) -> list[Mount]:
 
 def mount_of(path: Path | str) -> Mount:
     """The mount that shows path. Raises OSError when there is no such path."""
-    place = Path(path).resolve(strict=True)
-    over = [entry for entry in mounts_below("/") if place.is_relative_to(entry.point)]
+    real = Path(path).resolve(strict=True)
+    over = [entry for entry in mounts_below("/") if real.is_relative_to(entry.point)]
     return max(enumerate(over), key=lambda pair: (len(pair[1].point.parts), pair[0]))[1]
 
 

@@ -1,4 +1,4 @@
-"""How what we pack is compressed: the options of mksquashfs, and what they make of samples.
+"""How what we pack is compressed, and what each way makes of samples.
 
 zstd makes fewer bytes, lz4 unpacks faster: repack/worth.py decides for each blob. Does no I/O.
 """
@@ -11,19 +11,10 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-# Level 1 of zstd makes 115 MB of 328 MB of packages in 2.0 s, 3 109 MB in 2.6 s, 6 102 MB in 6.8 s (2 cores).
-_QUICK_LEVEL, _THOROUGH_LEVEL = 3, 9
+from bootseer_slurm.blob.mksquashfs import THOROUGH_LEVEL
+
 _LZ4_LEVEL = 9  # -Xhc
 COMPRESSIONS = ("zstd", "lz4")
-
-
-def mksquashfs_options(compression: str, *, quick: bool = False) -> tuple[str, ...]:
-    """The options that say how to compress. quick: somebody waits. Raises KeyError."""
-    level = str(_QUICK_LEVEL if quick else _THOROUGH_LEVEL)
-    return {
-        "zstd": ("-comp", "zstd", "-Xcompression-level", level),
-        "lz4": ("-comp", "lz4", "-Xhc"),
-    }[compression]
 
 
 class Measured(NamedTuple):
@@ -48,7 +39,7 @@ def _measured(compression: str, samples: Sequence[bytes]) -> tuple[int, float]:
     if compression == "lz4":
         codec = pa.Codec("lz4_raw", compression_level=_LZ4_LEVEL)
     else:
-        codec = pa.Codec(compression, compression_level=_THOROUGH_LEVEL)
+        codec = pa.Codec(compression, compression_level=THOROUGH_LEVEL)
     packed = [codec.compress(sample, asbytes=True) for sample in samples]
     begin_s = time.process_time()
     for content, sample in zip(packed, samples, strict=True):

@@ -14,20 +14,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from bootseer_slurm.blob.manifest import KINDS
 from bootseer_slurm.blob.names import user_folder
+from bootseer_slurm.blob.ref import is_usable
 from bootseer_slurm.errors import IntegrityError
 
-WISH_LIMIT = 16
-# A reply of the fetch process holds it, with up to three bytes for each of these.
+REMEMBERED_LIMIT = 16
+# A reply of the user's process holds it, with up to three bytes for each of these.
 RECORD_LIMIT_BYTES = 16 * 1024
-_NAME_LIMIT = 4096
-_URI = re.compile(r"[a-z][a-z0-9+.-]*://[^\s]+")
 
 
 class Remembered(NamedTuple):
@@ -48,23 +46,23 @@ def class_path(uid: int, of_class: str) -> str:
     return f"{user_folder(uid)}/classes/{of_class}.json"
 
 
-def encode_wishes(wishes: Iterable[Remembered]) -> bytes:
+def encode_record(remembered: Iterable[Remembered]) -> bytes:
     """The record of a start that asked for these; what does not fit is left out."""
     kept: list[Remembered] = []
     content = b""
-    for wish in (*wishes, None):
+    for each in (*remembered, None):
         record = {"version": 2, "made_ns": time.time_ns(), "wishes": kept}
         longer = json.dumps(record, sort_keys=True).encode()
         if len(longer) > RECORD_LIMIT_BYTES:
             kept.pop()
         else:
             content = longer
-        if wish is not None and len(kept) < WISH_LIMIT:
-            kept.append(wish)
+        if each is not None and len(kept) < REMEMBERED_LIMIT:
+            kept.append(each)
     return content
 
 
-def decode_wishes(content: bytes) -> list[Remembered]:
+def decode_record(content: bytes) -> list[Remembered]:
     """What a record names; what no request may ask for is left out.
 
     Raises IntegrityError when it is no record.
@@ -75,21 +73,20 @@ def decode_wishes(content: bytes) -> list[Remembered]:
         record: Any = json.loads(content)
         if record["version"] not in (1, 2) or type(record["made_ns"]) is not int:
             raise ValueError("it is not of this version")
-        wishes = [Remembered(*wish) for wish in record["wishes"][:WISH_LIMIT]]
-        return [wish for wish in wishes if _is_wish(wish)]
+        return usable(Remembered(*each) for each in record["wishes"][:REMEMBERED_LIMIT])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"record of a job class cannot be used: {error}") from error
 
 
-def _is_wish(wish: Remembered) -> bool:
-    """Whether a request may ask for this (agent/request.py)."""
-    kind, name, owner = wish
-    if kind not in KINDS or not isinstance(name, str) or len(name) > _NAME_LIMIT:
+def usable(remembered: Iterable[Remembered]) -> list[Remembered]:
+    """Those that a request may ask for; the fields may be of any type."""
+    return [each for each in remembered if _is_usable(each)]
+
+
+def _is_usable(remembered: Remembered) -> bool:
+    kind, name, owner = remembered
+    if kind not in KINDS or not isinstance(name, str) or not is_usable(kind, name):
         return False
-    if owner is not None and (type(owner) is not int or not 0 <= owner < 2**32):
+    if any(0xD800 <= ord(character) < 0xE000 for character in name):
         return False
-    if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in name):
-        return False
-    if kind == "image" and name.startswith("dir:/"):
-        return True
-    return name.startswith("/") or (kind != "environment" and bool(_URI.fullmatch(name)))
+    return owner is None or (type(owner) is int and 0 <= owner < 2**32)

@@ -48,8 +48,8 @@ def _root(
 def agent() -> None:
     """Run the node agent (root; started by systemd)."""
     from bootseer_slurm import log
-    from bootseer_slurm.agent.keeper import Keeper, is_trial
-    from bootseer_slurm.agent.server import Agent
+    from bootseer_slurm.service.agent import Agent
+    from bootseer_slurm.service.supervisor import Supervisor, is_trial
 
     config = settings.config()
     log.set_up(config.agent.log_level)
@@ -57,7 +57,7 @@ def agent() -> None:
         raise InputError("the agent must run as root")
     if is_trial():
         return
-    status = Keeper(config, lambda config, kept: Agent(config, kept).run()).run()
+    status = Supervisor(config, lambda config, resources: Agent(config, resources).run()).run()
     raise typer.Exit(status)
 
 
@@ -147,7 +147,7 @@ def config_template() -> None:
 @profile_app.command("check")
 def profile_check(path: Path) -> None:
     """See whether a profile is usable: exit status 0, or 2 with one line."""
-    from bootseer_slurm.agent.request import parse_profile
+    from bootseer_slurm.job.request import parse_profile
 
     try:
         text = path.read_text(encoding="utf-8")

@@ -169,8 +169,8 @@ def _fuse() -> Finding:
 
 def _kernel_mounts(config: Config) -> Iterator[Finding]:
     """Loop devices, squashfs, owners and attaching; and whether anything is trusted to go that way."""
-    from bootseer_slurm.image.kernel import STEPS, probe
-    from bootseer_slurm.image.trust import read_key
+    from bootseer_slurm.image.kernel_mount import STEPS, probe
+    from bootseer_slurm.image.signing import read_key
 
     if os.geteuid() != 0:
         yield from (Finding(step, None, "only root can try") for step in STEPS)
@@ -250,7 +250,7 @@ def _squashfuse(program: str) -> Finding:
 
 
 def _environments(by_kernel: bool) -> Finding:
-    """How this node shows a snapshot, the fastest way first (agent.target.Target.mount_snapshot)."""
+    """The ways in which this node can show a snapshot, the fastest first."""
     thing, ways = "environments", ["by the kernel, where an agent packed them"] if by_kernel else []
     mounting = [name for name in ("squashfuse_ll", "squashfuse") if _programs(name)]
     if mounting:

@@ -7,8 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -18,6 +17,7 @@ from rich.table import Table
 from bootseer_slurm.cli import settings
 from bootseer_slurm.cli.progress import progress_bars
 from bootseer_slurm.errors import InputError, NotFound
+from bootseer_slurm.signals import exit_on
 
 if TYPE_CHECKING:
     from bootseer_slurm.blob.names import Name
@@ -58,7 +58,7 @@ def env_save_installed(
 
 
 def _tell_saved(record: Name, saved: bool) -> None:
-    """What was saved; a snapshot that this replaces goes a day later, without anybody asking."""
+    """Print the name of a saved snapshot. The one that it replaces is collected a day later."""
     from bootseer_slurm.blob.gc import collect_garbage
     from bootseer_slurm.env.snapshot import forget_installed
 
@@ -71,20 +71,23 @@ def _tell_saved(record: Name, saved: bool) -> None:
 
 def _save(folder: Path, image_digest: str, installed: Installed | None = None) -> tuple[Name, bool]:
     from bootseer_slurm.env.snapshot import save
+    from bootseer_slurm.listener import Listener
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)  # so that what was begun is cleaned up
+    exit_on(signal.SIGTERM, signal.SIGHUP)
     real = _resolve(folder)
     with progress_bars() as progress:
         task = progress.add_task("looking", total=None)
+        listener = Listener(
+            stage=lambda text, size_bytes: progress.reset(task, description=text, total=size_bytes),
+            progress=lambda count: progress.advance(task, count),
+        )
         return save(
             settings.store(),
             real,
             image=image_digest,
             installed=installed,
             packing=_packing(),
-            stage=lambda text, size_bytes: progress.reset(task, description=text, total=size_bytes),
-            progress=lambda count: progress.advance(task, count),
+            listener=listener,
         )
 
 
@@ -216,7 +219,7 @@ def env_gc() -> None:
 
 def _packing() -> Packing | None:
     """The agent of this node, in a job that asked for Bootseer: the kernel may mount what it packs."""
-    from bootseer_slurm.image.packing import AgentPacking
+    from bootseer_slurm.image.signed_packing import AgentPacking
 
     job_id, settings_ = os.environ.get("SLURM_JOB_ID"), settings.config()
     if not job_id or settings_.image.kernel_mount == "off":
@@ -225,17 +228,14 @@ def _packing() -> Packing | None:
 
 
 def _resolve(folder: Path) -> Path:
-    try:
-        real = folder.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{folder}: {getattr(error, 'strerror', None) or error}") from error
+    real = settings.real_path(folder)
     if not real.is_dir():
         raise InputError(f"{folder}: not a directory")
     return real
 
 
 def _digest(image: str) -> str:
-    """What tells the image: as a job's node finds it. Raises NotFound when the store does not have it."""
+    """The digest or fingerprint of an image, as a job's node finds it. Raises NotFound without one."""
     from bootseer_slurm.blob.names import file_fingerprint, read_published
     from bootseer_slurm.image.reference import parse
 
@@ -276,7 +276,3 @@ def _in_a_row(names: list[str]) -> list[str]:
 
 def _when(record: Name) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(record.made_ns / 1e9))
-
-
-def _end(number: int, _: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)

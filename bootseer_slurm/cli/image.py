@@ -7,8 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -19,9 +18,10 @@ from rich.table import Table
 from bootseer_slurm.cli import settings
 from bootseer_slurm.cli.progress import progress_bars, store_with_progress
 from bootseer_slurm.errors import InputError, IntegrityError
+from bootseer_slurm.signals import exit_on
 
 if TYPE_CHECKING:
-    from bootseer_slurm.image.packing import Packing
+    from bootseer_slurm.image.signed_packing import Packing
 
 app = typer.Typer(no_args_is_help=True, help="Container images in the store.")
 
@@ -38,11 +38,11 @@ def image_push(
     if os.path.exists(source) or source.startswith(("/", ".")):
         _push_file(Path(source))
         return
-    from bootseer_slurm.image.library import Listener, ensure
+    from bootseer_slurm.image.library import ensure
     from bootseer_slurm.image.reference import SquashfsFile, parse
+    from bootseer_slurm.listener import Listener
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)  # so that what was begun is cleaned up
+    exit_on(signal.SIGTERM, signal.SIGHUP)
     found = parse(source)
     assert not isinstance(found, SquashfsFile)  # those begin with "/"
     warnings: list[str] = []
@@ -75,8 +75,8 @@ def image_push(
 
 def _packing() -> Packing | None:
     """Root's images are signed, and packed by this process for that."""
-    from bootseer_slurm.image.packing import OwnPacking
-    from bootseer_slurm.image.trust import read_key
+    from bootseer_slurm.image.signed_packing import OwnPacking
+    from bootseer_slurm.image.signing import read_key
 
     key = read_key(settings.config().image.site_key)
     return OwnPacking(key) if os.geteuid() == 0 and key else None
@@ -85,7 +85,7 @@ def _packing() -> Packing | None:
 @app.command("make-key")
 def image_make_key() -> None:
     """Make the site's key, once; then copy it to all nodes (root's alone, 0600)."""
-    from bootseer_slurm.image.trust import make_key
+    from bootseer_slurm.image.signing import make_key
 
     path = settings.config().image.site_key
     make_key(path)
@@ -96,10 +96,7 @@ def _push_file(source: Path) -> None:
     from bootseer_slurm.blob.squashfs import check_squashfs
     from bootseer_slurm.store import FileReader
 
-    try:
-        real = source.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{source}: {getattr(error, 'strerror', None) or error}") from error
+    real = settings.real_path(source)
     if real.is_dir():
         raise InputError(f"{source}: is a folder", hint=f"bootseer image push dir:{real}")
     reader = FileReader(real)
@@ -195,10 +192,6 @@ def _name(image: str) -> str:
     if os.path.exists(image) or image.startswith(("/", ".")):
         return os.path.realpath(image)
     return parse(image).name
-
-
-def _end(number: int, _: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _tell(problems: list[str]) -> None:

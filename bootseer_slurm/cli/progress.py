@@ -1,4 +1,4 @@
-"""How the command line shows long work."""
+"""Progress bars of long work on the command line."""
 
 from __future__ import annotations
 

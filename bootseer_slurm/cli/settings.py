@@ -1,4 +1,4 @@
-"""The configuration that `--config` named, and the store: for every command."""
+"""The needs of every command: the configuration that `--config` named, the store, and real paths."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bootseer_slurm import config as configuration
+from bootseer_slurm.errors import InputError
 
 if TYPE_CHECKING:
     from bootseer_slurm.store import Store
@@ -28,3 +29,11 @@ def store() -> Store:
     from bootseer_slurm.store import open_store
 
     return open_store(config().store.uri)
+
+
+def real_path(path: Path) -> Path:
+    """The absolute path, without symbolic links, of what a person named. Raises InputError."""
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from error

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
-from bootseer_slurm.blob.compression import mksquashfs_options
-from bootseer_slurm.env.tree import Entry, Tree, changed, entry_of
+from bootseer_slurm.blob import mksquashfs
+from bootseer_slurm.env.tree import FileState, Tree, changed, state_of
 from bootseer_slurm.errors import BootseerError
 
 # Of 3.8 GB of packages zstd at level 3 makes 1.05 GB, lz4 1.50 GB in 7 s, lz4 at its slowest 1.21 GB in two
@@ -26,9 +26,6 @@ from bootseer_slurm.errors import BootseerError
 # zstd costs a node 0.4 s and saves it 160 MB, and N nodes share the store's link. When a start has shown what
 # is touched, and how fast the link is, the snapshot is packed again (repack), by what is measured then.
 _COMPRESSION = "zstd"
-_MKSQUASHFS = (
-    *("-noappend", "-quiet", "-no-progress", "-no-xattrs", "-exit-on-error", "-tar", "-root-mode", "755"),
-)
 
 
 def write_tar(
@@ -39,21 +36,21 @@ def write_tar(
     made: Iterable[tuple[str, Path]] = (),
     gone: Sequence[str] = (),
     special: bool = False,
-) -> dict[str, Entry]:
+) -> dict[str, FileState]:
     """Write what is in `tree`, in its order; gives what was written, with digests.
 
     root: where it lies. made: more files, their paths within and where they are. gone: paths to white out.
     special: pipes and device nodes too. Sockets are left out. Raises BootseerError when a file is not any
     more what it was.
     """
-    written: dict[str, Entry] = {}
+    written: dict[str, FileState] = {}
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.GNU_FORMAT) as tar:
-        for path, entry in tree.items():
-            if not entry.is_special or (special and not stat.S_ISSOCK(entry.mode)):
-                written[path] = entry._replace(digest=_add(tar, root / path, path, written))
+        for path, state in tree.items():
+            if not state.is_special or (special and not stat.S_ISSOCK(state.mode)):
+                written[path] = state._replace(digest=_add(tar, root / path, path, written))
         for path, file in made:
             _add_folder_of(tar, root, path, written)
-            written[path] = entry_of(file)._replace(digest=_add(tar, file, path, written))
+            written[path] = state_of(file)._replace(digest=_add(tar, file, path, written))
         for path in gone:
             if path in written:  # byte code that was made anew
                 continue
@@ -67,7 +64,7 @@ def write_tar(
 def squash(write: Callable[[int], None], target: Path, compression: str = _COMPRESSION) -> None:
     """Make the squashfs `target` of a tar, which `write` writes to a descriptor. Raises BootseerError."""
     with tempfile.TemporaryFile("w+", errors="replace") as said:
-        command = ["mksquashfs", "-", str(target), *_MKSQUASHFS, *mksquashfs_options(compression)]
+        command = mksquashfs.from_tar(str(target), compression)
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said) as process:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # it has failed, and says why
@@ -97,7 +94,7 @@ def _add(tar: tarfile.TarFile, file: Path, path: str, written: Tree) -> bytes:
     return written[info.linkname].digest if info.islnk() else b""
 
 
-def _add_folder_of(tar: tarfile.TarFile, root: Path, path: str, written: dict[str, Entry]) -> None:
+def _add_folder_of(tar: tarfile.TarFile, root: Path, path: str, written: dict[str, FileState]) -> None:
     """Add the folder of byte code that this file is the first in, with its parent's time."""
     folder = os.path.dirname(path)
     if not folder or folder in written:
@@ -107,7 +104,7 @@ def _add_folder_of(tar: tarfile.TarFile, root: Path, path: str, written: dict[st
     info.uid, info.gid = os.getuid(), os.getgid()
     info.mtime = int(os.stat(root / os.path.dirname(folder)).st_mtime)
     tar.addfile(info)
-    written[folder] = Entry(0o040755)
+    written[folder] = FileState(0o040755)
 
 
 class _Content:

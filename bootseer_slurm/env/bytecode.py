@@ -22,22 +22,22 @@ def uncompiled(root: Path, tree: Tree) -> list[str]:
     folders = tuple("" if folder == "." else f"{folder}/" for folder in package_folders(str(root)))
     return [
         path
-        for path, entry in tree.items()
-        if path.endswith(".py") and path.startswith(folders) and path not in compiled and not entry.is_folder
+        for path, state in tree.items()
+        if path.endswith(".py") and path.startswith(folders) and path not in compiled and not state.is_folder
     ]
 
 
-def compile_aside(root: Path, sources: Sequence[str], place: Path) -> None:
-    """Compile these with the environment's own interpreter into the new folder `place`.
+def compile_aside(root: Path, sources: Sequence[str], folder: Path) -> None:
+    """Compile these with the environment's own interpreter into the new folder `folder`.
 
     One that does not run here leaves them as they are.
     """
-    listed = place.with_name(f"{place.name}.txt")
+    listed = folder.with_name(f"{folder.name}.txt")
     # compileall reads one UTF-8 name a line, without the white space around it.
     paths = [path for path in sources if path.isprintable() and path == path.strip()]
     listed.write_text("".join(f"{root / path}\n" for path in paths), encoding="utf-8", errors="replace")
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    environ["PYTHONPYCACHEPREFIX"] = str(place)
+    environ["PYTHONPYCACHEPREFIX"] = str(folder)
     try:
         # Files that no Python can compile (templates, Python 2 tests) make it exit 1; the rest is compiled.
         subprocess.run(
@@ -51,12 +51,12 @@ def compile_aside(root: Path, sources: Sequence[str], place: Path) -> None:
         return
 
 
-def compiled_aside(root: Path, place: Path) -> Iterator[tuple[str, Path]]:
-    """What was compiled, where the environment has no file of that name: its path there, and where it is."""
-    made = place / root.relative_to("/")
-    for folder, _, files in os.walk(made):
-        cache = os.path.join(os.path.relpath(folder, made), "__pycache__")
+def compiled_aside(root: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+    """The compiled files that the environment lacks: the path of each within it, and the file itself."""
+    made = folder / root.relative_to("/")
+    for below, _, files in os.walk(made):
+        cache = os.path.join(os.path.relpath(below, made), "__pycache__")
         for name in sorted(files):
             path = os.path.normpath(os.path.join(cache, name))
             if not (root / path).exists():
-                yield path, Path(folder, name)
+                yield path, Path(below, name)

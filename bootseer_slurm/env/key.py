@@ -75,7 +75,7 @@ def fingerprint_of(key: Key) -> str:
 
 
 def stored_name(path: str, image: str, job_class: str = "") -> str:
-    """What a snapshot is called in the store.
+    """The name of a snapshot in the store.
 
     image: the digest of the image it is for, "" without one. job_class: of the jobs whose start installed
     what it holds, "" when it is the environment as it lies.
@@ -90,7 +90,7 @@ def parts_of(name: str) -> tuple[str, str, str]:
 
 
 def differences(before: Key, after: Key) -> dict[str, list[str]]:
-    """What changed between two keys, by part: lines that went (-) and lines that came (+)."""
+    """The changes between two keys, by part: lines that went (-) and lines that came (+)."""
     found = {}
     for part in dict.fromkeys([*before, *after]):
         old, new = before.get(part, "").splitlines(), after.get(part, "").splitlines()
@@ -106,9 +106,9 @@ def package_folders(root: str) -> list[str]:
     A venv or conda environment has lib/python*/site-packages, a `pip install --target` folder has itself.
     Raises InputError when it is none of these.
     """
-    places = sorted(Path(root).glob("lib*/python*/site-packages"))
-    if places:
-        folders = {path.resolve(): str(path.relative_to(root)) for path in reversed(places)}
+    found = sorted(Path(root).glob("lib*/python*/site-packages"))
+    if found:
+        folders = {path.resolve(): str(path.relative_to(root)) for path in reversed(found)}
         return sorted(folders.values())  # a venv's lib64 is a link to its lib
     if any(name.endswith(_METADATA) for name in os.listdir(root)):
         return ["."]
@@ -131,7 +131,7 @@ def _packages(root: str) -> str:
 
 
 def _marks(folder: str) -> Iterator[tuple[str, str]]:
-    """What an installer changes of a folder: each name, and what is to stay the same of it."""
+    """The marks that an installer changes in a folder: each name, and its properties that count."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except FileNotFoundError:
@@ -176,9 +176,9 @@ def _sources(root: str) -> Iterator[str]:
     As installers write it down in direct_url.json (PEP 610).
     """
     for folder in package_folders(root):
-        place = os.path.join(root, folder)
-        for name in sorted(os.listdir(place)):
-            content = _read(os.path.join(place, name, "direct_url.json")) if name.endswith(_METADATA) else ""
+        full = os.path.join(root, folder)
+        for name in sorted(os.listdir(full)):
+            content = _read(os.path.join(full, name, "direct_url.json")) if name.endswith(_METADATA) else ""
             try:
                 record = json.loads(content) if content else {}
                 url, commit = str(record.get("url", "")), str(record.get("vcs_info", {}).get("commit_id", ""))
@@ -203,10 +203,10 @@ def _with_commit(line: str) -> str:
 
 def _commit(folder: str) -> str:
     """The commit that is checked out in a folder or above it, as git keeps it (gitrepository-layout(5))."""
-    for place in (Path(folder), *Path(folder).parents):
-        git = place / ".git"
+    for each in (Path(folder), *Path(folder).parents):
+        git = each / ".git"
         if pointer := _read(str(git)):  # a worktree or submodule
-            git = place / pointer.removeprefix("gitdir:").strip()
+            git = each / pointer.removeprefix("gitdir:").strip()
         elif not git.is_dir():
             continue
         head = _read(str(git / "HEAD")).strip()

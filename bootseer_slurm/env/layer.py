@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bootseer_slurm.env.tree import Entry, Tree, changed, is_cache, source_of
+from bootseer_slurm.env.tree import FileState, Tree, changed, is_cache, source_of
 from bootseer_slurm.errors import IntegrityError
 
 FILES = "files"
@@ -43,17 +43,17 @@ _SCHEMA = pa.schema(
 
 
 class Layer(NamedTuple):
-    """entries: to be saved. gone: to be whited out; paths within the environment."""
+    """files: to be saved. gone: to be whited out; paths within the environment."""
 
-    entries: dict[str, Entry]
+    files: dict[str, FileState]
     gone: list[str]
 
 
 def encode_files(files: Tree) -> bytes:
     """The object "files" of a snapshot that holds these."""
     rows = [
-        {"path": os.fsencode(path), **entry._asdict(), "link": os.fsencode(entry.link)}
-        for path, entry in files.items()
+        {"path": os.fsencode(path), **state._asdict(), "link": os.fsencode(state.link)}
+        for path, state in files.items()
     ]
     out = io.BytesIO()
     table = pa.Table.from_pylist(rows, schema=_SCHEMA)
@@ -61,58 +61,58 @@ def encode_files(files: Tree) -> bytes:
     return out.getvalue()
 
 
-def decode_files(content: bytes) -> dict[str, Entry]:
-    """What a snapshot holds. Raises IntegrityError."""
+def decode_files(content: bytes) -> dict[str, FileState]:
+    """The files of a snapshot, from its object "files". Raises IntegrityError."""
     try:
         source = pa.BufferReader(content)
         table = pq.read_table(source, schema=_SCHEMA, page_checksum_verification=True)
         columns = [table.column(name).to_pylist() for name in _SCHEMA.names]
         return {
-            os.fsdecode(path): Entry(mode, size_bytes, mtime_ns, ctime_ns, os.fsdecode(link), digest)
+            os.fsdecode(path): FileState(mode, size_bytes, mtime_ns, ctime_ns, os.fsdecode(link), digest)
             for path, mode, size_bytes, mtime_ns, ctime_ns, link, digest in zip(*columns, strict=True)
         }
     except (pa.ArrowException, OSError, TypeError, ValueError) as error:
         raise IntegrityError(f"the list of a snapshot's files is damaged: {error}") from error
 
 
-def as_shown(base: Tree, layer: Tree) -> dict[str, Entry]:
-    """What a mount of a snapshot with a layer shows: a squashfs has whole seconds, and one time for all."""
+def as_shown(base: Tree, layer: Tree) -> dict[str, FileState]:
+    """The files that a mount of a snapshot with a layer shows: with whole seconds, and one time for all."""
     return {
-        path: entry._replace(ctime_ns=entry.mtime_ns // 10**9 * 10**9)
-        for path, entry in {**base, **layer}.items()
+        path: state._replace(ctime_ns=state.mtime_ns // 10**9 * 10**9)
+        for path, state in {**base, **layer}.items()
     }
 
 
-def with_own_ctime(files: Tree) -> dict[str, Entry]:
-    """Those whose time of change is one: some file systems (sshfs) tell the mtime in its place."""
-    return {path: entry for path, entry in files.items() if entry.ctime_ns != entry.mtime_ns // 10**9 * 10**9}
+def with_own_ctime(files: Tree) -> dict[str, FileState]:
+    """The files whose time of change is known: some file systems (sshfs) tell the mtime instead."""
+    return {path: state for path, state in files.items() if state.ctime_ns != state.mtime_ns // 10**9 * 10**9}
 
 
 def layer_over(base: Tree, root: Path, tree: Tree, *, known: Tree) -> Layer | None:
-    """What must lie over a snapshot that holds `base`, so that what is seen is the environment in `root`.
+    """The layer that must lie over a snapshot of `base`, so that both show the environment in `root`.
 
     tree: what is there now. known: with digests, files that were there; one with the same time of change is
     not read again. None: the environment should rather be saved whole. Raises BootseerError.
     """
     same = {
         path
-        for path, entry in tree.items()
-        if path in base and _is_same(base[path], entry, root / path, known.get(path))
+        for path, state in tree.items()
+        if path in base and _is_same(base[path], state, root / path, known.get(path))
     }
 
     def stays(path: str) -> bool:
-        """Whether it is byte code of a source that is the same; the runs that made it may differ."""
+        """Whether a path is byte code of an unchanged source; the runs that made it may differ."""
         return path in base and source_of(path) in same
 
     def is_folder(path: str) -> bool:
         return path in tree and tree[path].is_folder
 
-    entries = [
-        path for path, entry in tree.items() if path not in same and not entry.is_special and not stays(path)
+    files = [
+        path for path, state in tree.items() if path not in same and not state.is_special and not stays(path)
     ]
 
     def is_seen(path: str) -> bool:
-        """Whether what the snapshot has there would be seen. Byte code goes file by file."""
+        """Whether the snapshot's file would be seen there. Byte code goes file by file."""
         folder = os.path.dirname(path)
         if is_cache(path) and base[path].is_folder:
             return False
@@ -126,27 +126,27 @@ def layer_over(base: Tree, root: Path, tree: Tree, *, known: Tree) -> Layer | No
         if (path not in tree or tree[path].is_special) and not stays(path) and is_seen(path)
     ]
     # Where nothing can mount it, a layer is unpacked over its snapshot, after what unsquashfs lists of it.
-    if any(is_folder(path) and not base[path].is_folder for path in entries if path in base):
+    if any(is_folder(path) and not base[path].is_folder for path in files if path in base):
         return None
-    if any("\n" in path or " -> " in path for path in (*entries, *gone)):
+    if any("\n" in path or " -> " in path for path in (*files, *gone)):
         return None
-    size_bytes = sum(tree[path].size_bytes for path in entries)
-    if size_bytes > _LARGEST_SHARE * sum(entry.size_bytes for entry in tree.values()):
+    size_bytes = sum(tree[path].size_bytes for path in files)
+    if size_bytes > _LARGEST_SHARE * sum(state.size_bytes for state in tree.values()):
         return None
-    wanted = set(entries)
-    for path in (*entries, *gone):
+    wanted = set(files)
+    for path in (*files, *gone):
         while path := os.path.dirname(path):
             wanted.add(path)
-    return Layer({path: entry for path, entry in tree.items() if path in wanted}, gone)
+    return Layer({path: state for path, state in tree.items() if path in wanted}, gone)
 
 
-def _is_same(before: Entry, entry: Entry, path: Path, known: Entry | None) -> bool:
+def _is_same(before: FileState, state: FileState, path: Path, known: FileState | None) -> bool:
     """Whether a file is the one in the snapshot. Its size and mtime alone cannot tell: archives set them."""
-    if entry.as_installed != before.as_installed:
+    if state.as_installed != before.as_installed:
         return False
-    if not entry.is_file:
+    if not state.is_file:
         return True
-    if known and (known.as_installed, known.ctime_ns) == (entry.as_installed, entry.ctime_ns):
+    if known and (known.as_installed, known.ctime_ns) == (state.as_installed, state.ctime_ns):
         return known.digest == before.digest
     return _digest(path) == before.digest
 

@@ -29,17 +29,18 @@ from bootseer_slurm.env.layer import (
     layer_over,
     with_own_ctime,
 )
-from bootseer_slurm.env.tree import Entry, Tree, changed, is_unchanged, survey
+from bootseer_slurm.env.tree import FileState, Tree, changed, is_unchanged, survey
 from bootseer_slurm.errors import BootseerError, IntegrityError, NotFound
+from bootseer_slurm.listener import SILENT, Listener, Stage
 from bootseer_slurm.store import Store
 
-_PLACE = "TMPDIR must name a folder with room for the environment"
+_SCRATCH_HINT = "TMPDIR must name a folder with room for the environment"
 _KEPT_INSTALLED = 16  # of an environment: for so many classes of jobs
 _KEY_LIMIT_BYTES = 32 * 2**10  # of what is kept to tell what changed
 
 
 class Packing(Protocol):
-    """Who packs instead of this process (image.packing.AgentPacking)."""
+    """A packer that works instead of this process (image.signed_packing.AgentPacking)."""
 
     def pack_stream(self, write: Callable[[int], None], target: Path, *, kind: str) -> bool:
         """Make the squashfs `target` of a tar, which `write` writes to a descriptor; False: it does not."""
@@ -49,7 +50,7 @@ class Packing(Protocol):
 
 
 class Installed(NamedTuple):
-    """What the start of a job installed over a snapshot that it was shown, for the next start of its class.
+    """Packages that a job's start installed over the snapshot that it saw, for the next of its class.
 
     over: the fingerprint of the environment as it lies. folder: the store's, of what was shown.
     """
@@ -74,15 +75,14 @@ def save(
     image: str = "",
     installed: Installed | None = None,
     packing: Packing | None = None,
-    stage: Callable[[str, int | None], None] = lambda text, size_bytes: None,
-    progress: Callable[[int], None] = lambda count: None,
+    listener: Listener = SILENT,
 ) -> tuple[Name, bool]:
     """Save the environment in `folder`; gives its name in the store, and whether it was saved now.
 
     image: the digest of the image that it is for, "" without one. installed: by a start that sees a snapshot
-    there, with a layer to write to. packing: who else may pack it, so that the kernel may mount it. stage:
-    told what is being done, and of how many bytes if known. progress: told the bytes just stored. Of several
-    processes in the cluster that save it at once, one does; what is in the store already is not saved again.
+    there, with a layer to write to. packing: who else may pack it, so that the kernel may mount it.
+    Of several processes in the cluster that save it at once, one does; what is in the store already is not
+    saved again.
     Raises BootseerError when `folder` is no environment, cannot be read, changed meanwhile, or does not pack.
     """
     real = folder.resolve(strict=True)
@@ -99,19 +99,19 @@ def save(
         return record if all("manifest" in each and FILES in each for each in held) else None
 
     def make() -> Name:
-        with scratch.folder("env", Path(tempfile.gettempdir()), hint=_PLACE) as place:
+        with scratch.folder("env", Path(tempfile.gettempdir()), hint=_SCRATCH_HINT) as work:
             before = _before(store, plain, name, installed)
             tree = survey(real)
             layer = before and layer_over(before.files, real, tree, known=before.known)
-            file, written = _packed(real, place, layer or Layer(tree, []), packing, stage)
+            file, written = _packed(real, work, layer or Layer(tree, []), packing, listener.stage)
             if _key(real, image) != key or not is_unchanged(tree, survey(real)):
                 raise changed(folder)
             if before and layer and "manifest" not in store.list(before.base.folder):
                 raise BootseerError(f"{folder}: the snapshot that it was to lie over was removed meanwhile")
-            stage("storing", file.stat().st_size)
-            os.utime(file, (0, 0))  # its own time says nothing, and a young file would be waited for
+            listener.stage("storing", file.stat().st_size)
+            scratch.mark_finished(file)
             base = before.base if before and layer else None
-            writer = BlobWriter(store, beside={FILES: encode_files(written)}, progress=progress)
+            writer = BlobWriter(store, beside={FILES: encode_files(written)}, progress=listener.progress)
             return writer.store_named(
                 file,
                 Original("environment", name, fingerprint, _shortened(key), base),
@@ -119,7 +119,7 @@ def save(
             )
 
     def on_wait(holder: str) -> None:
-        stage(f"waiting for {holder}", None)
+        listener.stage(f"waiting for {holder}", None)
 
     return make_once(store, os.getuid(), name, look=look, make=make, on_wait=on_wait)
 
@@ -177,31 +177,31 @@ def _before(store: Store, plain: str, name: str, installed: Installed | None) ->
 
 def _packed(
     real: Path,
-    place: Path,
+    work: Path,
     content: Layer,
     packing: Packing | None,
-    stage: Callable[[str, int | None], None],
+    stage: Stage,
 ) -> tuple[Path, Tree]:
-    """A squashfs file in the folder `place`, and what it holds."""
-    aside = place / "compiled"
-    if sources := uncompiled(real, content.entries):
+    """A squashfs file in the folder `work`, and the files in it."""
+    aside = work / "compiled"
+    if sources := uncompiled(real, content.files):
         stage("compiling", None)
         compile_aside(real, sources, aside)
     stage("packing", None)
-    file = place / "snapshot.sqsh"
-    written: dict[str, Entry] = {}
+    file = work / "snapshot.sqsh"
+    written: dict[str, FileState] = {}
 
     def write(fd: int) -> None:
         with open(fd, "wb", closefd=False) as out:
             made = compiled_aside(real, aside)
-            written.update(write_tar(out, real, content.entries, made=made, gone=content.gone))
+            written.update(write_tar(out, real, content.files, made=made, gone=content.gone))
 
     if packing is not None and packing.pack_stream(write, file, kind="environment"):
         return file, written
     try:
         squash(write, file)
     except BootseerError as error:
-        raise BootseerError(f"{real}: {error.message}", hint=_PLACE) from error
+        raise BootseerError(f"{real}: {error.message}", hint=_SCRATCH_HINT) from error
     return file, written
 
 

@@ -1,4 +1,4 @@
-"""What lies in an environment, by path within it, and what must stay the same of each file.
+"""The files of an environment, by path within it, and the properties of each that must stay the same.
 
 Runs as the environment's user. Byte code, which Python keeps in __pycache__ beside its sources, follows from
 them: it is told apart here, for a run must not make a snapshot of its own environment stale.
@@ -17,7 +17,7 @@ from bootseer_slurm.errors import BootseerError, InputError
 _CACHE = "__pycache__"
 
 
-class Entry(NamedTuple):
+class FileState(NamedTuple):
     """A file, folder or link, as lstat(2) tells. Size and times are a file's only; link: what a link says.
 
     digest: the sha256 of a file's content, where that was read; b"" else.
@@ -45,14 +45,14 @@ class Entry(NamedTuple):
 
     @property
     def as_installed(self) -> tuple[int, int, int, str]:
-        """What an installer or an editor changes; the time in whole seconds, as all file systems have it."""
+        """The properties that an installer or editor changes; times in seconds, as all file systems have."""
         return self.mode, self.size_bytes, self.mtime_ns // 10**9, self.link
 
 
-Tree = Mapping[str, Entry]  # a folder before what lies in it
+Tree = Mapping[str, FileState]  # a folder before what lies in it
 
 
-def survey(root: Path) -> dict[str, Entry]:
+def survey(root: Path) -> dict[str, FileState]:
     """All that lies in a folder. Raises InputError that names what cannot be read."""
     found = {}
 
@@ -64,21 +64,21 @@ def survey(root: Path) -> dict[str, Entry]:
         for name in (*folders, *sorted(files)):
             path = os.path.join(folder, name)
             try:
-                entry = entry_of(path)
+                state = state_of(path)
             except OSError as error:
                 raise changed(path) from error
-            if entry.is_file and not os.access(path, os.R_OK):
+            if state.is_file and not os.access(path, os.R_OK):
                 raise InputError(f"{path}: cannot be read", hint="a snapshot would lack this file")
-            found[os.path.relpath(path, root)] = entry
+            found[os.path.relpath(path, root)] = state
     return found
 
 
-def entry_of(path: str | Path) -> Entry:
-    """What is there now. A folder's own size and time change with what lies in it. Raises OSError."""
+def state_of(path: str | Path) -> FileState:
+    """The state of a path now. A folder's own size and time change with its files. Raises OSError."""
     status = os.lstat(path)
     if stat.S_ISREG(status.st_mode):
-        return Entry(status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return Entry(status.st_mode, link=os.readlink(path) if stat.S_ISLNK(status.st_mode) else "")
+        return FileState(status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return FileState(status.st_mode, link=os.readlink(path) if stat.S_ISLNK(status.st_mode) else "")
 
 
 def changed(path: str | Path) -> BootseerError:
@@ -91,8 +91,8 @@ def is_unchanged(before: Tree, after: Tree) -> bool:
 
     def content(tree: Tree) -> dict[str, tuple[int, int, int, str]]:
         return {
-            path: (entry.mode, entry.size_bytes, entry.mtime_ns, entry.link)
-            for path, entry in tree.items()
+            path: (state.mode, state.size_bytes, state.mtime_ns, state.link)
+            for path, state in tree.items()
             if _CACHE not in path.split("/")
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bootseer_slurm.fuse.mount import Mount
+from bootseer_slurm.fuse.nodes import File
 from bootseer_slurm.fuse.server import Server
-from bootseer_slurm.fuse.tree import File
 
 __all__ = ["File", "Mount", "Server"]

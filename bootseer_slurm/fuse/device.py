@@ -1,7 +1,7 @@
 """A server's side of /dev/fuse: takes messages from the kernel and sends it replies and notifications.
 
 Owns: a descriptor of its own, and what the kernel's refusals mean. Does not own: the mount, the layout of
-messages (kernel.py), and what is said.
+messages (protocol.py), and what is said.
 
 Threads: safe from any. After `close` the descriptor goes with the last thread that still uses it.
 """
@@ -14,7 +14,7 @@ import os
 import time
 from pathlib import Path
 
-from bootseer_slurm.fuse import kernel
+from bootseer_slurm.fuse import protocol
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Device:
 
     def reply(self, unique: int, payload: bytes | memoryview) -> bool:
         """Answer a request; False when nobody waits for the answer."""
-        return self.send(kernel.reply_header(unique, len(payload)), payload)
+        return self.send(protocol.reply_header(unique, len(payload)), payload)
 
     def fail(self, unique: int, error: BaseException) -> None:
         """Answer a request with an error; one that is no OSError is a bug, logged and shown as EIO."""
@@ -77,7 +77,7 @@ class Device:
             _log.error("%s: a request failed", self._point, exc_info=error)
         elif error.errno and error.errno in errno.errorcode:  # the kernel ignores replies with other numbers
             number = error.errno
-        self.send(kernel.error_reply(unique, number))
+        self.send(protocol.error_reply(unique, number))
 
     def close(self) -> None:
         """Take and send nothing more."""

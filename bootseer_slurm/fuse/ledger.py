@@ -26,7 +26,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.fuse import kernel
+from bootseer_slurm.fuse import protocol
 
 _PARKED = Struct("=QQQII")
 _PARKED_REST = Struct("=QQII")
@@ -105,10 +105,10 @@ class Ledger:
         area = mmap.mmap(fd, _size_bytes(readers))
         make_resident(area)
         view = memoryview(area)
-        end = readers * kernel.REQUEST_BUFFER_BYTES
+        end = readers * protocol.REQUEST_BUFFER_BYTES
         self.inboxes = [
-            view[start : start + kernel.REQUEST_BUFFER_BYTES]
-            for start in range(0, end, kernel.REQUEST_BUFFER_BYTES)
+            view[start : start + protocol.REQUEST_BUFFER_BYTES]
+            for start in range(0, end, protocol.REQUEST_BUFFER_BYTES)
         ]
         self._parked = view[end : end + _PARKED_SLOTS * _PARKED.size]
         self.lookups = Lookups(view[end + len(self._parked) :])
@@ -127,15 +127,15 @@ class Ledger:
     def unanswered(self, reader: int) -> memoryview | None:
         """Return what the last server may have left unanswered in an inbox, unless that read is parked."""
         inbox = self.inboxes[reader]
-        length, opcode, unique = kernel.IN_HEADER.unpack_from(inbox)[:3]
+        length, opcode, unique = protocol.IN_HEADER.unpack_from(inbox)[:3]
         known = unique in {parked.unique for parked in self._found}
-        if not kernel.IN_HEADER.size <= length <= len(inbox) or opcode in kernel.FORGETTING or known:
+        if not protocol.IN_HEADER.size <= length <= len(inbox) or opcode in protocol.FORGETTING or known:
             return None
         return inbox[:length]
 
     def clear(self, reader: int) -> None:
         """Say that what lies in an inbox was answered or parked."""
-        self.inboxes[reader][: kernel.IN_HEADER.size] = bytes(kernel.IN_HEADER.size)
+        self.inboxes[reader][: protocol.IN_HEADER.size] = bytes(protocol.IN_HEADER.size)
 
     def park(self, unique: int, node_id: int, offset: int, size: int, pid: int, uid: int) -> Parked:
         """Note that a read waits; when the table is full, wait for room first."""
@@ -158,9 +158,9 @@ def create(readers: int) -> int:
     return fd
 
 
-def outbox() -> memoryview:
+def make_outbox() -> memoryview:
     """Return memory for the longest reply, of which a killed process can still send all."""
-    area = mmap.mmap(-1, kernel.MAX_READ_BYTES)
+    area = mmap.mmap(-1, protocol.MAX_READ_BYTES)
     make_resident(area)
     return memoryview(area)
 
@@ -178,4 +178,4 @@ def make_resident(area: mmap.mmap) -> None:
 
 def _size_bytes(readers: int) -> int:
     tables = _PARKED_SLOTS * _PARKED.size + _LOOKUP_SLOTS * _LOOKUPS.size
-    return readers * kernel.REQUEST_BUFFER_BYTES + tables
+    return readers * protocol.REQUEST_BUFFER_BYTES + tables

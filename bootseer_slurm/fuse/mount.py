@@ -3,7 +3,7 @@
 Owns: the mount, its /dev/fuse descriptor and the descriptor of its ledger; all three live as long as one
 process holds them and nobody closes the Mount. Does not own: the answers (server.py), nor who serves.
 
-Processes: one, the keeper, opens and closes. Its child, forked or started with `fds` and `to_argument`,
+Processes: one, the supervisor, opens and closes. Its child, forked or started with `fds` and `to_argument`,
 serves; when it dies, requests wait in the kernel and in the ledger for the next child. There must be one at a
 time: a killed process may still be about to die when its next one starts, but none of its threads may run.
 Threads: none are made, and none is needed.
@@ -18,11 +18,12 @@ import secrets
 import select
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from bootseer_slurm import mounts
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.fuse import kernel, ledger
+from bootseer_slurm.fuse import ledger, protocol
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ _FSTYPE = "fuse.bootseer"
 _ANSWER_TIMEOUT_S = 5.0
 
 
+@dataclass(eq=False)
 class Mount:
     """A mounted file system, which `Server` serves.
 
@@ -38,29 +40,19 @@ class Mount:
     mount from any other.
     """
 
-    def __init__(
-        self,
-        point: Path,
-        fd: int,
-        device: str,
-        flags: kernel.InitFlag,
-        ledger_fd: int,
-        readers: int,
-        key: str,
-    ) -> None:
-        self.point = point
-        self.fd = fd
-        self.device = device
-        self.flags = flags
-        self.ledger_fd = ledger_fd
-        self.readers = readers
-        self.key = key
+    point: Path
+    fd: int
+    readers: int
+    key: str
+    ledger_fd: int = -1
+    device: str = ""
+    flags: protocol.InitFlag = protocol.InitFlag(0)
 
     @classmethod
     def open(cls, point: Path, *, read_ahead_kb: int = 1024, readers: int = 2) -> Mount:
         """Mount at point, which is made when it is missing; from here on, requests wait for a server.
 
-        A dead mount that an earlier keeper left there is taken away first.
+        A dead mount that an earlier supervisor left there is taken away first.
         read_ahead_kb: the kernel's readahead, and so the size of its largest buffered read.
         readers: how many threads of a server take requests. Raises BootseerError.
         """
@@ -77,10 +69,10 @@ class Mount:
             raise BootseerError(
                 f"cannot open /dev/fuse: {error.strerror}", hint="be root, and load it: modprobe fuse"
             ) from error
-        mount = cls(point, fd, "", kernel.InitFlag(0), -1, readers, secrets.token_hex(8))
+        mount = cls(point, fd, readers, key=secrets.token_hex(8))
         try:
             mount.ledger_fd = ledger.create(readers)
-            mount._attach()
+            mount._mount()
             mount._negotiate()
         except OSError as error:
             mount.close()
@@ -109,7 +101,7 @@ class Mount:
         """
         try:
             fields = json.loads(text)
-            fields |= {"point": Path(fields["point"]), "flags": kernel.InitFlag(fields["flags"])}
+            fields |= {"point": Path(fields["point"]), "flags": protocol.InitFlag(fields["flags"])}
             mount = cls(**fields)
         except (TypeError, KeyError) as error:
             raise ValueError(f"not a mount: {text!r}") from error
@@ -136,10 +128,10 @@ class Mount:
                 os.close(fd)
         self.fd = self.ledger_fd = -1
 
-    def _attach(self) -> None:
+    def _mount(self) -> None:
         options = (
             f"fd={self.fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,"
-            f"max_read={kernel.MAX_READ_BYTES}"
+            f"max_read={protocol.MAX_READ_BYTES}"
         )
         flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
         mounts.mount("bootseer", self.point, _FSTYPE, flags, options)
@@ -147,10 +139,10 @@ class Mount:
         self.device = mounts.mounts_at(self.point)[-1].device
 
     def _negotiate(self) -> None:
-        inbox = memoryview(bytearray(kernel.REQUEST_BUFFER_BYTES))
-        request = kernel.parse(inbox[: os.readv(self.fd, [inbox])])
-        self.flags, payload = kernel.init_reply(request.body)
-        os.writev(self.fd, [kernel.reply_header(request.unique, len(payload)), payload])
+        inbox = memoryview(bytearray(protocol.REQUEST_BUFFER_BYTES))
+        request = protocol.parse(inbox[: os.readv(self.fd, [inbox])])
+        self.flags, payload = protocol.init_reply(request.body)
+        os.writev(self.fd, [protocol.reply_header(request.unique, len(payload)), payload])
 
     def _set_read_ahead(self, read_ahead_kb: int) -> None:
         control = Path("/sys/class/bdi", self.device, "read_ahead_kb")
@@ -175,7 +167,7 @@ class Mount:
 
 
 def _remove_dead_mount(point: Path) -> None:
-    """Unmount what a killed keeper left at point; raises BootseerError when something there is alive."""
+    """Unmount what a killed supervisor left at point; raises BootseerError when something there is alive."""
     while there := mounts.mounts_at(point):
         if there[-1].fstype != _FSTYPE or _is_served(point):
             raise BootseerError(

@@ -20,65 +20,45 @@ from pathlib import Path
 from typing import Any
 
 from bootseer_slurm import scratch as scratches
-from bootseer_slurm.blob.compression import mksquashfs_options
+from bootseer_slurm.blob import mksquashfs
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.image import registry
 from bootseer_slurm.image.reference import Folder, Reference
 from bootseer_slurm.image.rootfs import configure
-from bootseer_slurm.scratch import make_readable, remove_tree
+from bootseer_slurm.listener import SILENT, Listener, Progress
+from bootseer_slurm.scratch import make_readable, mark_finished, remove_tree
 
-# The first job that names an image waits for this. Blocks of 256 KiB save 4 % more; but each small read of a
-# job unpacks a whole block, and the images that enroot makes have 128 KiB.
-_SQUASHFS = (*mksquashfs_options("zstd", quick=True), "-b", "128K", "-no-xattrs")
-_UNCOMPRESSED = ("-noI", "-noD", "-noF", "-noX", "-no-xattrs")
-_PACK = ("-all-root", "-noappend", "-quiet", "-no-progress", "-exit-on-error", "-wildcards", "-e", "dev/*")
-_PLACE = "TMPDIR, or ENROOT_TEMP_PATH, must name a folder with room for three times the image"
+_SCRATCH_HINT = "TMPDIR, or ENROOT_TEMP_PATH, must name a folder with room for three times the image"
 _POLICIES = ("~/.config/containers/policy.json", "/etc/containers/policy.json")
 
-Stage = Callable[[str, int | None], None]
-Progress = Callable[[int], None]
 
-
-def convert(
-    source: Reference | Folder,
-    scratch: Path,
-    *,
-    stage: Stage = lambda text, size_bytes: None,
-    progress: Progress = lambda count: None,
-) -> Path:
+def convert(source: Reference | Folder, scratch: Path, listener: Listener = SILENT) -> Path:
     """Make a squashfs of an image in the folder `scratch`; gives its path.
 
-    source: of a registry, pinned to its digest. stage: told what is being done, and of how many bytes if
-    known. progress: told the bytes done since.
+    source: of a registry, pinned to its digest.
     Raises what `registry.resolve` does, and BootseerError when the image cannot be unpacked or packed.
     """
     target = scratch / "image.sqsh"
     if isinstance(source, Folder):
-        stage("packing", None)
-        pack(Path(source.path), target, progress=progress)
-    elif not _enroot_import(source, target, _SQUASHFS, stage, progress):
-        rootfs = _unpack_layers(source, scratch, stage, progress)
-        stage("packing", None)
-        pack(rootfs, target, progress=progress)
+        listener.stage("packing", None)
+        pack(Path(source.path), target, progress=listener.progress)
+    elif not _enroot_import(source, target, listener):
+        rootfs = _unpack_layers(source, scratch, listener)
+        listener.stage("packing", None)
+        pack(rootfs, target, progress=listener.progress)
         remove_tree(rootfs)
-    os.utime(target, (0, 0))  # its own time says nothing, and a young file would be waited for
+    mark_finished(target)
     return target
 
 
-def unpack(
-    reference: Reference,
-    scratch: Path,
-    *,
-    stage: Stage = lambda text, size_bytes: None,
-    progress: Progress = lambda count: None,
-) -> Path:
+def unpack(reference: Reference, scratch: Path, listener: Listener = SILENT) -> Path:
     """Make an image's root file system in `scratch`, as `enroot start` wants it; gives its path.
 
     reference: pinned to its digest. Raises what `convert` does.
     """
     plain = scratch / "plain.sqsh"
-    if not _enroot_import(reference, plain, _UNCOMPRESSED, stage, progress):
-        return _unpack_layers(reference, scratch, stage, progress)
+    if not _enroot_import(reference, plain, listener, compressed=False):
+        return _unpack_layers(reference, scratch, listener)
     rootfs = scratch / "rootfs"
     command = ["unsquashfs", "-quiet", "-no-progress", "-no-xattrs", "-dest", str(rootfs), str(plain)]
     registry.run(command, reference.name)
@@ -87,11 +67,11 @@ def unpack(
     return rootfs
 
 
-def pack(rootfs: Path, target: Path, *, progress: Progress = lambda count: None) -> None:
+def pack(rootfs: Path, target: Path, *, progress: Progress = SILENT.progress) -> None:
     """Make the squashfs `target` of a folder, without what is in its dev/. Raises BootseerError."""
     if not rootfs.is_dir():
         raise BootseerError(f"{rootfs}: no such folder")
-    command = ["mksquashfs", str(rootfs), str(target), *_SQUASHFS, *_PACK]
+    command = mksquashfs.from_rootfs(str(rootfs), str(target))
     registry.run(command, str(rootfs), watch=_growth(target, progress))
 
 
@@ -102,28 +82,29 @@ def scratch_folder() -> Iterator[Path]:
     An error of the block gets a hint how full the disk is.
     """
     base = Path(os.environ.get("ENROOT_TEMP_PATH") or tempfile.gettempdir())
-    with scratches.folder("image", base, hint=_PLACE) as path:
+    with scratches.folder("image", base, hint=_SCRATCH_HINT) as path:
         try:
             yield path
         except BootseerError as error:
             # On a full disk umoci may remove what it wrote, and die with a message of something else.
             if error.hint is None:
                 disk = os.statvfs(path)
-                error.hint = f"{disk.f_bavail * disk.f_frsize // 2**20} MiB are free now; {_PLACE}"
+                error.hint = f"{disk.f_bavail * disk.f_frsize // 2**20} MiB are free now; {_SCRATCH_HINT}"
             raise
 
 
 def _enroot_import(
-    reference: Reference, target: Path, squash_options: tuple[str, ...], stage: Stage, progress: Progress
+    reference: Reference, target: Path, listener: Listener, *, compressed: bool = True
 ) -> bool:
     """Let enroot make the squashfs; False where it is not installed, or failed and there is another way."""
     if not shutil.which("enroot"):
         return False
-    stage("importing with enroot", None)
-    environ = registry.enroot_environ(reference) | {"ENROOT_SQUASH_OPTIONS": " ".join(squash_options)}
+    listener.stage("importing with enroot", None)
+    squash_options = mksquashfs.enroot_options(compressed=compressed)
+    environ = registry.enroot_environ(reference) | {"ENROOT_SQUASH_OPTIONS": squash_options}
     command = ["enroot", "import", "--output", str(target), reference.enroot_uri]
     try:
-        registry.run(command, reference.name, environ=environ, watch=_growth(target, progress))
+        registry.run(command, reference.name, environ=environ, watch=_growth(target, listener.progress))
     except BootseerError:
         target.unlink(missing_ok=True)
         if not (shutil.which("skopeo") and shutil.which("umoci")):
@@ -132,10 +113,10 @@ def _enroot_import(
     return True
 
 
-def _unpack_layers(reference: Reference, scratch: Path, stage: Stage, progress: Progress) -> Path:
+def _unpack_layers(reference: Reference, scratch: Path, listener: Listener) -> Path:
     """The root file system of an image, by skopeo and umoci."""
     layout, rootfs = scratch / "layout", scratch / "rootfs"
-    stage("fetching", registry.download_bytes(reference))
+    listener.stage("fetching", registry.download_bytes(reference))
     policy = (
         [] if any(os.path.exists(os.path.expanduser(path)) for path in _POLICIES) else ["--insecure-policy"]
     )
@@ -143,8 +124,8 @@ def _unpack_layers(reference: Reference, scratch: Path, stage: Stage, progress: 
         # umoci knows no layers that are compressed with zstd; those with gzip stay as they are.
         command = ["skopeo", *policy, "copy", "--quiet", "--dest-compress-format=gzip", *options]
         command += [registry.skopeo_name(reference), "oci:layout:image"]
-        registry.run(command, reference.name, folder=scratch, watch=_growth(layout, progress))
-    stage("unpacking", None)
+        registry.run(command, reference.name, folder=scratch, watch=_growth(layout, listener.progress))
+    listener.stage("unpacking", None)
     config = _image_config(layout, reference)
     command = ["umoci", "raw", "unpack", "--rootless", "--image", "layout:image", "rootfs"]
     registry.run(command, reference.name, folder=scratch)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,26 +29,17 @@ from bootseer_slurm.blob.names import (
 from bootseer_slurm.blob.writer import BlobWriter, Original
 from bootseer_slurm.errors import BootseerError, IntegrityError, NotFound
 from bootseer_slurm.image import registry
-from bootseer_slurm.image.convert import Progress, Stage, convert, scratch_folder, unpack
-from bootseer_slurm.image.packing import Packing
+from bootseer_slurm.image.convert import convert, scratch_folder, unpack
 from bootseer_slurm.image.reference import Folder, Reference
+from bootseer_slurm.image.signed_packing import Packing
+from bootseer_slurm.listener import SILENT, Listener, Progress
+from bootseer_slurm.scratch import mark_finished
 from bootseer_slurm.store import ObjectReader, Store
-
-Warn = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Listener:
-    """Who is told how an import goes: stages, bytes done, and what is not as it should be."""
-
-    stage: Stage = lambda text, size_bytes: None
-    progress: Progress = lambda count: None
-    warn: Warn = lambda message: None
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What is to be in the store. made_from: the source itself, or of a tag what it stands for now."""
+    """An image that the store should have. made_from: the source, or the digest of its tag now."""
 
     source: Reference | Folder
     made_from: Reference | Folder
@@ -71,7 +61,7 @@ def ensure(
     *,
     digest: str | None = None,
     packing: Packing | None = None,
-    listener: Listener = Listener(),
+    listener: Listener = SILENT,
 ) -> Name:
     """Have an image in the store, as it is now; gives its name there.
 
@@ -205,15 +195,12 @@ def _make(store: Store, uid: int, wanted: _Wanted, packing: Packing | None, list
 def _squashfs(source: Reference | Folder, scratch: Path, packing: Packing | None, listener: Listener) -> Path:
     """The image as a file in `scratch`."""
     if packing is None:
-        return convert(source, scratch, stage=listener.stage, progress=listener.progress)
-    if isinstance(source, Folder):
-        rootfs = Path(source.path)
-    else:
-        rootfs = unpack(source, scratch, stage=listener.stage, progress=listener.progress)
+        return convert(source, scratch, listener)
+    rootfs = Path(source.path) if isinstance(source, Folder) else unpack(source, scratch, listener)
     listener.stage("packing", None)
     file = scratch / "image.sqsh"
     packing.pack(rootfs, file)
-    os.utime(file, (0, 0))  # its own time says nothing, and a young file would be waited for
+    mark_finished(file)
     return file
 
 

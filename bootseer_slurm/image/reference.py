@@ -53,7 +53,7 @@ class Reference:
 
     @property
     def enroot_uri(self) -> str:
-        """How enroot is asked for it."""
+        """The URI by which enroot knows the image."""
         end = f"@{self.digest}" if self.digest else f":{self.tag}"
         user = f"{self.user}@" if self.user else ""
         return f"{DOCKER}{user}{self.registry}#{self.repository}{end}"
@@ -90,7 +90,7 @@ class SquashfsFile:
 
 
 def parse(text: str) -> Reference | Folder | SquashfsFile:
-    """What a person's image reference means. Touches no file and no network.
+    """The meaning of a person's image reference. Touches no file and no network.
 
     Raises InputError, always one line, that says what is wrong with it.
     """

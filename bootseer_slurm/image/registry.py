@@ -24,6 +24,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ class RegistryUnreachable(BootseerError):
     exit_status = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """For how long somebody waits. cancelled: when it is set, nobody waits any more."""
+
+    timeout_s: float = float("inf")
+    cancelled: threading.Event | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.cancelled is not None and self.cancelled.is_set()
+
+
 def resolve(
     reference: Reference, *, timeout_s: float = 60.0, cancelled: threading.Event | None = None
 ) -> str:
@@ -58,14 +71,15 @@ def resolve(
     Raises NotFound when the registry has no such image, RegistryUnreachable when it does not answer within
     `timeout_s`, BootseerError when it refuses this user, or when neither enroot nor skopeo is installed.
     """
+    patience = Patience(timeout_s, cancelled)
     if shutil.which("enroot"):
         try:
-            return _ask_enroot(reference, timeout_s, cancelled)
+            return _ask_enroot(reference, patience)
         except BootseerError:
             # Some registries refuse enroot, whose first question does not say which manifests it takes.
-            if not shutil.which("skopeo") or (cancelled is not None and cancelled.is_set()):
+            if not shutil.which("skopeo") or patience.is_over:
                 raise
-    content = _inspect(reference, timeout_s, cancelled)
+    content = _inspect(reference, patience)
     manifest = _parse(content, reference)
     digest: object = f"sha256:{hashlib.sha256(content.encode('utf-8', 'surrogateescape')).hexdigest()}"
     if isinstance(manifest.get("manifests"), list):
@@ -74,9 +88,9 @@ def resolve(
 
 
 def download_bytes(reference: Reference, *, timeout_s: float = 60.0) -> int | None:
-    """What the layers of a pinned image weigh in the registry, or None where it does not say."""
+    """The bytes of a pinned image's layers in the registry, or None where it does not say."""
     try:
-        layers = _parse(_inspect(reference, timeout_s, None), reference)["layers"]
+        layers = _parse(_inspect(reference, Patience(timeout_s)), reference)["layers"]
         return sum(int(layer["size"]) for layer in layers)
     except (KeyError, TypeError, ValueError):
         return None
@@ -88,16 +102,14 @@ def run(
     *,
     environ: dict[str, str] | None = None,
     folder: Path | None = None,
-    timeout_s: float | None = None,
-    watch: Callable[[], None] | None = None,
-    cancelled: threading.Event | None = None,
+    watch: Callable[[], None] = lambda: None,
+    patience: Patience = Patience(),
 ) -> str:
     """Run a tool to its end and give what it printed. It and its children die with an error in between.
 
     name: what it works on, for messages. folder: where it runs. watch: called a few times a second meanwhile.
     Raises what `resolve` does.
     """
-    waited_s = 0.0
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
@@ -112,20 +124,7 @@ def run(
         except OSError as error:
             raise BootseerError(f"image {name}: {command[0]} cannot be run: {error.strerror}") from error
         try:
-            while True:
-                try:
-                    status = process.wait(_POLL_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    waited_s += _POLL_S
-                if watch is not None:
-                    watch()
-                if cancelled is not None and cancelled.is_set():
-                    raise RegistryUnreachable(f"image {name}: {command[0]} was not waited for")
-                if timeout_s is not None and waited_s >= timeout_s:
-                    raise RegistryUnreachable(
-                        f"image {name}: {command[0]} had no answer within {timeout_s:g} s"
-                    )
+            status = _wait(process, f"image {name}: {command[0]}", watch, patience)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -135,6 +134,21 @@ def run(
         if status:
             raise _failure(command, name, errors.read().decode("utf-8", "replace"), status)
         return output.read().decode("utf-8", "surrogateescape")
+
+
+def _wait(process: subprocess.Popen[bytes], what: str, watch: Callable[[], None], patience: Patience) -> int:
+    """The exit status of a tool. what: for messages. Raises RegistryUnreachable when it takes too long."""
+    waited_s = 0.0
+    while True:
+        try:
+            return process.wait(_POLL_S)
+        except subprocess.TimeoutExpired:
+            waited_s += _POLL_S
+        watch()
+        if patience.is_over:
+            raise RegistryUnreachable(f"{what} was not waited for")
+        if waited_s >= patience.timeout_s:
+            raise RegistryUnreachable(f"{what} had no answer within {patience.timeout_s:g} s")
 
 
 @contextlib.contextmanager
@@ -160,21 +174,21 @@ def enroot_environ(reference: Reference) -> dict[str, str]:
     return {**os.environ, **({"ENROOT_ALLOW_HTTP": "y"} if _speaks_http(reference) else {})}
 
 
-def _ask_enroot(reference: Reference, timeout_s: float, cancelled: threading.Event | None) -> str:
+def _ask_enroot(reference: Reference, patience: Patience) -> str:
     command = ["enroot", "digest", reference.enroot_uri]
     environ = enroot_environ(reference)
-    output = run(command, reference.name, environ=environ, timeout_s=timeout_s, cancelled=cancelled)
+    output = run(command, reference.name, environ=environ, patience=patience)
     return reference.pinned((output.split() or [""])[-1]).digest
 
 
-def _inspect(reference: Reference, timeout_s: float, cancelled: threading.Event | None) -> str:
+def _inspect(reference: Reference, patience: Patience) -> str:
     with skopeo_options(reference) as options:
         command = ["skopeo", "inspect", "--raw", *options, skopeo_name(reference)]
-        return run(command, reference.name, timeout_s=timeout_s, cancelled=cancelled)
+        return run(command, reference.name, patience=patience)
 
 
 def skopeo_name(reference: Reference) -> str:
-    """How skopeo is asked for an image."""
+    """The name by which skopeo knows an image."""
     end = f"@{reference.digest}" if reference.digest else f":{reference.tag}"
     return f"docker://{reference.registry}/{reference.repository}{end}"
 

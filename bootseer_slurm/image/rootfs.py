@@ -1,4 +1,4 @@
-"""What `enroot start` reads in a container's root file system, made from an image's configuration.
+"""The files that `enroot start` reads in a root file system, made from an image's configuration.
 
     etc/environment   the image's variables, one NAME=value a line
     etc/rc            a shell script that gets the command as its arguments: goes to the working directory,
@@ -56,15 +56,15 @@ def configure(rootfs: Path, config: dict[str, Any], provenance: str) -> None:
 
 
 def _rc(workdir: str, entry: list[str], command: list[str], provenance: str) -> str:
-    place = shlex.quote(workdir)
+    quoted = shlex.quote(workdir)
     if not entry and not command:
         command = ["/bin/sh"]
     start = " ".join(["exec", *map(shlex.quote, entry)])
     return "\n".join(
         [
             f"# enroot-provenance: {provenance}",
-            f"mkdir -p {place} 2> /dev/null",
-            f"cd {place} || exit 1",
+            f"mkdir -p {quoted} 2> /dev/null",
+            f"cd {quoted} || exit 1",
             "unset OLDPWD",
             "[ ! -s /etc/rc.local ] || . /etc/rc.local",
             f'[ $# -eq 0 ] || {start} "$@"',

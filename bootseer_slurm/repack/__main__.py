@@ -19,8 +19,6 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from bootseer_slurm import config as configuration
 from bootseer_slurm import scratch
@@ -35,9 +33,9 @@ from bootseer_slurm.blob.trace import Plan, Trace
 from bootseer_slurm.blob.writer import BlobWriter
 from bootseer_slurm.env.archive import squash, write_tar
 from bootseer_slurm.env.layer import FILES, FILES_LIMIT_BYTES, decode_files, encode_files
-from bootseer_slurm.env.tree import Entry, survey
+from bootseer_slurm.env.tree import FileState, survey
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.image.packing import AgentPacking
+from bootseer_slurm.image.signed_packing import AgentPacking
 from bootseer_slurm.repack.order import (
     HotFile,
     blocks_bytes,
@@ -49,16 +47,17 @@ from bootseer_slurm.repack.order import (
 )
 from bootseer_slurm.repack.touched import is_tail_in_memory
 from bootseer_slurm.repack.worth import Scene, Start, best, is_worth_it
+from bootseer_slurm.signals import exit_on
 from bootseer_slurm.store import FileReader, Store, open_store
 from bootseer_slurm.units import format_bytes
 
-_PLACE = "TMPDIR must name a folder with room for the image"
+_SCRATCH_HINT = "TMPDIR must name a folder with room for the image"
 _SAMPLES = 32  # blocks, of all the files that a start touches: 0.1 s of a core
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to pack again, and for whom.
+    """The blob to pack again, and its job.
 
     kind: image or environment. blob, folder: in the store. image: where its bytes can be read. mount: the
     descriptor of a mount of it. link_bytes_per_s: what this node got of the store, 0 when that is not known.
@@ -101,7 +100,7 @@ class _Work:
         self._plan = Plan()
 
     def look(self) -> list[HotFile]:
-        """What starts touch, in order; nothing where packing it again would save little."""
+        """The files that starts touch, in order; none where packing again would save little."""
         task, layout = self._task, self._layout
         self._plan, _ = plan_of(
             self._store,
@@ -156,8 +155,8 @@ class _Work:
         return [each for each in records if (each.folder, each.blob) == (self._task.folder, self._task.blob)]
 
     def _made(self, hot: list[HotFile]) -> str:
-        with scratch.folder("repack", Path(tempfile.gettempdir()), hint=_PLACE) as place:
-            file = place / "packed.sqsh"
+        with scratch.folder("repack", Path(tempfile.gettempdir()), hint=_SCRATCH_HINT) as work:
+            file = work / "packed.sqsh"
             packing = AgentPacking(
                 configuration.load(None).agent.socket, str(self._task.job), warn=lambda message: None
             )
@@ -169,17 +168,17 @@ class _Work:
             if not is_worth_it(self._now, Start(new_bytes, self._compression), self._scene):
                 return f"lies as starts touch it: {format_bytes(new_bytes)} would be fetched in another order"
             beside = self._listed(written)
-            os.utime(file, (0, 0))  # its own time says nothing, and a young file would be waited for
+            scratch.mark_finished(file)
             blob, folder = BlobWriter(self._store, beside=beside).store_unnamed(file, self._task.kind)
         self._publish(blob, folder, packing.signature(blob), touches)
         now = format_bytes(self._now.fetched_bytes)
         how = f"packed anew in the order of touch, with {self._compression}"
         return f"{how}: a start fetches {format_bytes(new_bytes)}, not {now}"
 
-    def _packed(self, file: Path, hot: list[HotFile], packing: AgentPacking) -> dict[str, Entry]:
+    def _packed(self, file: Path, hot: list[HotFile], packing: AgentPacking) -> dict[str, FileState]:
         """Make the squashfs; gives what it holds. By the agent if it made the first one too."""
         tree = in_order_of_touch(survey(self._root), hot)
-        written: dict[str, Entry] = {}
+        written: dict[str, FileState] = {}
 
         def write(fd: int) -> None:
             with open(fd, "wb", closefd=False) as out:
@@ -203,8 +202,8 @@ class _Work:
                 samples.append(stream.read(self._image.block_bytes))
         return samples
 
-    def _listed(self, written: dict[str, Entry]) -> dict[str, bytes]:
-        """What is kept beside an environment's blob. Raises BootseerError when another thing was packed."""
+    def _listed(self, written: dict[str, FileState]) -> dict[str, bytes]:
+        """The objects beside an environment's blob. Raises BootseerError when other files were packed."""
         if self._task.kind != "environment":
             return {}
         content = self._store.read(f"{self._task.folder}/{FILES}", limit_bytes=FILES_LIMIT_BYTES)
@@ -242,17 +241,12 @@ def _files_of(path: Path) -> Squashfs:
         reader.close()
 
 
-def _contents(files: dict[str, Entry]) -> dict[str, tuple[int, int, str, bytes]]:
+def _contents(files: dict[str, FileState]) -> dict[str, tuple[int, int, str, bytes]]:
     return {path: (each.mode, each.size_bytes, each.link, each.digest) for path, each in files.items()}
 
 
-def _end(number: int, _: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)  # so that what was begun is cleaned up
-
-
 if __name__ == "__main__":
-    for _number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(_number, _end)
+    exit_on(signal.SIGTERM, signal.SIGHUP)
     try:
         print(main(Task(**json.loads(sys.argv[1]))))
     except (BootseerError, OSError) as _error:

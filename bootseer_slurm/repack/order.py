@@ -12,7 +12,7 @@ from bootseer_slurm.blob.manifest import Layout
 from bootseer_slurm.blob.squashfs_files import Extent, Squashfs, StoredFile
 from bootseer_slurm.blob.trace import Plan
 
-_Entry = TypeVar("_Entry")
+_File = TypeVar("_File")
 
 
 class HotFile(NamedTuple):
@@ -60,7 +60,7 @@ def hot_files(
 
 
 def hot_extents(image: Squashfs, hot: Iterable[HotFile]) -> dict[Extent, int]:
-    """Where what starts touch lies in an image, and when each is first touched, in ms.
+    """The extents of an image that starts touch, each with the time of its first touch in ms.
 
     image: of the same files, in whatever order they lie there.
     """
@@ -101,7 +101,7 @@ def content_bytes(image: Squashfs, hot: Iterable[HotFile]) -> int:
     )
 
 
-def in_order_of_touch(tree: Mapping[str, _Entry], hot: Iterable[HotFile]) -> dict[str, _Entry]:
+def in_order_of_touch(tree: Mapping[str, _File], hot: Iterable[HotFile]) -> dict[str, _File]:
     """A tree's entries as they are to be packed: hot files first, of these the sparse ones last.
 
     So what is hot lies side by side. A tar may have a file before its folder.

@@ -1,4 +1,4 @@
-"""Whether small files in a mounted image were read: whether the kernel keeps pages of them.
+"""Small files in a mounted image that were read: those of which the kernel keeps pages.
 
 The recorder sees blocks of the image, and in a fragment lie many small files. Pages tell them
 apart. They are of this mount alone, which was made for the start, so nothing else has read them.

@@ -1,4 +1,4 @@
-"""Whether packing a blob again is worth its while, and with which compression: what its next start saves.
+"""The worth of packing a blob again, and with which compression: the time and bytes that a start saves.
 
 Pure functions. While a start works, the link brings what it touches next, so it takes as long as the longer
 of both. Fewer bytes help where that is the link; where it is the work, bytes that are unpacked faster do.
@@ -18,7 +18,7 @@ _LEAST_SAVED_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a start fetches of the blob, and how that is compressed."""
+    """The bytes of the blob that a start fetches, and their compression."""
 
     fetched_bytes: int
     compression: str
@@ -26,7 +26,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What stays when the blob is packed anew.
+    """The facts that stay when the blob is packed anew.
 
     content_bytes: of the blob, that are unpacked. beside_bytes: that come over the link for other blobs.
     worked_s: from the first touch to the last, without waits for this blob, as it is now. Waits for other

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm import mounts
-from bootseer_slurm.image.kernel import KernelMount
+from bootseer_slurm.image.kernel_mount import KernelMount
 
 STAND_IN = Path(__file__).resolve().parents[2] / "libexec" / "squashfuse"
 _UID, _GID = 54321, 54322

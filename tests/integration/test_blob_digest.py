@@ -123,9 +123,9 @@ class TestNode:
         model, upgraded = make_file(node), node.folder / "upgraded"
         keeper = node.start(f"""
 import pathlib
-from bootseer_slurm.agent import target
+from bootseer_slurm.artifacts import resolve
 if not pathlib.Path({str(upgraded)!r}).exists():
-    target.PREFERRED = "sha256"
+    resolve.PREFERRED = "sha256"
 """)
         begin(node, 1, model)
         upgraded.touch()

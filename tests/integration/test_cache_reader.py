@@ -1,4 +1,4 @@
-"""A blob's way: writer, store, a real fetch process, cache, reader; and what goes wrong on it."""
+"""A blob's way: writer, store, a real user's process, cache, reader; and what goes wrong on it."""
 
 from __future__ import annotations
 
@@ -8,36 +8,39 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from blake3 import blake3
 from pytest_mock import MockerFixture
 
-from bootseer_slurm.agent.memory import Memory
-from bootseer_slurm.agent.prefetch import Prefetch
-from bootseer_slurm.agent.request import Wish
-from bootseer_slurm.agent.source import FetchSource
+from bootseer_slurm import identity
+from bootseer_slurm.artifacts.handle import BlobHandle, OpenBlob
+from bootseer_slurm.artifacts.layer import Layer
+from bootseer_slurm.artifacts.source import BlobDescription, ObjectSource, original_source
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, Manifest, decode
 from bootseer_slurm.blob.names import file_fingerprint, read_name, user_folder
+from bootseer_slurm.blob.ref import ArtifactRef
 from bootseer_slurm.blob.trace import Recorder
 from bootseer_slurm.blob.writer import BlobWriter, Original
 from bootseer_slurm.cache.cache import MISSING, UNCHECKED, Cache
 from bootseer_slurm.cache.datafile import DataFile
-from bootseer_slurm.cache.reader import Reader, Usage
+from bootseer_slurm.cache.reader import Reader
 from bootseer_slurm.config import PrefetchConfig
 from bootseer_slurm.errors import BootseerError, InputError, StoreError
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.fetch.process import FetchProcess, Reply
-from bootseer_slurm.identity import User
+from bootseer_slurm.phase import JobPhase
+from bootseer_slurm.prefetch.budget import MemoryBudget
+from bootseer_slurm.prefetch.scheduler import Scheduler
 from bootseer_slurm.store import FileStore
+from bootseer_slurm.userproc.client import Found, start_user_process
+from bootseer_slurm.userproc.protocol import Resolve
 
 SIZE_BYTES = 9 * 2**20 + 12345
 
 
 class Scene:
-    """A file, its striped blob in a store, and a fetch process of this user."""
+    """A file, its striped blob in a store, and a process of this user."""
 
     def __init__(self, folder: Path) -> None:
         self.store_folder = folder / "store"
@@ -51,31 +54,41 @@ class Scene:
         original = Original("checkpoint", str(self.file), fingerprint)
         self.name = BlobWriter(self.store, objects=3).store_named(self.file, original)
         self.blob_folder = self.store_folder / self.name.folder
-        user = User(os.getuid(), os.getgid(), ())
-        self.process = FetchProcess(user, f"file://{self.store_folder}", streams=4, timeout_s=5)
+        user = identity.User(os.getuid(), os.getgid(), ())
+        self.process = start_user_process(user, f"file://{self.store_folder}", streams=4, timeout_s=5)
         self.cache = Cache(folder / "cache", max_bytes=2**40, min_free_bytes=0, live=folder / "live")
         self.faults: list[str] = []
 
-    def resolve(self, kind: str = "checkpoint", name: str = "") -> Reply:
-        return self.process.call("resolve", kind=kind, name=name or str(self.file))
+    def resolve(self, kind: str = "checkpoint", name: str = "") -> Found:
+        found = self.process.resolve(Resolve(kind, name or str(self.file)))
+        assert isinstance(found, Found)
+        return found
 
     def reader(self, *, origin: bool = True) -> Reader:
-        reply = self.resolve()
-        manifest = self.manifest(reply)
+        found = self.resolve()
+        manifest = self.manifest(found)
         blob = self.cache.acquire(manifest.id, manifest.layout, manifest.digests, os.getuid(), os.getgid())
         reader = Reader(blob, mtime_ns=0)
-        flat = type(manifest.layout)(manifest.layout.size_bytes)
-        sources = [FetchSource("store", self.process, reply.fields["blobs"][0]["handle"], manifest.layout)]
+        handle = found.reply.original_handle
+        assert handle is not None
+        sources = [ObjectSource("store", self.process, found.reply.blobs[0].handle, manifest.layout)]
         if origin:
-            sources.append(FetchSource("origin", self.process, reply.fields["origin"], flat))
-        reader.add_user(list(sources), lambda name, message: self.faults.append(name))
+            sources.append(original_source(self.process, handle, manifest.layout))
+        reader.sources.add(User(sources, self.faults))
         return reader
 
-    def manifest(self, reply: Reply) -> Manifest:
-        manifest = decode(os.pread(reply.fds[1], 2**20, 0))
-        for fd in reply.fds:
-            os.close(fd)
+    def manifest(self, found: Found) -> Manifest:
+        manifest = decode(os.pread(found.manifest_fds[0], 2**20, 0))
+        found.close()
         return manifest
+
+
+class User:
+    """Who uses a blob (cache.sources.BlobUser), and which faults it was told of."""
+
+    def __init__(self, sources: list[ObjectSource], faults: list[str]) -> None:
+        self.sources = sources
+        self.on_fault = lambda name, _message: faults.append(name)
 
 
 @pytest.fixture
@@ -160,24 +173,22 @@ def test_a_damaged_blob_gives_a_warning_and_the_original(scene: Scene, damage: s
     else:
         record = next((scene.store_folder / user_folder(os.getuid()) / "names").iterdir())
         record.write_text('{"version": 1}')
-    reply = scene.resolve()
-    assert "blobs" not in reply.fields and "origin" in reply.fields
-    assert reply.fields["warning"]
-    assert ("'blake9', which this version does not know" in reply.fields["warning"]) == (damage == "digest")
-    for fd in reply.fds:
-        os.close(fd)
+    found = scene.resolve()
+    found.close()
+    reply = found.reply
+    assert not reply.blobs and reply.original_handle is not None
+    assert reply.warning
+    assert ("'blake9', which this version does not know" in reply.warning) == (damage == "digest")
 
 
 def test_a_changed_original_is_not_the_blob(scene: Scene) -> None:
     with scene.file.open("ab") as file:
         file.write(b"more")
-    reply = scene.resolve()
-    assert "blobs" not in reply.fields
-    assert "was changed" in reply.fields["warning"]
-    fields = {"kind": "checkpoint", "name": str(scene.file), "fingerprint": scene.name.fingerprint}
-    assert scene.process.call("same", **fields).fields["same"] is False
-    for fd in reply.fds:
-        os.close(fd)
+    found = scene.resolve()
+    found.close()
+    assert not found.reply.blobs
+    assert "was changed" in found.reply.warning
+    assert not scene.process.is_same("checkpoint", str(scene.file), scene.name.fingerprint, timeout_s=5)
 
 
 @pytest.mark.parametrize(
@@ -262,14 +273,16 @@ def test_blocks_of_a_failed_read_are_prefetched_again(scene: Scene, mocker: Mock
     log = EventLog(1, 0, "n1")
     faults: list[str] = []
     config = PrefetchConfig(streams=4)
-    bringing = Prefetch(scene.process.turns, config, Memory(), log=log, on_fault=lambda name, _: faults.append(name))
-    target: Any = SimpleNamespace(
-        label="/model", wish=Wish("checkpoint", "/model"), reader=reader, before=Usage(), cached_bytes=0
-    )
-    bringing.add(target)
+    phase, user = JobPhase(), User([], faults)
+    bringing = Scheduler(scene.process.link, config, MemoryBudget(), phase, log, user.on_fault)
+    nobody: Any = None
+    handle = BlobHandle(nobody, OpenBlob(reader, nobody, Path()), [], user.on_fault, warm=False)
+    description = BlobDescription("model", reader.blob.layout, None)
+    bringing.add(Layer(ArtifactRef("checkpoint", "/model"), description, handle, "/model", "key", "/model"))
     deadline = time.monotonic() + 10
     while '"name":"end"' not in log.to_jsonl() and time.monotonic() < deadline:
         time.sleep(0.01)
+    phase.end()
     bringing.stop()
     bringing.join(5)
     assert reader.blob.complete and failed and not faults
@@ -327,8 +340,7 @@ def test_pushed_bytes_are_right_and_were_readable_before(scene: Scene) -> None:
         assert reader.ready(offset, len(view)) is not None
         pushed[offset] = bytes(view)
 
-    reader.push = push
-    block = reader.prefetch_blocks(2, 5, 2 * BLOCK_BYTES, push=True)
+    block = reader.prefetch_blocks(2, 5, 2 * BLOCK_BYTES, push=push)
     assert block == 4 and reader.usage.pushed_bytes == 2 * BLOCK_BYTES
     assert pushed == {2 * BLOCK_BYTES: scene.content[2 * BLOCK_BYTES : 4 * BLOCK_BYTES]}
     assert reader.prefetch_blocks(4, 5, 2**20) == 6
@@ -341,14 +353,13 @@ def test_a_push_that_fails_costs_nothing(scene: Scene) -> None:
     def push(_offset: int, _view: memoryview) -> None:
         raise OSError(2, "no such inode")
 
-    reader.push = push
-    reader.prefetch_blocks(0, 0, 2**20, push=True)
+    reader.prefetch_blocks(0, 0, 2**20, push=push)
     assert reader.blob.blocks.has(0, 0) and reader.usage.pushed_bytes == 0 and scene.faults == []
 
 
 def test_each_user_of_a_blob_is_told_of_a_fault_once(scene: Scene) -> None:
     reader, second = scene.reader(), []
-    reader.add_user([], lambda name, message: second.append(name))
+    reader.sources.add(User([], second))
     for index in range(3):
         corrupt(scene.blob_folder / str(index), 0)
     reader.fetch(0, SIZE_BYTES)
@@ -377,11 +388,11 @@ def test_the_process_has_only_its_users_rights(tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents):
         if not folder.stat().st_mode & 0o001:
             folder.chmod(folder.stat().st_mode | 0o011)
-    process = FetchProcess(User(20001, 20001, ()), f"file://{tmp_path}", streams=1, timeout_s=5)
+    process = start_user_process(identity.User(20001, 20001, ()), f"file://{tmp_path}", streams=1, timeout_s=5)
     try:
         with pytest.raises(StoreError, match="Permission denied"):
-            process.call("resolve", kind="checkpoint", name=str(secret))
-        pid = process._process.pid
+            process.resolve(Resolve("checkpoint", str(secret)))
+        pid = process._channel._process.pid
         status = Path(f"/proc/{pid}/status").read_text()
         assert "Uid:\t20001\t20001\t20001\t20001" in status
         assert Path(f"/proc/{pid}/mem").stat().st_uid == 0, "not dumpable: its user cannot trace it"

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm.blob.trace import decode
-from bootseer_slurm.image.trust import make_key
+from bootseer_slurm.image.signing import make_key
 from tests.integration.node import ALICE, BOB, Node, node_of, wait_until
 
 pytestmark = [

@@ -123,7 +123,7 @@ def test_enroot_and_pyxis(config: Config, bins: tuple[Path, Path], tmp_path: Pat
 @pytest.mark.usefixtures("bins")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can try mounts")
 def test_the_site_key_decides_over_kernel_mounts(config: Config) -> None:
-    from bootseer_slurm.image.trust import make_key
+    from bootseer_slurm.image.signing import make_key
 
     assert "site.key" in _found(config)["site key"][1]
     assert _found(config)["kernel mounts"][0] is False

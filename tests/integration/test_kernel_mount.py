@@ -18,7 +18,7 @@ import pytest
 
 from bootseer_slurm import mounts
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.image.kernel import KernelMount, MountFailed, probe
+from bootseer_slurm.image.kernel_mount import KernelMount, MountFailed, probe
 
 pytestmark = [
     pytest.mark.fuse,
@@ -214,16 +214,16 @@ def test_each_clone_is_its_own_and_outlives_the_mount(
     mount.close()  # again, which does nothing
 
 
-def test_an_agent_that_comes_again_adopts_it(mount: KernelMount, home: Path, container: Path) -> None:
-    adopted = KernelMount.adopt(mount.folder)
-    assert adopted is not None
-    fd = adopted.clone()
+def test_an_agent_that_comes_again_reattaches_it(mount: KernelMount, home: Path, container: Path) -> None:
+    reattached = KernelMount.reattach(mount.folder)
+    assert reattached is not None
+    fd = reattached.clone()
     code = "print(move(int(sys.argv[1]), sys.argv[2]), os.stat(sys.argv[2] + '/private').st_uid)"
     assert _in_user_namespace(code, fd, container / "lower", fds=(fd,)) == f"0 {_UID}"
     os.close(fd)
-    adopted.close()
-    assert KernelMount.adopt(mount.folder) is None
-    assert KernelMount.adopt(home) is None
+    reattached.close()
+    assert KernelMount.reattach(mount.folder) is None
+    assert KernelMount.reattach(home) is None
 
 
 def test_a_damaged_image_is_not_mounted(image: Path, home: Path) -> None:
@@ -253,7 +253,7 @@ def test_an_image_whose_blocks_do_not_come(home: Path) -> None:
         from pathlib import Path
         from bootseer_slurm.fuse.mount import Mount
         from bootseer_slurm.fuse.server import Server
-        from bootseer_slurm.image.kernel import KernelMount
+        from bootseer_slurm.image.kernel_mount import KernelMount
 
         class Hung:
             size_bytes, uid, gid, mtime_ns = 1 << 20, 0, 0, 1

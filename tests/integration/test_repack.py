@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm.blob.squashfs_files import read_files
-from bootseer_slurm.image.trust import make_key
+from bootseer_slurm.image.signing import make_key
 from bootseer_slurm.store import FileReader
 from tests.integration.node import ALICE, Node, node_of, wait_until
-from tests.integration.test_env import blobs, end, give_alice, make_venv, names, shown
+from tests.integration.test_env_snapshot import blobs, end, give_alice, make_venv, names, shown
 
 pytestmark = [
     pytest.mark.fuse,
@@ -129,7 +129,7 @@ def test_a_job_that_ends_stops_it_and_leaves_nothing() -> None:
     with node_of() as node:
         root = make(node)
         node.start("""
-from bootseer_slurm.agent import background
+from bootseer_slurm.job import background
 run = background.Background.run
 background.Background.run = lambda self, *a, **o: run(self, *a, **o | {"when_to_go_on": lambda: False})
 """)
@@ -146,7 +146,7 @@ def test_what_was_saved_meanwhile_keeps_its_place() -> None:
         root = make(node)
         node.start("""
 import pathlib
-from bootseer_slurm.agent import background
+from bootseer_slurm.job import background
 run = background.Background.run
 waiting = lambda: pathlib.Path("/run/bootseer-test-go").exists()
 background.Background.run = lambda self, *a, **o: run(self, *a, **o | {"when_to_go_on": waiting})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,12 +11,9 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
-
-from bench.made_start import made_report, made_run
-
 from bootseer_slurm.report.analyse import analyse
 from bootseer_slurm.report.html import to_html
+from scripts.lib.bench.made_start import made_report, made_run
 
 BROWSER = shutil.which("chromium-headless-shell")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not BROWSER, reason="no chromium-headless-shell")]

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.pyxis.containers import PACKAGES, Site, pyxis_library
+from scripts.lib.cluster.settings import pyxis_library
+from tests.pyxis.containers import PACKAGES, Site
+from tests.slurm.conftest import no_cluster_because
 
 
 def _lacking() -> str:
     """Why these tests cannot run here, or nothing."""
-    if os.geteuid() != 0:
-        return "a cluster needs root"
     if missing := [name for name in ("enroot", *PACKAGES) if shutil.which(name) is None]:
         return f"not installed: {', '.join(missing)}"
     if pyxis_library() is None:
         return "pyxis's plugin spank_pyxis.so is not installed"
-    tried = subprocess.run(
-        ["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False
-    )
-    return f"a cluster needs namespaces: {tried.stderr.decode().strip()}" if tried.returncode else ""
+    return no_cluster_because()
 
 
 @pytest.fixture(scope="session")

@@ -23,12 +23,9 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.slurm.conftest import Cluster
+from scripts.lib.cluster.client import ALICE, BOOTSEER, Cluster
 
-REPO = Path(__file__).resolve().parents[2]
-BOOTSEER = str(REPO / ".venv" / "bin" / "bootseer")
 HOME = "/shared/home/alice"
-ALICE = 20001
 PACKAGES = ("docker-registry", "mksquashfs", "squashfuse")
 TOOLS = ("sh", "cat", "cut", "sha256sum", "sleep")
 PAYLOAD_BYTES = 24 << 20
@@ -55,12 +52,6 @@ storage: {{filesystem: {{rootdirectory: {folder}}}}}
 http: {{addr: "{host}"}}
 """
 MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
-
-
-def pyxis_library() -> Path | None:
-    """Where pyxis's plugin is installed (as scripts/lib/cluster/settings.py looks for it)."""
-    patterns = ("local/lib/slurm/spank_pyxis.so", "lib/*/slurm*/spank_pyxis.so")
-    return next((path for pattern in patterns for path in Path("/usr").glob(pattern)), None)
 
 
 @dataclass(frozen=True)

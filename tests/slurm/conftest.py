@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
-
-from cluster.client import Cluster
+from scripts.lib.cluster.client import Cluster
 
 
-def _no_cluster_because() -> str:
+def no_cluster_because() -> str:
     """Why this machine cannot hold a cluster, or nothing."""
     if os.geteuid() != 0:
         return "a cluster needs root"
@@ -34,7 +31,7 @@ def _no_cluster_because() -> str:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A cluster of three nodes that is up."""
-    if reason := _no_cluster_because():
+    if reason := no_cluster_because():
         pytest.skip(reason)
     instance = Cluster.default()
     was_up = instance.up
@@ -57,7 +54,7 @@ def slurm_conf(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def spare_cluster() -> Iterator[Cluster]:
     """A second cluster's place, where nothing is up; taken down afterwards."""
-    if reason := _no_cluster_because():
+    if reason := no_cluster_because():
         pytest.skip(reason)
     instance = Cluster(Path(f"/var/tmp/bootseer-cluster-test-{os.getpid()}"))
     yield instance

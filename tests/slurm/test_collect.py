@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from bootseer_slurm.slurm import jobs
-from tests.slurm.conftest import Cluster
+from scripts.lib.cluster.client import BOOTSEER, Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300), pytest.mark.usefixtures("slurm_conf")]
 
-BOOTSEER = str(Path(__file__).parents[2] / ".venv" / "bin" / "bootseer")
 PYTHON = str(Path(BOOTSEER).with_name("python"))
 # A job that ends sooner is called "allocation" in sacct for a while.
 JOB = f"#!/bin/bash\n#SBATCH -o /dev/null\nsrun bash -c 'sleep 1; {BOOTSEER} mark training_started'\nsleep 6\n"

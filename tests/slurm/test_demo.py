@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from cluster.client import Cluster
+
+from scripts.lib.cluster.client import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import Cluster
+from scripts.lib.cluster.client import BOOTSEER, Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
-BOOTSEER = str(Path(__file__).parents[2] / ".venv" / "bin" / "bootseer")
 MODEL_BYTES = 8_000_000
 OLD = 1_700_000_000
 MARK = f"{BOOTSEER} mark training_started 2>/dev/null"

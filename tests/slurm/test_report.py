@@ -6,16 +6,14 @@ import json
 import textwrap
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.slurm.conftest import Cluster
+from scripts.lib.cluster.client import BOOTSEER, Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
-BOOTSEER = str(Path(__file__).parents[2] / ".venv" / "bin" / "bootseer")
 HOME = "/shared/home/alice/report"
 TRAINS_S = 2
 MODEL_BYTES = 100_000_000

@@ -9,15 +9,13 @@ import re
 import textwrap
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import Cluster
+from scripts.lib.cluster.client import BOOTSEER, Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
-BOOTSEER = str(Path(__file__).parents[2] / ".venv" / "bin" / "bootseer")
 HOME = "/shared/home/alice/start"
 JOB = textwrap.dedent(
     f"""\

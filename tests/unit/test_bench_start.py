@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bench import start, start_demo, start_paper, start_warm
-from bench.rows import Row
-from cluster.client import Cluster
+
+from scripts.lib.bench import start, start_demo, start_paper, start_warm
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.client import Cluster
 
 
 def result(nodes: int, cpu_busy: float = 0.4, **seconds: float) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from bootseer_slurm.agent.wanted import Wanted
+from bootseer_slurm.artifacts.table import Quota
 from bootseer_slurm.blob.jobclass import (
     RECORD_LIMIT_BYTES,
-    WISH_LIMIT,
+    REMEMBERED_LIMIT,
     Remembered,
-    decode_wishes,
-    encode_wishes,
+    decode_record,
+    encode_record,
     job_class,
 )
 from bootseer_slurm.blob.trace import (
@@ -336,17 +336,17 @@ def test_wishes_come_back_as_they_were() -> None:
         Remembered("checkpoint", "s3://bucket/model"),
         Remembered("environment", "/home/a/venv", 0),
     ]
-    assert decode_wishes(encode_wishes(wishes)) == wishes
-    assert decode_wishes(encode_wishes([])) == []
+    assert decode_record(encode_record(wishes)) == wishes
+    assert decode_record(encode_record([])) == []
 
 
 def test_a_record_is_bounded_whatever_was_asked_for() -> None:
     many = [Remembered("image", f"/img/{number}") for number in range(50)]
-    assert decode_wishes(encode_wishes(many)) == many[:WISH_LIMIT]
+    assert decode_record(encode_record(many)) == many[:REMEMBERED_LIMIT]
     long = [Remembered("image", "/" + "ü" * 1000 + str(number)) for number in range(16)]
-    content = encode_wishes([*long, Remembered("image", "/short")])
+    content = encode_record([*long, Remembered("image", "/short")])
     assert len(content) <= RECORD_LIMIT_BYTES
-    wishes = decode_wishes(content)
+    wishes = decode_record(content)
     assert wishes and set(wishes) <= {*long, Remembered("image", "/short")}
     assert len(json.dumps(wishes)) < 60_000, "fits a reply of the fetch process"
 
@@ -376,7 +376,7 @@ def test_a_record_is_bounded_whatever_was_asked_for() -> None:
 )
 def test_a_hostile_record_is_an_integrity_error_or_empty(content: bytes) -> None:
     try:
-        assert decode_wishes(content) == []
+        assert decode_record(content) == []
     except IntegrityError:
         pass
 
@@ -394,7 +394,7 @@ def test_what_no_request_may_ask_for_is_left_out() -> None:
         ["image", "/good"],
     ]
     record = {"version": 1, "made_ns": 1, "wishes": wishes}
-    assert decode_wishes(json.dumps(record).encode()) == [Remembered("image", "/good")]
+    assert decode_record(json.dumps(record).encode()) == [Remembered("image", "/good")]
 
 
 def test_a_trace_of_a_file_of_quite_another_size_says_nothing() -> None:
@@ -415,10 +415,10 @@ def test_what_the_last_start_did_not_read_is_not_brought_again() -> None:
 
 
 def test_the_plans_of_one_job_are_bounded() -> None:
-    wanted = Wanted()
+    quota = Quota()
     for _ in range(8):
-        wanted.allow_plan(MAX_TOUCHES)
+        quota.allow_plan(MAX_TOUCHES)
     for _ in range(2):
         with pytest.raises(InputError, match="plans of this job"):
-            wanted.allow_plan(1)
-    wanted.allow_plan(0)
+            quota.allow_plan(1)
+    quota.allow_plan(0)

@@ -10,7 +10,7 @@ import pytest
 
 from bootseer_slurm.env.key import parts_of, stored_name
 from bootseer_slurm.env.layer import Layer, as_shown, decode_files, encode_files, layer_over, with_own_ctime
-from bootseer_slurm.env.tree import Entry, source_of, survey
+from bootseer_slurm.env.tree import FileState, source_of, survey
 from bootseer_slurm.errors import IntegrityError
 
 OLD = 1_700_000_000
@@ -23,7 +23,7 @@ def make(root: Path, **files: str) -> None:
         os.utime(path, (OLD, OLD))
 
 
-def saved(root: Path) -> dict[str, Entry]:
+def saved(root: Path) -> dict[str, FileState]:
     """The list of a snapshot of what lies in a folder now."""
     return {
         path: entry._replace(digest=hashlib.sha256((root / path).read_bytes()).digest() if entry.is_file else b"")
@@ -43,7 +43,7 @@ def test_other_bytes_of_the_same_size_and_time(tmp_path: Path) -> None:
     base = saved(tmp_path)
     make(tmp_path, a="two")
     layer = layer_over(base, tmp_path, survey(tmp_path), known=base)
-    assert layer and list(layer.entries) == ["a"] and layer.gone == []
+    assert layer and list(layer.files) == ["a"] and layer.gone == []
 
 
 def test_a_file_system_that_tells_the_mtime_as_time_of_change(tmp_path: Path) -> None:
@@ -52,9 +52,9 @@ def test_a_file_system_that_tells_the_mtime_as_time_of_change(tmp_path: Path) ->
     make(tmp_path, a="two")
     tree = {path: entry._replace(ctime_ns=OLD * 10**9) for path, entry in survey(tmp_path).items()}
     layer = layer_over(base, tmp_path, tree, known=with_own_ctime(base))
-    assert layer and list(layer.entries) == ["a"]
+    assert layer and list(layer.files) == ["a"]
     layer = layer_over(base, tmp_path, tree, known=as_shown(base, {}))
-    assert layer and not layer.entries, "of a squashfs it can be trusted"
+    assert layer and not layer.files, "of a squashfs it can be trusted"
 
 
 def test_what_is_gone_is_whited_out_at_its_top(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_what_is_gone_is_whited_out_at_its_top(tmp_path: Path) -> None:
     (tmp_path / "x" / "y").rmdir()
     (tmp_path / "x").rmdir()
     layer = layer_over(base, tmp_path, survey(tmp_path), known=base)
-    assert layer and sorted(layer.gone) == ["kept/a", "x"] and list(layer.entries) == ["kept"]
+    assert layer and sorted(layer.gone) == ["kept/a", "x"] and list(layer.files) == ["kept"]
 
 
 def test_the_list_comes_back_as_it_was(tmp_path: Path) -> None:

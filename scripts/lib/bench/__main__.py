@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,12 +11,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench import checkpoint, cpu, digest, env, image, prolog, report, start
-from bench.rows import Row
-from cluster.client import Cluster
-from cluster.layout import ClusterError
+from scripts.lib.bench import checkpoint, cpu, digest, env, image, prolog, report, start
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import ClusterError
 
 BENCHMARKS = {"cpu": cpu.run, "env": env.run, "image": image.run, "prolog": prolog.run, "report": report.run}
 WITHOUT_CLUSTER = {"checkpoint": checkpoint.run, "digest": digest.run}

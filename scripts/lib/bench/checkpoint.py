@@ -18,15 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from bench import checkpoint_load
-from bench.rows import Row
-from cluster.layout import REPO, ClusterError, Layout, State
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
 from bootseer_slurm.checkpoint.file import ParallelFile
 from bootseer_slurm.checkpoint.stripe import stripe_file
 from bootseer_slurm.checkpoint.striped import Opened, open_file, placement
 from bootseer_slurm.store import FileReader, open_store
+from scripts.lib.bench import checkpoint_load
+from scripts.lib.bench.rows import Row
+from scripts.lib.bench.spinner import spinner
+from scripts.lib.cluster.layout import REPO, ClusterError, Layout, State
+from scripts.lib.host import output_of
 
 SIZE_BYTES = 4 * 2**30
 REPEATS = 5
@@ -58,12 +58,7 @@ Times = dict[str, list[float]]
 
 def run(only: str = "") -> list[Row]:
     """All rows. only: "disk", "node" or "hdfs", where not all of these are to be measured."""
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
-        task = progress.add_task("inputs", total=None)
-
-        def step(text: str) -> None:
-            progress.update(task, description=text)
-
+    with spinner("inputs") as step:
         rows = checkpoint_load.run_node(step) if only in ("", "node") else []
         if only == "node":
             return rows
@@ -86,12 +81,8 @@ def run(only: str = "") -> list[Row]:
 
 def hdfs(*arguments: str) -> str:
     """Run scripts/hdfs. Raises ClusterError."""
-    command = [str(REPO / "scripts" / "hdfs"), *arguments]
     environ = os.environ | {"BOOTSEER_HDFS_DIR": HDFS_FOLDER}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600, check=False)
-    if done.returncode:
-        raise ClusterError(f"{' '.join(command)} failed: {done.stderr.strip()}")
-    return done.stdout.strip()
+    return output_of(str(REPO / "scripts" / "hdfs"), *arguments, env=environ)
 
 
 def make(source: Path) -> None:

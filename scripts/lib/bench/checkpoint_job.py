@@ -11,11 +11,12 @@ import os
 import struct
 import sys
 import time
+from typing import Any
 
 BUFFER_BYTES = 4 * 2**20
 
 
-def header_of(path: str) -> tuple[dict[str, dict], int]:
+def header_of(path: str) -> tuple[dict[str, dict[str, Any]], int]:
     """The tensors of a file by name, and where their bytes begin."""
     with open(path, "rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
@@ -33,7 +34,7 @@ def read(path: str) -> None:
     os.close(fd)
 
 
-def load(arm: str, path: str, model: dict) -> None:
+def load(arm: str, path: str, model: dict[str, Any]) -> None:
     """Each tensor copied into the model's."""
     if arm == "safetensors":
         from safetensors.torch import load_file
@@ -61,7 +62,7 @@ def load(arm: str, path: str, model: dict) -> None:
 
 
 def main(arm: str, path: str, source: str = "") -> None:
-    model = {}
+    model: dict[str, Any] = {}
     if arm != "read":
         import fastsafetensors  # noqa: F401
         import runai_model_streamer  # noqa: F401

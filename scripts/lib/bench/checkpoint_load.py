@@ -1,6 +1,6 @@
 """Loading a checkpoint that the node's agent has brought: its FUSE file, beside the same file elsewhere.
 
-Needs no Slurm. A file of safetensors lies striped in a folder; a real agent (node.py) prefetches it for a
+Needs no Slurm. A file of safetensors lies striped in a folder; a real agent (lib/node.py) prefetches it for a
 job, and what its steps are given is read and loaded by processes of their own (checkpoint_job.py). All arms
 are interleaved. A step that starts once all is there sees the cache's file over the FUSE file; one that
 started before keeps the latter. "first": the kernel has no page of it, so that our server is asked for all,
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from bench.image_inputs import run
-from bench.node import Node
-from bench.rows import Row
-from cluster.layout import REPO, ClusterError
-
 from bootseer_slurm.checkpoint.stripe import stripe_file
+from scripts.lib.bench.pss import most_memory
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.layout import REPO, ClusterError, poll
+from scripts.lib.host import output_of, run
+from scripts.lib.node import Node
 
 FOLDER = Path("/var/tmp/bootseer-bench-checkpoint-node")
 PEERS = Path("/var/tmp/bootseer-bench-peers-checkpoint")
@@ -38,6 +38,7 @@ TENSORS = 128
 SHAPE = (4096, 4096)  # of bfloat16: 32 MiB
 TENSOR_BYTES = SHAPE[0] * SHAPE[1] * 2
 OBJECTS = 8
+USER = 54321
 FIRST, AGAIN = "FUSE, first", "FUSE, again"
 TMPFS, STEP, DISK = "tmpfs", "as a step sees it", "disk, cold"
 BUDGET_MIB = 256  # docs/architecture.md
@@ -78,11 +79,9 @@ def run_node(step: Callable[[str], None]) -> list[Row]:
         _make(source)
         stripe_file(source, f"file://{FOLDER}/striped.safetensors", objects=OBJECTS)
         with _tmpfs() as memory_folder:
-            node = Node(FOLDER)
-            with node.running(), node.memory() as most:
+            with _running_node() as node, most_memory(node.processes[0].pid) as most:
                 step("prefetch")
-                node.begin(1, f"file://{FOLDER}/striped.safetensors")
-                served, seen = node.brought(1)
+                served, seen = _bring(node, f"file://{FOLDER}/striped.safetensors")
                 shutil.copy(source, memory_folder)
                 places = {FIRST: served, AGAIN: served, STEP: seen, DISK: source}
                 places[TMPFS] = memory_folder / source.name
@@ -92,10 +91,32 @@ def run_node(step: Callable[[str], None]) -> list[Row]:
         shutil.rmtree(FOLDER, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _running_node() -> Iterator[Node]:
+    node = Node(FOLDER)
+    try:
+        node.start()
+        yield node
+    finally:
+        node.clear()
+
+
+def _bring(node: Node, checkpoint: str) -> tuple[Path, Path]:
+    """Have the checkpoint of a job prefetched whole; its FUSE file, and what a step sees in its place."""
+    node.request("prolog", JOB_ID=1, UID=USER, BOOTSEER=1, CHECKPOINT=checkpoint)
+    events = node.run / "events" / "1.0"
+    end = '"kind":"prefetch","name":"end"'
+    if not poll(lambda: events.exists() and end in events.read_text(), timeout_s=300):
+        raise ClusterError(f"not prefetched: {node.log}")
+    reply, (mount,) = node.request("attach", JOB_ID=1, UID=USER, STEP_ID=0)
+    given = dict(value.split("=", 1) for key, value in reply if key == "SETENV")
+    return Path(given["BOOTSEER_CHECKPOINT"]), Path(f"/proc/{os.getpid()}/fd/{mount}")
+
+
 def _peers() -> Path:
     """A Python with torch and the peers, made once."""
     python = PEERS / "bin" / "python"
-    torch = _said_by(str(REPO / "scripts" / "torch"))
+    torch = output_of(str(REPO / "scripts" / "torch"))
     if not (PEERS / "made").exists():
         run("/usr/bin/python3", "-m", "venv", "--clear", str(PEERS))
         pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
@@ -174,21 +195,13 @@ def _forget(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
-    if int(_said_by("fincore", "--noheadings", "--bytes", "--output", "RES", str(path))):
+    if int(output_of("fincore", "--noheadings", "--bytes", "--output", "RES", str(path))):
         raise ClusterError(f"{path}: its pages stay in memory")
 
 
 def _remember(path: Path) -> None:
     """Have its pages in memory."""
     run("dd", f"if={path}", "of=/dev/null", "bs=4M", "status=none")
-
-
-def _said_by(*command: str) -> str:
-    """What a command prints. Raises ClusterError."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ClusterError(f"{' '.join(command)} failed: {done.stderr.strip()}")
-    return done.stdout
 
 
 def _rows(times: dict[Arm, list[float]], most: dict[str, int]) -> list[Row]:
@@ -198,9 +211,9 @@ def _rows(times: dict[Arm, list[float]], most: dict[str, int]) -> list[Row]:
     how = f"{size} of safetensors that the agent has brought; medians of {REPEATS} interleaved"
     cached = size_bytes / seconds[Arm("read", STEP)] / 1e6
     reads = how + "; one reader, 4 MiB each; its limit: the cache's file, all in the page cache"
-    target = min(2500.0, cached / 2)
+    half = min(2500.0, cached / 2)
     rows = [
-        Row("FUSE, warm cache: one reader", _rate(seconds, FIRST), "MB/s", target, cached, reads, True),
+        Row("FUSE, warm cache: one reader", _rate(seconds, FIRST), "MB/s", half, cached, reads, True),
         Row("FUSE, the kernel has its pages: one reader", _rate(seconds, AGAIN), "MB/s", None, cached, reads),
     ]
     tmpfs_s = seconds[Arm("safetensors", TMPFS)]
@@ -216,10 +229,10 @@ def _rows(times: dict[Arm, list[float]], most: dict[str, int]) -> list[Row]:
     ]
     how = f"PSS, every 0.1 s, while {size} are brought and then read by all arms"
     sizes = {name: size / 2**20 for name, size in most.items()}
-    for name in ("all", "keeper", "agent", "fetch"):
+    for name in ("all", "supervisor", "agent", "userproc"):
         label = f"memory of the agent: {name}"
-        target = BUDGET_MIB if name == "all" else None
-        rows.append(Row(label, sizes[name], "MiB", target, None, how))
+        budget = BUDGET_MIB if name == "all" else None
+        rows.append(Row(label, sizes[name], "MiB", budget, None, how))
     return rows
 
 

@@ -11,18 +11,17 @@ from __future__ import annotations
 import shutil
 from statistics import median
 
-from bench import cpu_inputs
-from bench.cpu_arms import arms
-from bench.cpu_inputs import Inputs
-from bench.cpu_start import COMMANDS, Node, Start
-from bench.digest import processor
-from bench.env import BOOTSEER, NODE
-from bench.image_inputs import ALICE
-from bench.image_ours import publish
-from bench.rows import Row
-from cluster.client import Cluster
-from cluster.layout import ClusterError
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from scripts.lib.bench import cpu_inputs
+from scripts.lib.bench.cpu_arms import arms
+from scripts.lib.bench.cpu_inputs import Inputs
+from scripts.lib.bench.cpu_start import COMMANDS, ClusterNode, Start
+from scripts.lib.bench.digest import processor
+from scripts.lib.bench.image_arms import NODE
+from scripts.lib.bench.image_ours import publish
+from scripts.lib.bench.rows import Row
+from scripts.lib.bench.spinner import spinner
+from scripts.lib.cluster.client import ALICE, BOOTSEER, Cluster
+from scripts.lib.cluster.layout import ClusterError
 
 ROUNDS = 3
 TARGET = 1.3
@@ -31,19 +30,16 @@ Starts = dict[tuple[str, bool], list[Start]]  # by path, and whether with Bootse
 
 def run(cluster: Cluster) -> list[Row]:
     """All rows, on a cluster that is up."""
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), refresh_per_second=1
-    ) as progress:
-        task = progress.add_task("inputs", total=None)
+    with spinner("inputs") as step:
         cluster.script("link", NODE, "off")
-        inputs = cpu_inputs.make(cluster, lambda text: progress.update(task, description=text))
-        progress.update(task, description="image and environment into the store")
+        inputs = cpu_inputs.make(cluster, step)
+        step("image and environment into the store")
         save(cluster, inputs)
         starts: Starts = {}
         for number in range(ROUNDS + 1):
             for arm in arms(inputs):
-                progress.update(task, description=f"{arm.name}, {number} of {ROUNDS}")
-                start = Node(cluster).start(arm, learn=not number)
+                step(f"{arm.name}, {number} of {ROUNDS}")
+                start = ClusterNode(cluster).start(arm, learn=not number)
                 starts.setdefault((arm.path, bool(arm.job)), []).append(start)
     for path in {path for path, _ in starts}:
         if len({start.sha256 for start in starts[path, False] + starts[path, True]}) != 1:
@@ -63,9 +59,7 @@ def save(cluster: Cluster, inputs: Inputs) -> None:
     publish(cluster, inputs.image)
     saving = ["srun", "--bootseer", "--job-name=save", "--nodes=1", "--chdir=/tmp"]
     saving += [BOOTSEER, "env", "save", inputs.environment]
-    done = cluster.exec("login", *saving, user="alice", timeout_s=600)
-    if done.returncode != 0:
-        raise ClusterError(f"the environment was not saved: {done.stderr[-2000:]}")
+    cluster.run("login", *saving, user="alice", timeout_s=600)
 
 
 def rows_of(starts: Starts) -> list[Row]:

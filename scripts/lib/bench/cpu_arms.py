@@ -10,10 +10,10 @@ import itertools
 import time
 from dataclasses import dataclass, field
 
-from bench.cpu_inputs import Inputs
-from bench.image_arms import HERE, ROOT
-from bench.image_inputs import ALICE
-from bench.image_ours import BIN, STAND_IN, URI
+from scripts.lib.bench.cpu_inputs import Inputs
+from scripts.lib.bench.image_arms import HERE, ROOT
+from scripts.lib.bench.image_ours import BIN, STAND_IN, URI
+from scripts.lib.cluster.client import ALICE
 
 PYTHON = str(BIN / "python")
 IMPORTER = str(BIN / "bootseer-importer")

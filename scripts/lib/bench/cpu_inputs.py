@@ -12,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.image_inputs import ALICE, PLATFORMS, PYTHON, SITE, SQUASHFS, SUITE, install, kept, run
-from cluster.client import Cluster
+from scripts.lib.bench.image_inputs import SITE, SQUASHFS, install, kept
+from scripts.lib.cluster.client import ALICE, Cluster
+from scripts.lib.demo.inputs import PLATFORMS, PYTHON, SUITE
+from scripts.lib.host import run
 
 CACHE = Path("/var/tmp/bootseer-bench-cpu")
 FOLDER = "home/alice/bench-cpu"  # below /shared

@@ -11,11 +11,12 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Iterator
 
 BUFFER_BYTES = 2**20
 
 
-def files_of(path):
+def files_of(path: str) -> Iterator[str]:
     """All regular files at or below a path."""
     if os.path.isfile(path):
         yield path
@@ -27,7 +28,7 @@ def files_of(path):
                 yield file
 
 
-def pieces_of(path, buffer):
+def pieces_of(path: str, buffer: bytearray) -> Iterator[int]:
     """How many bytes of each read are in the buffer."""
     fd = os.open(path, os.O_RDONLY)
     while count := os.readv(fd, [buffer]):
@@ -35,7 +36,7 @@ def pieces_of(path, buffer):
     os.close(fd)
 
 
-def filesystem_of(path):
+def filesystem_of(path: str) -> str:
     """The type of the file system that a path is on."""
     best = "", ""
     with open("/proc/self/mountinfo") as lines:
@@ -47,7 +48,8 @@ def filesystem_of(path):
     return best[1]
 
 
-def main(path):
+def main(path: str) -> None:
+    """Read it, say so, wait, and say what was there."""
     buffer = bytearray(BUFFER_BYTES)
     begin_s = resource.getrusage(resource.RUSAGE_SELF).ru_stime
     size, count = 0, 0

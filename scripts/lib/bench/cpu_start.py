@@ -8,21 +8,21 @@ import mmap
 import os
 import resource
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from bench.cpu_account import account, below, growth
-from bench.cpu_arms import AS_ALICE, IMPORTER, Arm
-from bench.image_arms import HERE, NODE, ROOT, make_cold
-from bench.image_inputs import ALICE
-from bench.image_ours import BIN, RUNTIME
-from bench.told import HOOK, events_of, hook_environ
-from cluster import namespaces
-from cluster.client import Cluster
-from cluster.layout import ClusterError, Layout, State, live, poll
+
+from scripts.lib.bench.cpu_account import account, below, growth
+from scripts.lib.bench.cpu_arms import AS_ALICE, IMPORTER, Arm
+from scripts.lib.bench.image_arms import HERE, NODE, ROOT, make_cold
+from scripts.lib.bench.image_ours import BIN, RUNTIME
+from scripts.lib.bench.told import events_of, hook_environ
+from scripts.lib.cluster import namespaces
+from scripts.lib.cluster.client import ALICE, HOOK, Cluster
+from scripts.lib.cluster.layout import ClusterError, Layout, State, live, poll
 
 PATIENCE_S = 120.0
 COMMANDS, JOB = "commands", "the job, in the kernel"
@@ -47,7 +47,7 @@ class Start:
         return sum(used_s for name, used_s in self.cpu_s.items() if name != COMMANDS)
 
 
-class Node:
+class ClusterNode:
     """The one node of a cluster, and the processes on it."""
 
     def __init__(self, cluster: Cluster) -> None:
@@ -74,10 +74,10 @@ class Node:
             raise ClusterError(f"no {name} runs on {NODE}")
         return process.pid
 
-    def run(self, *argv: str, alice: bool = False, **env: str) -> str:
+    def run(self, *argv: str, alice: bool = False, env: Mapping[str, str] | None = None) -> str:
         """A command's output, as root or alice; its time is the commands'. Raises ClusterError."""
         rights = AS_ALICE if alice else ()
-        words = [f"{name}={value}" for name, value in env.items()]
+        words = [f"{name}={value}" for name, value in (env or {}).items()]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         output = namespaces.run(self.init, [*rights, "env", *words, *argv])
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -88,7 +88,7 @@ class Node:
         """As slurmd calls it."""
         if arm.job:
             environ = hook_environ(arm.job, f"bench-cpu {arm.path}", **arm.wishes)
-            self.run(HOOK, **environ, SLURM_SCRIPT_CONTEXT=context)
+            self.run(HOOK, env=environ | {"SLURM_SCRIPT_CONTEXT": context})
 
     def start(self, arm: Arm, *, learn: bool) -> Start:
         """One start. learn: it says that it trains, so that it is recorded. Raises ClusterError."""
@@ -104,15 +104,15 @@ class Node:
         argv = [word.replace("{image}", image) for word in arm.enter]
         argv += ["/usr/bin/python3", str(HERE / "cpu_job.py"), arm.reads]
         command = namespaces.entering(self.init, argv, env=step if arm.job else {})
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with subprocess.Popen(command, text=True, **pipes) as job:
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as job:
             told = _line(job)
             os.sync()  # what was written has its price too
             used_s = growth(before, account(self.groups(job.pid)))
             sent_bytes = self.cluster.store_sent_bytes - sent_bytes
             used_s |= {COMMANDS: self._commands_s, JOB: told["system_s"]}
             if learn and arm.job:
-                self.run(str(BIN / "bootseer"), "mark", "training_started", alice=True, **step)
+                self.run(str(BIN / "bootseer"), "mark", "training_started", alice=True, env=step)
             sha256 = json.loads(job.communicate("\n")[0] or '{"sha256": ""}')["sha256"]
         self._end(arm)
         if told["filesystem"] != arm.filesystem and (arm.filesystem or told["filesystem"].startswith("fuse")):
@@ -142,7 +142,7 @@ class Node:
     def _importer(self, arm: Arm, *words: str) -> str:
         """As pyxis calls it."""
         env = {"SLURM_JOB_ID": str(arm.job), "SLURM_STEP_ID": "0", "SLURM_JOB_UID": str(ALICE)}
-        return self.run(IMPORTER, *words, alice=True, PYXIS_RUNTIME_PATH=RUNTIME, **env)
+        return self.run(IMPORTER, *words, alice=True, env=env | {"PYXIS_RUNTIME_PATH": RUNTIME})
 
 
 # What the commands need from the node's disk is read once, and not counted.

@@ -17,13 +17,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-from bench.rows import Row
 from blake3 import __version__ as blake3_version
 from blake3 import blake3
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bootseer_slurm.blob.digest import BLAKE3, SHA256
 from bootseer_slurm.blob.manifest import Layout, Manifest
@@ -32,6 +31,8 @@ from bootseer_slurm.blob.writer import write_objects
 from bootseer_slurm.checkpoint.file import ParallelFile
 from bootseer_slurm.checkpoint.striped import Opened
 from bootseer_slurm.store import Store, open_store
+from scripts.lib.bench.rows import Row
+from scripts.lib.bench.spinner import spinner
 
 BLOCK_BYTES = 256 * 1024
 ROUNDS = 15
@@ -52,12 +53,7 @@ CANDIDATES: dict[str, Callable[[memoryview], bytes]] = {
 
 def run(only: str = "") -> list[Row]:
     """All rows. only: has no parts."""
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
-        task = progress.add_task("digest", total=None)
-
-        def step(text: str) -> None:
-            progress.update(task, description=text)
-
+    with spinner("digest") as step:
         buffer = bytearray(b"Z") * buffer_bytes()  # what is in it makes no difference, but it must be memory
         cpu_s: dict[str, list[float]] = {}
         one_s: dict[str, list[float]] = {}
@@ -110,7 +106,7 @@ def reading_rows(step: Callable[[str], None]) -> list[Row]:
                 layout = manifests[BLAKE3].layout
                 opened = Opened(layout, open_stripes(store, name if manifest else BLAKE3, layout), manifest)
                 with ParallelFile.of(opened, "model") as file:
-                    cpu_s.setdefault(name, []).append(cpu_time(lambda file=file: file.read_at(0, buffer)))
+                    cpu_s.setdefault(name, []).append(cpu_time(partial(file.read_at, 0, buffer)))
     how = f"{_FILE_BYTES / 2**20:.0f} MiB in {_OBJECTS} objects on the local disk, all pages in memory; "
     how += f"CPU time of all threads, medians of {ROUNDS} interleaved; limit: without digests"
     cost = {name: median(each) / _FILE_BYTES * 1e9 for name, each in cpu_s.items()}

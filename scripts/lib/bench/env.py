@@ -16,15 +16,26 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from bench import env_inputs, image_inputs, index
-from bench.env_inputs import PEERS, Environment
-from bench.image_arms import HERE, JOB_ENV, NODE, WORK, Result, Step, far_store, make_cold, measure_dd
-from bench.image_inputs import ALICE, IMPORTS, PACKAGES
-from bench.rows import Row
-from bench.told import HOOK, events_of, figures, hook_environ
-from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError, poll
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from scripts.lib.bench import env_inputs, image_inputs, index
+from scripts.lib.bench.env_inputs import PEERS, Environment
+from scripts.lib.bench.image_arms import (
+    HERE,
+    JOB_ENV,
+    NODE,
+    WORK,
+    Result,
+    Step,
+    far_store,
+    make_cold,
+    measure_dd,
+    run_plan,
+)
+from scripts.lib.bench.image_inputs import IMPORTS, PACKAGES
+from scripts.lib.bench.rows import Row
+from scripts.lib.bench.spinner import spinner
+from scripts.lib.bench.told import events_of, figures, hook_environ
+from scripts.lib.cluster.client import ALICE, BOOTSEER, HOOK, Cluster
+from scripts.lib.cluster.layout import REPO, ClusterError, poll
 
 REPEATS = 5
 LINK = "1gbit"
@@ -33,7 +44,6 @@ DELAY_S = 0.0005  # each way
 PLACE = f"{WORK}/env"  # where other arms put the environment
 UV_CACHE = f"{WORK}/uv-cache"
 PYTHON = str(REPO / ".venv" / "bin" / "python")
-BOOTSEER = str(REPO / ".venv" / "bin" / "bootseer")
 ENTER = str(HERE / "env_enter.py")
 STAMP = "/run/bench-attached"
 BLOBS = f"/shared/bootseer/users/{ALICE}/blobs"
@@ -74,12 +84,7 @@ class Saved:
 
 def run(cluster: Cluster) -> list[Row]:
     """All rows, on a cluster that is up."""
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
-        task = progress.add_task("inputs", total=None)
-
-        def step(text: str) -> None:
-            progress.update(task, description=text)
-
+    with spinner("inputs") as step:
         inputs = image_inputs.make(cluster, step)
         environment = env_inputs.make(cluster, inputs, step)
         cluster.script("link", NODE, "10gbit")
@@ -222,16 +227,7 @@ def start(cluster: Cluster, environment: Environment, arm: Arm) -> Result:
         "after": [["rm", "-rf", PLACE, UV_CACHE]],
         "link": "eth0",
     }
-    done = cluster.exec(
-        NODE,
-        "/usr/bin/python3",
-        str(HERE / "image_node.py"),
-        input_text=json.dumps(plan),
-        timeout_s=PATIENCE_S,
-    )
-    if done.returncode != 0:
-        raise ClusterError(f"the start {arm.name!r} failed: {done.stderr.strip()}")
-    result: Result = json.loads(done.stdout)
+    result = run_plan(cluster, arm.name, plan, PATIENCE_S)
     return result | (_told(cluster, arm.job) if arm.job else {})
 
 
@@ -321,4 +317,4 @@ def rows_of(environment: Environment, results: dict[str, list[Result]], saved: l
 
 
 def _seconds(results: list[Result]) -> float:
-    return median(result["total_s"] for result in results)
+    return median(float(result["total_s"]) for result in results)

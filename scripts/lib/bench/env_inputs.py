@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.image_inputs import ALICE, PACKAGES, PLATFORMS, PYTHON, SITE, Inputs, run
-from cluster.client import Cluster
+from scripts.lib.bench.image_inputs import PACKAGES, SITE, Inputs
+from scripts.lib.cluster.client import ALICE, Cluster
+from scripts.lib.demo.inputs import PLATFORMS, PYTHON
+from scripts.lib.host import run
 
 FOLDER = "home/alice/bench-env"  # below /shared
 ARCHIVE = "home/alice/bench-env.tar.zst"

@@ -10,10 +10,10 @@ import threading
 SOCKET = "/run/bootseer/agent.sock"
 ASKING = 8
 
-held = []
+held: list[socket.socket] = []
 
 
-def hold():
+def hold() -> None:
     """Connect until the kernel takes no more."""
     while True:
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -25,7 +25,7 @@ def hold():
             return
 
 
-def ask():
+def ask() -> None:
     """Ask and wait for the answer, again and again."""
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:

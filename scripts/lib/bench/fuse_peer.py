@@ -22,7 +22,7 @@ _FILE_INODE = pyfuse3.ROOT_INODE + 1
 _VALID_S = 86400
 
 
-class OneFile(pyfuse3.Operations):
+class OneFile(pyfuse3.Operations):  # type: ignore[misc]
     """A folder with one file, "blob", whose bytes come from a descriptor."""
 
     def __init__(self, fd: int) -> None:

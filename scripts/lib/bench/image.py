@@ -9,11 +9,6 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from bench import image_arms as arms
-from bench import image_inputs, image_local, image_ours
-from bench.image_inputs import Inputs
-from bench.rows import Row
-from cluster.client import Cluster
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,6 +17,12 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+from scripts.lib.bench import image_arms as arms
+from scripts.lib.bench import image_inputs, image_local, image_ours
+from scripts.lib.bench.image_inputs import Inputs
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.client import Cluster
 
 REPEATS = 5
 STOCK_REPEATS = 1
@@ -56,7 +57,11 @@ def run(cluster: Cluster) -> list[Row]:
         touched_bytes = image_local.touched_bytes(cluster, inputs)
         for link in LINKS:
             cluster.script("link", arms.NODE, link)
-            results = link_rounds(cluster, inputs, link, lambda text, link=link: step(f"{link}: {text}"))
+
+            def step_of_link(text: str, link: str = link) -> None:
+                step(f"{link}: {text}")
+
+            results = link_rounds(cluster, inputs, link, step_of_link)
             rows += link_rows(inputs, link, results)
             rows += node_rows(link, results, touched_bytes, seconds(local["local, squashfuse"]))
     cluster.script("link", arms.NODE, LINKS[0])
@@ -202,4 +207,4 @@ def merge(results: Results, more: Results) -> None:
 
 def seconds(results: list[arms.Result]) -> float:
     """The median start."""
-    return median(result["total_s"] for result in results)
+    return median(float(result["total_s"]) for result in results)

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.image_inputs import ALICE, HEAVY, IMPORTS, PYTHON, REFERENCE, Inputs, Registry
-from cluster.client import Cluster
-from cluster.layout import STORE, ClusterError, Layout
-from cluster.storage import PORT, SSHFS_OPTIONS
+from scripts.lib.bench.image_inputs import HEAVY, IMPORTS, REFERENCE, Inputs, Registry
+from scripts.lib.cluster.client import ALICE, Cluster
+from scripts.lib.cluster.layout import STORE, ClusterError, Layout
+from scripts.lib.cluster.storage import PORT, SSHFS_OPTIONS
+from scripts.lib.demo.inputs import PYTHON
 
 NODE = "n1"
 WORK = "/var/lib/bootseer/bench"  # on the node's disk, not in memory
@@ -155,15 +156,15 @@ def start(cluster: Cluster, inputs: Inputs, arm: Arm) -> Result:
     cluster.exec(NODE, "bash", "-c", f"{folders} && {{ {warm}; }} >/dev/null 2>&1")
     for path in [cluster.shared / inputs.shared.removeprefix("/shared/")]:
         subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=4M"], stderr=subprocess.DEVNULL, check=True)
-    done = cluster.exec(
-        NODE,
-        "/usr/bin/python3",
-        str(HERE / "image_node.py"),
-        input_text=json.dumps(arm.plan()),
-        timeout_s=RUN_TIMEOUT_S,
-    )
+    return run_plan(cluster, arm.name, arm.plan(), RUN_TIMEOUT_S)
+
+
+def run_plan(cluster: Cluster, name: str, plan: dict[str, Any], timeout_s: float) -> Result:
+    """A start on the node as a plan says (image_node.py). Raises ClusterError."""
+    argv = ["/usr/bin/python3", str(HERE / "image_node.py")]
+    done = cluster.exec(NODE, *argv, input_text=json.dumps(plan), timeout_s=timeout_s)
     if done.returncode != 0:
-        raise ClusterError(f"the start {arm.name!r} failed: {done.stderr.strip()}")
+        raise ClusterError(f"the start {name!r} failed: {done.stderr.strip()}")
     result: Result = json.loads(done.stdout)
     return result
 
@@ -212,20 +213,14 @@ def far_store(cluster: Cluster, delay_s: float) -> Iterator[None]:
             options = f"directport={RELAY_PORT},{SSHFS_OPTIONS}"
             preload = f"LD_PRELOAD={layout.dir / 'lib' / 'owner.so'}"
             mounting = ["env", preload, "sshfs", "-o", options, "127.0.0.1:/shared", "/shared"]
-            _do(cluster, *mounting)
+            cluster.run(NODE, *mounting)
             try:
                 yield
             finally:
-                _do(cluster, "umount", "-l", "/shared")
+                cluster.run(NODE, "umount", "-l", "/shared")
         finally:
             assert process.stdin
             process.stdin.close()
-
-
-def _do(cluster: Cluster, *argv: str) -> None:
-    done = cluster.exec(NODE, *argv)
-    if done.returncode != 0:
-        raise ClusterError(f"{' '.join(argv)} failed on {NODE}: {done.stderr.strip()}")
 
 
 def rounds(

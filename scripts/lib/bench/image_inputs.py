@@ -24,12 +24,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.client import Cluster
-from cluster.layout import ClusterError, poll
+from scripts.lib.cluster.client import ALICE, Cluster
+from scripts.lib.cluster.layout import ClusterError, poll
+from scripts.lib.demo.inputs import PLATFORMS, PYTHON, SUITE
+from scripts.lib.host import run
 
 CACHE = Path("/var/tmp/bootseer-bench-image")
-SUITE = "bookworm"
-PYTHON = "3.11"  # of that suite
 SITE = f"usr/local/lib/python{PYTHON}/dist-packages"
 # A node's image has more in it than one job imports; see IMPORTS.
 PACKAGES = [
@@ -50,13 +50,11 @@ PACKAGES = [
     "matplotlib==3.11.2",
     "safetensors==0.8.0",
 ]
-PLATFORMS = ["manylinux2014_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64"]
 SQUASHFS = ["-comp", "zstd", "-Xcompression-level", "3", "-all-root", "-noappend", "-quiet", "-no-progress"]
 # What the job imports, and folders that the arm which reads much of the image reads whole.
 IMPORTS = ["jax", "flax.linen", "optax", "pandas", "pyarrow.parquet", "scipy.sparse", "transformers"]
 HEAVY = ["tensorflow", "jaxlib"]
 FOLDER = "home/alice/bench-image"  # below /shared
-ALICE = 20001
 REFERENCE = "bench:1"
 RECIPE = [SUITE, *PACKAGES, *PLATFORMS, *SQUASHFS, "1"]  # the last counts changes of this module
 
@@ -176,15 +174,6 @@ class Registry:
 
 def _start_here(*argv: str) -> subprocess.Popen[str]:
     return subprocess.Popen(argv, stdin=subprocess.PIPE, text=True)
-
-
-def run(*command: str, env: dict[str, str] | None = None, check: bool = True) -> None:
-    """Run a command. Raises ClusterError with the end of its output when it fails."""
-    done = subprocess.run(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if check and done.returncode != 0:
-        raise ClusterError(f"{command[0]} failed:\n{done.stdout[-3000:]}")
 
 
 def _bwrap(root: Path, *command: str, check: bool) -> None:

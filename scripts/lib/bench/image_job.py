@@ -15,7 +15,7 @@ import time
 import zlib
 
 
-def read_folder(folder):
+def read_folder(folder: str) -> tuple[int, int]:
     """Bytes and CRC of all files of a package, in the order of their names."""
     size, crc = 0, 0
     for path, folders, names in os.walk(folder):
@@ -28,7 +28,7 @@ def read_folder(folder):
     return size, crc
 
 
-def digest(crcs):
+def digest(crcs: list[int]) -> str:
     """What was read, as one sha256."""
     whole = hashlib.sha256(repr(crcs).encode())
     modules = [module for name, module in sorted(sys.modules.items()) if name != "__main__"]

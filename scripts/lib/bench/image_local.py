@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-from bench import image_arms as arms
-from bench.image_inputs import Inputs, run
-from bench.rows import Row
-from cluster.client import Cluster
-from cluster.layout import ClusterError, poll
-
 from bootseer_slurm.blob.manifest import BLOCK_BYTES
 from bootseer_slurm.blob.trace import Recorder
 from bootseer_slurm.fuse import Mount, Server
+from scripts.lib.bench import image_arms as arms
+from scripts.lib.bench.image_inputs import Inputs
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import ClusterError, poll
+from scripts.lib.host import run
 
 SMALL_BYTES = 64 * 2**10
 STORE_BYTES = 512 * 2**20

@@ -12,17 +12,20 @@ stays: it is not waited for, and ended at the end. after: always done, whatever 
 started, "sha256", "read_bytes"}. Runs as root, standard library only.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import subprocess
 import sys
 import time
+from typing import Any, NoReturn
 
 BASE = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 MOUNT_TIMEOUT_S = 120.0
 
 
-def main():
+def main() -> None:
     """Do what the plan on stdin says."""
     plan = json.load(sys.stdin)
     with contextlib.ExitStack() as stack:
@@ -31,21 +34,22 @@ def main():
         json.dump(start(plan, stack), sys.stdout)
 
 
-def start(plan, stack):
+def start(plan: dict[str, Any], stack: contextlib.ExitStack) -> dict[str, Any]:
     """All steps and the job; the result."""
     first_bytes = received(plan["link"])
-    begin_bytes, begin_s = None, None
-    words, stages = {}, {}
+    begin: tuple[int, float] | None = None
+    words: dict[str, str] = {}
+    stages: dict[str, float] = {}
     for step in plan["steps"]:
-        if step.get("timed", True) and begin_s is None:
-            begin_bytes, begin_s = received(plan["link"]), time.monotonic()
+        if step.get("timed", True) and begin is None:
+            begin = received(plan["link"]), time.monotonic()
         since_s = time.monotonic()
         do(step, words, stack)
         stages[step["name"]] = round(time.monotonic() - since_s, 4)
-    if begin_s is None:
-        begin_bytes, begin_s = received(plan["link"]), time.monotonic()
+    begin_bytes, begin_s = begin or (received(plan["link"]), time.monotonic())
     since_s = time.monotonic()
-    job = launch(plan["run"], words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job = launch(plan["run"], words, stdin=subprocess.PIPE)
+    assert job.stdout is not None
     done = json.loads(job.stdout.readline() or fail(job, "the job"))
     stages["job"] = round(done["imported"] - since_s, 4)
     end_bytes = received(plan["link"])
@@ -64,13 +68,13 @@ def start(plan, stack):
     }
 
 
-def do(step, words, stack):
+def do(step: dict[str, Any], words: dict[str, str], stack: contextlib.ExitStack) -> None:
     """One step."""
     time.sleep(step.get("pause_s", 0))
     if "argv" not in step:
         return
     stays = step.get("stays", False)
-    process = launch(step, words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = launch(step, words)
     if stays:
         stack.callback(end, process)
     else:
@@ -88,45 +92,47 @@ def do(step, words, stack):
             time.sleep(0.005)
 
 
-def launch(step, words, **pipes):
-    """Start a step's program with the user's rights."""
+def launch(
+    step: dict[str, Any], words: dict[str, str], stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    """Start a step's program with the user's rights, and pipes for its output."""
     argv = [fill(word, words) for word in step["argv"]]
     env = BASE | {key: fill(value, words) for key, value in step.get("env", {}).items()}
     if step.get("user"):
         argv = ["setpriv", f"--reuid={step['user']}", f"--regid={step['user']}", "--init-groups", *argv]
         env |= {"HOME": f"/shared/home/{step['user']}", "USER": step["user"]}
-    pipes = {"stdin": subprocess.DEVNULL} | pipes
-    return subprocess.Popen(argv, env=env, cwd="/", **pipes)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(argv, env=env, cwd="/", stdin=stdin, stdout=pipe, stderr=pipe)
 
 
-def fill(word, words):
+def fill(word: str, words: dict[str, str]) -> str:
     """{name} replaced by what an earlier step printed."""
     for name, value in words.items():
         word = word.replace("{" + name + "}", value)
     return word
 
 
-def end(process):
+def end(process: subprocess.Popen[bytes]) -> None:
     """What stayed ends; its mount was taken away before."""
     if process.poll() is None:
         process.terminate()
     process.wait()
 
 
-def fail(process, name):
+def fail(process: subprocess.Popen[bytes], name: str) -> NoReturn:
     """The whole start failed: says why."""
     process.kill()
     sys.exit(f"{name} failed: {process.communicate()[1].decode()[-2000:]}")
 
 
-def received(device):
+def received(device: str) -> int:
     """Bytes that came over the link so far."""
     with open("/proc/self/net/dev") as lines:
         line = next(line for line in lines if line.strip().startswith(f"{device}:"))
     return int(line.split(":")[1].split()[0])
 
 
-def mounted(target):
+def mounted(target: str) -> bool:
     """Whether something is mounted there; a stat by root would ask the user's squashfuse, which refuses."""
     with open("/proc/self/mountinfo") as lines:
         return any(line.split()[4] == target for line in lines)

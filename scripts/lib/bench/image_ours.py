@@ -15,11 +15,11 @@ import itertools
 import shutil
 import time
 
-from bench.image_arms import ROOT, Arm, Result, Step, start
-from bench.image_inputs import ALICE, Inputs
-from bench.told import HOOK, events_of, figures, hook_environ
-from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError
+from scripts.lib.bench.image_arms import ROOT, Arm, Result, Step, start
+from scripts.lib.bench.image_inputs import Inputs
+from scripts.lib.bench.told import events_of, figures, hook_environ
+from scripts.lib.cluster.client import ALICE, HOOK, Cluster
+from scripts.lib.cluster.layout import REPO
 
 BIN = REPO / ".venv" / "bin"
 STAND_IN = str(REPO / "libexec" / "squashfuse")
@@ -45,9 +45,7 @@ def publish(cluster: Cluster, image: str) -> None:
         ("alice", str(BIN / "bootseer"), "image", "push", image),
         (None, python, program, image, URI, DIGEST, str(ALICE)),
     ):
-        done = cluster.exec("login", *command, user=user, timeout_s=300)
-        if done.returncode != 0:
-            raise ClusterError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+        cluster.run("login", *command, user=user, timeout_s=300)
 
 
 def measured(

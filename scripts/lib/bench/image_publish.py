@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from bootseer_slurm.blob.names import read_name, write_name
 from bootseer_slurm.config import load
-from bootseer_slurm.image.trust import make_key, read_key, sign
+from bootseer_slurm.image.signing import make_key, read_key, sign
 from bootseer_slurm.store import open_store
 
 path, name, digest, uid = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])

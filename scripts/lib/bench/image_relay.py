@@ -4,6 +4,8 @@ Whatever comes in on one side goes out on the other DELAY_S later, with no limit
 each direction takes what there is, another sends it when its time has come. Standard library only.
 """
 
+from __future__ import annotations
+
 import os
 import queue
 import socket
@@ -13,9 +15,10 @@ import time
 
 PART_BYTES = 2**20
 WAITING = 64  # parts: at 1 ms they are far more than any link delivers
+Parts = queue.Queue[tuple[float, bytes]]  # when each is due, in monotonic seconds
 
 
-def take(source, parts, delay_s):
+def take(source: socket.socket, parts: Parts, delay_s: float) -> None:
     """Read until the end, and note when each part may go on."""
     with source:
         while True:
@@ -28,7 +31,7 @@ def take(source, parts, delay_s):
                 return
 
 
-def give(parts, target):
+def give(parts: Parts, target: socket.socket) -> None:
     """Send each part when it is due, and then the end."""
     while True:
         due_s, part = parts.get()
@@ -43,7 +46,7 @@ def give(parts, target):
             return
 
 
-def serve(listener, address, far_port, delay_s):
+def serve(listener: socket.socket, address: str, far_port: int, delay_s: float) -> None:
     """Four threads for each connection."""
     while True:
         near, _ = listener.accept()
@@ -51,12 +54,12 @@ def serve(listener, address, far_port, delay_s):
         for link in (near, far):
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for source, target in ((near, far), (far, near)):
-            parts = queue.Queue(WAITING)
+            parts: Parts = queue.Queue(WAITING)
             threading.Thread(target=take, args=(source.dup(), parts, delay_s), daemon=True).start()
             threading.Thread(target=give, args=(parts, target), daemon=True).start()
 
 
-def main():
+def main() -> None:
     """Listen and relay until stdin is closed."""
     port, address, far_port, delay_s = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
     with socket.create_server(("127.0.0.1", port), backlog=64) as listener:

@@ -9,7 +9,7 @@ import os
 import sys
 
 
-def count_touched(path, block_bytes):
+def count_touched(path: str, block_bytes: int) -> int:
     """How many blocks of a file have a page in the page cache (mincore(2))."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster.client import Cluster
-from cluster.layout import STORE, Layout
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import STORE, Layout
 
 PORT = 8003
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from bench.rows import Row
-from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.client import ALICE, BOOTSEER, HOOK, Cluster
+from scripts.lib.cluster.layout import ClusterError
 
 HOOK_TARGET_S = 0.150
 ADDED_TARGET_S = 0.200
 ROUNDS = 41
 JOB_ROUNDS = 21
 TIMING = str(Path(__file__).with_name("timing.py"))
-HOOK = str(REPO / "prolog.d" / "50-bootseer")
 FILLER = str(Path(__file__).with_name("flood.py"))
-BOOTSEER = str(REPO / ".venv" / "bin" / "bootseer")
 FOLDER = "/shared/home/alice/bench"
 MAKE_INPUTS = f"""
 set -e
@@ -82,8 +80,8 @@ def hook_parts(wishes: dict[str, str]) -> list[dict[str, object]]:
     """A prolog as slurmd calls it, which is timed, and the epilog of the same job."""
     env = {
         "SLURM_JOB_ID": "{round}",
-        "SLURM_JOB_UID": "20001",
-        "SLURM_JOB_GID": "20001",
+        "SLURM_JOB_UID": str(ALICE),
+        "SLURM_JOB_GID": str(ALICE),
         "SLURM_JOB_USER": "alice",
         "SLURM_NODELIST": "n1",
         "SLURMD_NODENAME": "n1",
@@ -122,7 +120,7 @@ def job_rows(cluster: Cluster) -> list[Row]:
 def time_in(
     cluster: Cluster,
     node: str,
-    commands: dict[str, list[dict[str, object]]],
+    commands: Mapping[str, Sequence[Mapping[str, object]]],
     *,
     user: str | None = None,
     rounds: int = ROUNDS,

@@ -13,13 +13,12 @@ import time
 from pathlib import Path
 from statistics import median
 
-from bench import report_inputs
-from bench.made_start import made_report
-from bench.rows import Row
-from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError
-
 from bootseer_slurm.report.html import to_html
+from scripts.lib.bench import report_inputs
+from scripts.lib.bench.made_start import made_report
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.client import ALICE, BOOTSEER, Cluster
+from scripts.lib.cluster.layout import REPO, ClusterError
 
 RECORDS = 1_000_000
 STARTS = 10_000
@@ -27,8 +26,6 @@ COMMENTS = 1000
 NODES = 1000
 ROUNDS = 5
 FIRST_JOB = 1_000_000
-UID = 20001
-BOOTSEER = str(REPO / ".venv" / "bin" / "bootseer")
 # A process of its own: a child's peak begins with its parent's memory.
 MEASURE = """
 import json, resource, subprocess, sys, time
@@ -165,7 +162,7 @@ def collect_rows(cluster: Cluster) -> list[Row]:
     cluster.exec("login", BOOTSEER, "store", "init")
     job = cluster.sbatch(JOB, "--bootseer=observe")
     cluster.wait(job, 120)
-    events = cluster.shared / "bootseer/users" / str(UID) / "events"
+    events = cluster.shared / "bootseer/users" / str(ALICE) / "events"
     ended_s = time.monotonic()
     copy_rows(cluster, job)
     copy_events(events, job)
@@ -219,5 +216,5 @@ def copy_events(events: Path, job: int) -> None:
         path = folder / source.name
         path.write_text(text.replace(f'"job":{job},', f'"job":{number},'))
         for each in (path, folder):
-            os.chown(each, UID, UID)
+            os.chown(each, ALICE, ALICE)
         os.utime(folder, (changed_s, changed_s))

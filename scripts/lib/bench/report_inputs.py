@@ -1,6 +1,6 @@
 """Records of starts as a cluster might have them, for `scripts/bench report` and to try `bootseer overhead`.
 
-    .venv/bin/python scripts/lib/bench/report_inputs.py FOLDER [COUNT]
+    .venv/bin/python -m scripts.lib.bench.report_inputs FOLDER [COUNT]
 
 The shape, from one seed: 200 users in 20 accounts and 4 partitions, of whom few have most starts (Zipf, 1.2);
 40 images per account; COUNT starts (1,000,000), evenly over 90 days. Nodes: powers of two from 1 to 256, each
@@ -81,7 +81,7 @@ def _table(random: np.random.Generator, count: int, user: np.ndarray, start_ms: 
         "start_time": start_ms,
         "end_time": start_ms + (elapsed_s * 1000).astype(int),
         "training_time": known(start_ms + (start_s * 1000).astype(int)),
-        "training_from": pa.array(np.where(unknown, None, "mark")),
+        "training_from": pa.array(["mark"] * count, mask=unknown),
         "elapsed_s": elapsed_s,
         "queue_s": queue_s,
         "start_to_training_s": known(start_s),

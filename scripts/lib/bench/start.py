@@ -10,15 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from bench import start_demo, start_paper, start_warm
-from bench.rows import Row
-from cluster.client import Cluster
-from cluster.layout import ClusterError, Layout, live
-from demo import arms, inputs, records
-from demo.bar import steps_bar
-from demo.starts import Tell
 from rich.console import Console
 from rich.progress import Progress
+
+from scripts.lib.bench import start_demo, start_paper, start_warm
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import ClusterError, Layout, live
+from scripts.lib.demo import arms, inputs, records
+from scripts.lib.demo.bar import steps_bar
+from scripts.lib.demo.starts import Tell
 
 NODES = 4
 NODE_COUNTS = (4, 2, 1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench.rows import Row
-from bench.start_rows import Result, describe, floor_row, limit_s, seconds_rows
-from cluster.client import Cluster
-from demo import arms
-from demo.starts import Tell
+from scripts.lib.bench.rows import Row
+from scripts.lib.bench.start_rows import Result, describe, floor_row, limit_s, seconds_rows
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.demo import arms
+from scripts.lib.demo.starts import Tell
 
 ROUNDS = 2
 ARMS = (arms.PLAIN, arms.FIRST, arms.AGAIN, arms.SPELLED)

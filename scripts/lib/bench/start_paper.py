@@ -18,15 +18,16 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from bench import index
-from bench.image_arms import registry
-from bench.image_inputs import Registry, run
-from bench.rows import Row
-from bench.start_rows import Result, describe, floor_row, limit_s, seconds_rows
-from cluster.client import Cluster
-from cluster.layout import STORE, ClusterError
-from demo import arms, inputs
-from demo.starts import Start, Tell
+from scripts.lib.bench import index
+from scripts.lib.bench.image_arms import registry
+from scripts.lib.bench.image_inputs import Registry
+from scripts.lib.bench.rows import Row
+from scripts.lib.bench.start_rows import Result, describe, floor_row, limit_s, seconds_rows
+from scripts.lib.cluster.client import ALICE, Cluster
+from scripts.lib.cluster.layout import STORE
+from scripts.lib.demo import arms, inputs
+from scripts.lib.demo.starts import Start, Tell
+from scripts.lib.host import run
 
 ROUNDS = 2
 SHORTER = 0.85
@@ -152,11 +153,9 @@ def _preparing(sources: Sources) -> Callable[[Cluster], None]:
     def prepare(cluster: Cluster) -> None:
         read = f"find {sources.registry} {sources.index} -type f -print0 | xargs -0 cat > /dev/null"
         programs = "skopeo --version; umoci --version; mksquashfs -version; squashfuse --help"
-        ready = f"mkdir -p {WORK}; chown {inputs.ALICE}:{inputs.ALICE} {WORK}; {programs}; true"
+        ready = f"mkdir -p {WORK}; chown {ALICE}:{ALICE} {WORK}; {programs}; true"
         for machine, command in ((STORE, read), *((node, ready) for node in cluster.nodes)):
-            done = cluster.exec(machine, "bash", "-c", f"{{ {command}; }} >/dev/null", timeout_s=120)
-            if done.returncode != 0:
-                raise ClusterError(f"{command} failed on {machine}: {done.stderr.strip()}")
+            cluster.run(machine, "bash", "-c", f"{{ {command}; }} >/dev/null", timeout_s=120)
 
     return prepare
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.rows import Row
+from scripts.lib.bench.rows import Row
 
 BUSY_LIMIT = 0.6  # above it the cores may be the limit, and the floor, which is the link's, says nothing
 ABOVE_FLOOR = 1.15

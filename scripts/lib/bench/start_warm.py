@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from bench.image_inputs import run
-from bench.rows import Row
-from cluster.client import Cluster
-from cluster.layout import ClusterError, poll
-from demo import arms, inputs, records
-from demo.starts import Tell, make_cold, start, wait_packed
+from scripts.lib.bench.rows import Row
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import CONTROLLER, ClusterError, Layout, poll
+from scripts.lib.demo import arms, inputs, records
+from scripts.lib.demo.starts import Tell, make_cold, start, wait_packed
+from scripts.lib.host import run
 
 ROUNDS = 12  # a multiple of the arms of both jobs, whose order rotates
 TARGET_S = 0.1
@@ -175,7 +175,7 @@ def _run(cluster: Cluster, arm: Arm, job_name: str) -> dict[str, float]:
     place = [f"--nodelist={NODE}", f"--job-name={job_name}", f"--chdir=/shared/{inputs.FOLDER}"]
     output = f"--output=/shared/{inputs.FOLDER}/%j.out"
     sent_bytes = cluster.store_sent_bytes
-    with _Allocations(cluster.logs / "slurmctld.log") as allocations:
+    with _Allocations(Layout(cluster.state_dir).log(CONTROLLER, "slurmctld")) as allocations:
         submitted_s = time.time()
         job_id = cluster.sbatch(arm.script, *place, output, *arm.options)
         written = folder / f"{job_id}.out"
@@ -234,15 +234,9 @@ def _bound(cluster: Cluster) -> Iterator[None]:
     try:
         for name in BOUND:
             target = f"/shared/{inputs.FOLDER}/{name}"
-            _succeed(cluster, "mount", "--bind", f"/var/lib/bootseer/{LOCAL}/{name}", target)
+            cluster.run(NODE, "mount", "--bind", f"/var/lib/bootseer/{LOCAL}/{name}", target)
             bound.append(target)
         yield
     finally:
         for target in bound:
-            _succeed(cluster, "umount", target)
-
-
-def _succeed(cluster: Cluster, *command: str) -> None:
-    done = cluster.exec(NODE, *command)
-    if done.returncode != 0:
-        raise ClusterError(f"{' '.join(command)} failed on {NODE}: {done.stderr.strip()}")
+            cluster.run(NODE, "umount", target)

@@ -13,7 +13,7 @@ import sys
 import time
 
 plan = json.load(sys.stdin)
-seconds = {name: [] for name in plan["commands"]}
+seconds: dict[str, list[float]] = {name: [] for name in plan["commands"]}
 number = plan.get("first_round", 1)
 for _ in range(plan["rounds"]):
     for name, parts in plan["commands"].items():

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from bench.image_arms import NODE, Result
-from bench.image_inputs import ALICE
-from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError, poll
+from scripts.lib.bench.image_arms import NODE, Result
+from scripts.lib.cluster.client import ALICE, Cluster
+from scripts.lib.cluster.layout import ClusterError, poll
 
-HOOK = str(REPO / "prolog.d" / "50-bootseer")
 EVENTS_PATIENCE_S = 60.0
 
 Event = dict[str, Any]

@@ -3,12 +3,15 @@
 Needs root and the standard library only, because it runs before anything is installed.
 What each part owns:
 
+    command     what its command line and that of scripts/hdfs share
+    client      a running cluster as an object, for tests, demo and benchmarks
     layout      paths of the state folder, addresses, the record of what was started, the lock
     packages    apt packages, installed without starting their services
     namespaces  a node's namespaces and its root file system; starting and entering processes there
     network     the bridge, the links, their rates
     settings    the files below etc/: Slurm, slurmdbd, munge key, users, bootseer
     storage     /shared: sftp.py on the controller, sshfs on the nodes; dropping caches
+    ending      taking all of it down
     daemons     munged, MariaDB, slurmdbd, slurmctld, slurmd, the node agent: start and readiness
 
 Everything that is started lives in the PID namespace of the controller or of a node, and every mount, bridge

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import network
+from . import network, settings
 from .layout import DEFAULT_DIR, REPO, STORE, ClusterError, Layout, live
 
 SCRIPT = REPO / "scripts" / "cluster"
+BOOTSEER = str(settings.COMMAND)
+HOOK = str(settings.HOOK)
+ALICE = settings.USERS["alice"]
 ENDED = {
     "BOOT_FAIL",
     "CANCELLED",
@@ -50,11 +53,6 @@ class Cluster:
         return self.state_dir / "shared"
 
     @property
-    def logs(self) -> Path:
-        """The folder of the daemons' logs: slurmctld.log, n1.slurmd.log, n1.agent.log, ..."""
-        return self.state_dir / "log"
-
-    @property
     def up(self) -> bool:
         """Whether it runs."""
         return self.script("env", check=False).returncode == 0
@@ -70,7 +68,7 @@ class Cluster:
         """Run scripts/cluster itself. Raises ClusterError with what it printed, unless check is off."""
         done = subprocess.run(
             [SCRIPT, *args],
-            env=self._environ(),
+            env=_environ(self.state_dir),
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -88,7 +86,7 @@ class Cluster:
         """Run a command in a machine; whoever calls looks at the exit status."""
         return subprocess.run(
             _argv(node, command, user),
-            env=self._environ(),
+            env=_environ(self.state_dir),
             input=input_text,
             capture_output=True,
             text=True,
@@ -96,20 +94,22 @@ class Cluster:
             check=False,
         )
 
+    def run(self, node: str, *command: str, user: str | None = None, timeout_s: float = 60) -> str:
+        """The output of a command that is run in a machine. Raises ClusterError when it fails."""
+        done = self.exec(node, *command, user=user, timeout_s=timeout_s)
+        if done.returncode != 0:
+            raise ClusterError(f"{' '.join(command)} failed on {node}: {done.stderr.strip()[-2000:]}")
+        return done.stdout
+
     def start(self, node: str, *command: str) -> subprocess.Popen[str]:
         """Start a command in a machine, as root, with pipes to its stdin and stdout."""
         return subprocess.Popen(
             _argv(node, command),
-            env=self._environ(),
+            env=_environ(self.state_dir),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-
-    def show(self, node: str, *command: str, user: str | None = None) -> None:
-        """Run a command that a person watches. Raises ClusterError when it fails."""
-        if subprocess.run(_argv(node, command, user), env=self._environ(), check=False).returncode != 0:
-            raise ClusterError(f"{' '.join(command)} failed on {node}")
 
     def sbatch(self, script_text: str, *args: str, user: str = "alice") -> int:
         """Submit a batch script on the login node, from the user's home, and return the job id."""
@@ -148,8 +148,9 @@ class Cluster:
         """Start, stop, kill, crash or hang the agent of a node."""
         self.script("agent", node, action)
 
-    def _environ(self) -> dict[str, str]:
-        return os.environ | {"BOOTSEER_CLUSTER_DIR": str(self.state_dir)}
+
+def _environ(state_dir: Path) -> dict[str, str]:
+    return os.environ | {"BOOTSEER_CLUSTER_DIR": str(state_dir)}
 
 
 def _argv(node: str, command: Sequence[str], user: str | None = None) -> list[str]:

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from . import namespaces
 from .layout import CONTROLLER, REPO, STORE, ClusterError, Process, State, poll
-from .settings import GROUP, USERS
+from .settings import COMMAND, GROUP, USERS
 
 SLURMDBD_PORT = 6819
-AGENT = REPO / ".venv" / "bin" / "bootseer"
 AGENT_STOP_S = 15.0
 OWN_FOLDERS = {CONTROLLER: ("database",), STORE: ()}
 # Durability is of no use to a database that is deleted with its cluster.
@@ -192,9 +191,8 @@ def wait_idle(state: State, timeout_s: float = 30) -> None:
 def agent_installed() -> bool:
     """True when the node agent is there to be started."""
     try:
-        return (
-            subprocess.run([str(AGENT), "agent", "--help"], capture_output=True, check=False).returncode == 0
-        )
+        done = subprocess.run([str(COMMAND), "agent", "--help"], capture_output=True, check=False)
+        return done.returncode == 0
     except OSError:
         return False
 
@@ -205,7 +203,7 @@ def start_agent(state: State, node: str) -> None:
     if process and process.alive:
         process.signal(signal.SIGCONT, group=True)
         return
-    argv = [str(AGENT), "--config", "/etc/bootseer/bootseer.toml", "agent"]
+    argv = [str(COMMAND), "--config", "/etc/bootseer/bootseer.toml", "agent"]
     start_daemon(state, node, "agent", argv)
     socket_path = f"/proc/{state.init(node)}/root/run/bootseer/agent.sock"
     await_ready(state, node, "agent", lambda: accepts(socket_path), timeout_s=20)
@@ -235,11 +233,11 @@ def signal_agent(state: State, node: str, number: int) -> None:
 
 
 def crash_agent(state: State, node: str) -> None:
-    """Kill a node's agent proper, which its keeper then starts again; raises ClusterError when none runs."""
-    keeper = state.process(node, "agent")
-    if keeper is None or not keeper.alive:
+    """Kill a node's agent proper, which its supervisor starts again; raises ClusterError when none runs."""
+    supervisor = state.process(node, "agent")
+    if supervisor is None or not supervisor.alive:
         raise ClusterError(f"no agent runs on {node}")
-    children = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text().split()
+    children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
     agent = Process.of(int(children[0])) if children else None
     if agent is None:
         raise ClusterError(f"the agent on {node} is just being started")

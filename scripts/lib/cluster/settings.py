@@ -150,11 +150,16 @@ def _write_plugstack(slurm: Path) -> None:
         shipped = (REPO / "conf/plugstack.conf.d/bootseer.conf").read_text()
         arguments = f"bootseer={COMMAND} libexec={REPO / 'libexec'}"
         _put(include / "bootseer.conf", shipped.replace(PLUGIN.name, f"{PLUGIN} {arguments}"))
-    if pyxis := [path for pattern in PYXIS for path in Path("/usr").glob(pattern)]:
+    if pyxis := pyxis_library():
         # Read after bootseer.conf: pyxis shall find what our plugin mounts. Required: with "optional", a task
         # whose container does not start is run on the node itself.
         importer = f" importer={IMPORTER}" if IMPORTER.exists() else ""
-        _put(include / "pyxis.conf", f"required {pyxis[0]} use_squashfuse=1{importer}\n")
+        _put(include / "pyxis.conf", f"required {pyxis} use_squashfuse=1{importer}\n")
+
+
+def pyxis_library() -> Path | None:
+    """Pyxis's plugin, where it is installed."""
+    return next((path for pattern in PYXIS for path in Path("/usr").glob(pattern)), None)
 
 
 def _install_hook(slurm: Path) -> None:

@@ -25,6 +25,6 @@ with socket.create_server((address, int(port)), backlog=128) as listener:
         with link:
             if client in clients:
                 link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                subprocess.Popen([*JAIL.split(), *SERVER], stdin=link, stdout=link)
+                subprocess.Popen([*JAIL.split(), *SERVER], stdin=link.fileno(), stdout=link.fileno())
             else:
                 print(f"refused {client}", flush=True)

@@ -6,19 +6,16 @@ Its steps: a cluster (cluster/), the inputs (inputs.py), the arms (arms.py, star
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cluster.client import Cluster
-from cluster.layout import ClusterError
-from demo import arms, inputs, picture, records
-from demo.bar import steps_bar
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import ClusterError
+from scripts.lib.demo import arms, inputs, picture, records
+from scripts.lib.demo.bar import steps_bar
 
 NODES = 4
 STORE_LINK = "300mbit"

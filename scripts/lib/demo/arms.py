@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from cluster.client import Cluster
-from cluster.layout import ClusterError
-from demo import inputs, records
-from demo.starts import STAGES, Start, Tell, make_cold, start, wait_packed
+from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.layout import ClusterError
+from scripts.lib.demo import inputs, records
+from scripts.lib.demo.starts import STAGES, Start, Tell, make_cold, start, wait_packed
 
 SAVED, LEARNED = "saved", "learned"
 OPTIONS = (

@@ -12,26 +12,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError
+from scripts.lib.cluster.client import ALICE, BOOTSEER, Cluster
+from scripts.lib.cluster.layout import REPO
+from scripts.lib.host import run
 
 HERE = Path(__file__).resolve().parent
 FOLDER = "home/alice/demo"  # below /shared
 SUITE = "bookworm"
 PYTHON = "3.11"  # of that suite
 STRIPES = 8
-ALICE = 20001
-BOOTSEER = str(REPO / ".venv" / "bin" / "bootseer")
 # Wheels run on the image's glibc when they are of these; older tags are what most of them have.
 PLATFORMS = ["manylinux2014_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64"]
 STEPS = 8  # of make and save
+MAKE_TIMEOUT_S = 600.0
 
 Step = Callable[[str], None]
 
@@ -76,12 +75,12 @@ def make(cluster: Cluster, inputs: Inputs, step: Step) -> None:
     with tempfile.TemporaryDirectory(prefix="bootseer-demo-", dir="/var/tmp") as scratch:
         root = Path(scratch) / "root"
         step("image: Debian and Python, by mmdebstrap")
-        _run("mmdebstrap", "--quiet", "--variant=minbase", "--include=python3", SUITE, str(root))
+        run("mmdebstrap", "--quiet", "--variant=minbase", "--include=python3", SUITE, str(root))
         (root / "shared").mkdir()
         step("image: squashfs")
         compression = ("-comp", "zstd", "-Xcompression-level", "3")
         quietly = ("-noappend", "-quiet", "-no-progress")
-        _run("mksquashfs", str(root), str(folder / "image.sqsh"), *compression, *quietly)
+        run("mksquashfs", str(root), str(folder / "image.sqsh"), *compression, *quietly)
         step(f"environment: {' '.join(inputs.packages)}")
         _make_environment(cluster, root, Path(scratch) / "source", inputs.packages)
         step("environment: byte code")
@@ -94,7 +93,7 @@ def make(cluster: Cluster, inputs: Inputs, step: Step) -> None:
         python, program = f"/shared/{FOLDER}/venv/bin/python", f"/shared/{FOLDER}/checkpoint.py"
         made_in_image = f"/shared/{FOLDER}/model.safetensors"
         in_image(cluster, root, python, program, made_in_image, str(inputs.checkpoint_mib))
-    _run("chown", "-R", f"{ALICE}:{ALICE}", str(folder))
+    run("chown", "-R", f"{ALICE}:{ALICE}", str(folder))
     made.write_text(json.dumps(asdict(inputs)))
 
 
@@ -113,18 +112,12 @@ def save(cluster: Cluster, step: Step) -> None:
         "environment into the store": (*in_job, BOOTSEER, "env", "save", f"/shared/{FOLDER}/venv"),
         "checkpoint into the store": (*stripe, f"/shared/{FOLDER}/model.safetensors"),
     }
-    _succeed(cluster, BOOTSEER, "store", "init", user=None)
+    cluster.run("login", BOOTSEER, "store", "init", timeout_s=MAKE_TIMEOUT_S)
     if not (cluster.state_dir / "etc/bootseer/site.key").exists():
-        _succeed(cluster, BOOTSEER, "image", "make-key", user=None)
+        cluster.run("login", BOOTSEER, "image", "make-key")
     for title, command in commands.items():
         step(title)
-        _succeed(cluster, *command, user="alice")
-
-
-def _succeed(cluster: Cluster, *command: str, user: str | None) -> None:
-    done = cluster.exec("login", *command, user=user, timeout_s=600)
-    if done.returncode != 0:
-        raise ClusterError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+        cluster.run("login", *command, user="alice", timeout_s=MAKE_TIMEOUT_S)
 
 
 def _make_environment(cluster: Cluster, root: Path, source: Path, packages: tuple[str, ...]) -> None:
@@ -133,9 +126,9 @@ def _make_environment(cluster: Cluster, root: Path, source: Path, packages: tupl
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-compile"]
     target = ["--target", str(venv / "lib" / f"python{PYTHON}" / "site-packages"), "--upgrade"]
     platforms = [f"--platform={platform}" for platform in PLATFORMS]
-    _run(*pip, *target, *platforms, f"--python-version={PYTHON}", "--only-binary=:all:", *packages)
+    run(*pip, *target, *platforms, f"--python-version={PYTHON}", "--only-binary=:all:", *packages)
     copy_source(source)
-    _run(*pip, *target, "--no-deps", str(source))
+    run(*pip, *target, "--no-deps", str(source))
 
 
 def copy_source(folder: Path) -> None:
@@ -161,12 +154,4 @@ def in_image(cluster: Cluster, root: Path, *command: str) -> None:
         str(cluster.shared),
         "/shared",
     ]
-    _run("bwrap", *mounts, "--", *command, env=environ)
-
-
-def _run(*command: str, env: dict[str, str] | None = None) -> None:
-    done = subprocess.run(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise ClusterError(f"{command[0]} failed:\n{done.stdout[-3000:]}")
+    run("bwrap", *mounts, "--", *command, env=environ)

@@ -1,6 +1,6 @@
 """The demo's result as one picture and one sentence, on a terminal or in a file:
 
-    .venv/bin/python -B scripts/lib/demo/picture.py DEMO.json docs/demo.svg
+    .venv/bin/python -B -m scripts.lib.demo.picture DEMO.json docs/demo.svg
 
 One bar for each arm, stacked by stage; each stage has a colour, and a pattern for terminals without colours.
 The floor's bar is below: what must cross the store's link, and the start with all local.

@@ -10,9 +10,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from cluster.client import Cluster
-from cluster.layout import ClusterError
-from demo.inputs import ALICE
+from scripts.lib.cluster.client import ALICE, Cluster
+from scripts.lib.cluster.layout import ClusterError
 
 RECORDS = ("names", "traces", "classes")
 

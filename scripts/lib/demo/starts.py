@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-from cluster.client import Cluster
-from cluster.layout import REPO, ClusterError
-from demo import inputs, records
-from demo.meter import Meter
 
-BOOTSEER = str(REPO / ".venv" / "bin" / "bootseer")
+from scripts.lib.cluster.client import BOOTSEER, Cluster
+from scripts.lib.cluster.layout import ClusterError
+from scripts.lib.demo import inputs, records
+from scripts.lib.demo.meter import Meter
+
 STAGES = ("prolog", "launch", "image", "environment", "checkpoint", "program")
 MARKS = ("image_loaded", "environment_loaded", "checkpoint_loaded", "training_started")
 START_TIMEOUT_S = 300.0
@@ -58,11 +58,12 @@ def make_cold(cluster: Cluster) -> None:
     """Forget what nodes and agents have cached; warm up what is not measured (see above)."""
     cluster.script("drop-caches", "--bootseer", "--shared")  # records were removed behind the nodes
     read = f"find /shared/{inputs.FOLDER} /shared/bootseer -type f -print0 | xargs -0 cat > /dev/null"
-    _succeed(cluster, "store", "bash", "-c", read)
+    cluster.run("store", "bash", "-c", read, timeout_s=END_TIMEOUT_S)
     programs = "squashfuse --help; bwrap --version; fusermount3 --version"
     place = [f"--nodelist={','.join(cluster.nodes)}", "--chdir=/tmp"]
     warm = ["srun", "--bootseer", "--job-name=warm-up", *place]
-    _succeed(cluster, "login", *warm, "sh", "-c", f"{{ {programs}; true; }} >/dev/null 2>&1", user="alice")
+    warm += ["sh", "-c", f"{{ {programs}; true; }} >/dev/null 2>&1"]
+    cluster.run("login", *warm, user="alice", timeout_s=END_TIMEOUT_S)
 
 
 def start(
@@ -181,9 +182,3 @@ def _hot_bytes(cluster: Cluster, job_id: int) -> int:
         lines += path.read_text().splitlines()
     hot = [each for each in map(json.loads, lines) if (each["kind"], each["name"]) == ("prefetch", "hot")]
     return sum(each["bytes"] for each in hot if each["what"] != "checkpoint")
-
-
-def _succeed(cluster: Cluster, machine: str, *command: str, user: str | None = None) -> None:
-    done = cluster.exec(machine, *command, user=user, timeout_s=END_TIMEOUT_S)
-    if done.returncode != 0:
-        raise ClusterError(f"{' '.join(command)} failed on {machine}: {done.stderr.strip()}")

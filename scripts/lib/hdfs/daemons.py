@@ -16,9 +16,9 @@ import urllib.request
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from cluster import namespaces, packages
-from cluster.daemons import accepts, await_ready, start_daemon
-from cluster.layout import CONTROLLER, ClusterError, Layout, State, poll
+from scripts.lib.cluster import namespaces, packages
+from scripts.lib.cluster.daemons import accepts, await_ready, start_daemon
+from scripts.lib.cluster.layout import CONTROLLER, ClusterError, Layout, State, poll
 
 POM = Path(__file__).with_name("pom.xml")
 PACKAGES = ["iproute2"]

@@ -1,0 +1,157 @@
+"""Resolving an artifact: asking the process of the job's user, checking what it says, opening the blobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bootseer_slurm.artifacts.layer import Layer, trace_key
+from bootseer_slurm.artifacts.open_blobs import OpenBlobs, Use
+from bootseer_slurm.artifacts.resolved import Original, ResolvedArtifact
+from bootseer_slurm.artifacts.source import (
+    BlobDescription,
+    original_source,
+    remote_id,
+    stored_blob,
+    unmanaged_id,
+)
+from bootseer_slurm.blob.digest import DIGEST_BYTES, PREFERRED
+from bootseer_slurm.blob.manifest import CHUNK_BYTES, MAX_BLOB_BYTES, Layout, block_bytes_of
+from bootseer_slurm.blob.ref import ArtifactRef
+from bootseer_slurm.cache.sources import OnFault
+from bootseer_slurm.errors import InputError, IntegrityError, NotFound, StoreError
+from bootseer_slurm.events import BELOW_LAYER
+from bootseer_slurm.slurm.allocation import Rank
+from bootseer_slurm.userproc.client import Found, UserProcess
+from bootseer_slurm.userproc.protocol import CheckpointFolder, Resolve
+
+_HUGE_BYTES = 64 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What artifacts of one job are resolved with.
+
+    roots: below which originals may be shown. allow: asked before so many bytes of digests are kept in
+    memory; raises InputError when they are too many.
+    """
+
+    process: UserProcess
+    blobs: OpenBlobs
+    roots: tuple[Path, ...]
+    uid: int
+    gid: int
+    rank: Rank
+    allow: Callable[[int], None]
+
+
+def resolve_artifact(
+    request: Resolve, context: Context, on_fault: OnFault, *, role: str = ""
+) -> ResolvedArtifact | CheckpointFolder:
+    """Resolve an artifact, and open its blobs. A checkpoint may be a folder: then its files are named.
+
+    role: of a file of a checkpoint, what it is whatever step that is of. on_fault: of cache.sources.BlobUser.
+    Raises BootseerError.
+    """
+    found = context.process.resolve(request)
+    if isinstance(found, CheckpointFolder):
+        return found
+    ref = ArtifactRef(request.kind, request.name)
+    opening = _Opening(ref, found, context, on_fault, role or found.reply.role)
+    try:
+        opening.open_all()
+    except BaseException:
+        opening.close()
+        raise
+    finally:
+        found.close()
+    return ResolvedArtifact(ref, context.process, found.reply, opening.original, opening.layers)
+
+
+@dataclass(slots=True)
+class _Opening:
+    """What is opened of an artifact so far."""
+
+    ref: ArtifactRef
+    found: Found
+    context: Context
+    on_fault: OnFault
+    role: str
+    original: Original | None = None
+    layers: list[Layer] = field(default_factory=list)
+
+    def open_all(self) -> None:
+        """Check the original, and open the blobs. Raises BootseerError."""
+        fd = self.found.take_original()
+        if fd is not None:
+            self.original = Original(fd)
+            self._check_roots(self.original)
+        descriptions = self._describe()
+        for number, description in enumerate(descriptions):
+            layer = self._open_layer(description, self.ref.name + (BELOW_LAYER if number else ""))
+            layer.is_layered = len(descriptions) > 1
+            self.layers.append(layer)
+
+    def close(self) -> None:
+        for layer in self.layers:
+            layer.close()
+        if self.original is not None:
+            self.original.close()
+
+    def _check_roots(self, original: Original) -> None:
+        roots = self.context.roots
+        if not original.is_below(roots):
+            listed = ", ".join(map(str, roots))
+            what = f"{self.ref.kind} {original.path}"
+            raise InputError(f"{what}: not below {listed}, where this site allows it to be shown")
+
+    def _open_layer(self, description: BlobDescription, label: str) -> Layer:
+        context = self.context
+        path = self.original.path if self.original else ""
+        mtime_ns = self.original.status.st_mtime_ns if self.original else 0
+        use = Use(self.ref.kind, context.uid, context.gid, mtime_ns)
+        key = trace_key(
+            description,
+            role=f"{self.role}\0{context.rank.key}" if self.role else "",
+            path=path,
+            fingerprint=self.found.reply.fingerprint,
+        )
+        handle = context.blobs.open(description, use, self.on_fault)
+        is_watched = bool(self.role) and context.rank.nodes > 1
+        return Layer(self.ref, description, handle, label, key, path or self.ref.name, is_watched=is_watched)
+
+    def _describe(self) -> list[BlobDescription]:
+        """The blobs that stand for it: of the store, else the original itself. Raises BootseerError."""
+        reply, ref, process = self.found.reply, self.ref, self.context.process
+        size_bytes, handle = reply.size_bytes or 0, reply.original_handle
+        if reply.blobs:
+            descriptions = [
+                stored_blob(process, stored, fd, allow=self.context.allow)
+                for stored, fd in zip(reply.blobs, self.found.manifest_fds, strict=True)
+            ]
+            if reply.size_bytes is not None and descriptions[0].layout.size_bytes != size_bytes:
+                raise IntegrityError(f"{ref.name}: the blob in the store has another size")
+        elif handle is not None and self.original is not None:
+            blob_id = unmanaged_id(self.original.path, self.original.status)
+            descriptions = [self._describe_unmanaged(blob_id, size_bytes)]
+        elif handle is not None and reply.identity:  # a checkpoint of a URI, which has no path
+            descriptions = [self._describe_unmanaged(remote_id(reply.identity), size_bytes)]
+        elif reply.warning:
+            raise StoreError(reply.warning)
+        elif ref.kind == "environment":
+            raise NotFound(f"environment {ref.name}: no snapshot of it in the store (`bootseer env save`)")
+        else:
+            raise NotFound(f"{ref.kind} {ref.name}: not in the store")
+        if not all(0 < each.layout.size_bytes <= MAX_BLOB_BYTES for each in descriptions):
+            raise InputError(f"{ref.kind} {ref.name}: empty, or larger than a blob can be")
+        if handle is not None and ref.kind != "environment":
+            descriptions[0].sources.append(original_source(process, handle, descriptions[0].layout))
+        return descriptions
+
+    def _describe_unmanaged(self, blob_id: str, size_bytes: int) -> BlobDescription:
+        """A file that is used as it lies. A digest a block is kept in memory: a huge one has large blocks."""
+        block_bytes = CHUNK_BYTES if size_bytes > _HUGE_BYTES else block_bytes_of(self.ref.kind)
+        layout = Layout(size_bytes, block_bytes, digest=PREFERRED)
+        self.context.allow(max(0, layout.blocks) * DIGEST_BYTES)
+        return BlobDescription(blob_id, layout, None)

@@ -1,0 +1,77 @@
+"""Where a blob's bytes come from: the objects behind a handle of the user's process."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
+from bootseer_slurm.cache.sources import Source
+from bootseer_slurm.userproc.client import UserProcess
+from bootseer_slurm.userproc.memory_file import memory_file_size, read_memory_file
+from bootseer_slurm.userproc.protocol import StoredBlob
+
+
+class ObjectSource:
+    """The objects behind one handle, as a source of the blob (cache.sources.Source)."""
+
+    def __init__(self, name: str, process: UserProcess, handle: int, layout: Layout) -> None:
+        self.name = name
+        self._process = process
+        self._handle = handle
+        self._layout = layout
+
+    @contextlib.contextmanager
+    def read(self, offset: int, size_bytes: int, *, demand: bool, fixed: bool) -> Iterator[memoryview]:
+        extent = self._layout.extent(offset, size_bytes)
+        read = self._process.read(
+            self._handle, extent.object, extent.offset, extent.size_bytes, demand=demand, fixed=fixed
+        )
+        with read as view:
+            yield view
+
+
+@dataclass(frozen=True, slots=True)
+class BlobDescription:
+    """What a blob is, and where its bytes come from. folder: in the store, "" of an unmanaged file."""
+
+    id: str
+    layout: Layout
+    digests: bytes | None
+    sources: list[Source] = field(default_factory=list)
+    folder: str = ""
+    signature: str = ""
+
+
+def stored_blob(
+    process: UserProcess, stored: StoredBlob, manifest_fd: int, *, allow: Callable[[int], None]
+) -> BlobDescription:
+    """A blob of the store, as the user's process says.
+
+    allow: asked before so many bytes are kept in memory. Raises IntegrityError, and what `allow` raises.
+    """
+    allow(min(memory_file_size(manifest_fd), MANIFEST_LIMIT_BYTES))
+    manifest = decode(read_memory_file(manifest_fd, limit_bytes=MANIFEST_LIMIT_BYTES))
+    source = ObjectSource("store", process, stored.handle, manifest.layout)
+    return BlobDescription(
+        manifest.id, manifest.layout, manifest.digests, [source], stored.folder, stored.signature
+    )
+
+
+def original_source(process: UserProcess, handle: int, layout: Layout) -> ObjectSource:
+    """The file where it lies, which holds the blob's bytes one after the other."""
+    return ObjectSource("origin", process, handle, replace(layout, objects=1))
+
+
+def unmanaged_id(path: str, status: os.stat_result) -> str:
+    """The id of a file that is used where it lies: another one when it was changed or replaced."""
+    identity = (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return "file-" + hashlib.sha256(repr(identity).encode()).hexdigest()
+
+
+def remote_id(identity: str) -> str:
+    """The id of a file that is used where it lies in another store. identity: of checkpoint.striped."""
+    return "file-" + hashlib.sha256(identity.encode(errors="surrogatepass")).hexdigest()

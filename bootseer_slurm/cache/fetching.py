@@ -1,0 +1,166 @@
+"""Fetching claimed blocks of a blob: from the first source whose bytes are right, into the cache's file.
+
+Sources are tried in order: what an earlier boot left in the cache, the store, then the original file, which
+has the same bytes. Bytes are shown only after their digest agreed. They are pushed into the kernel's page
+cache only after their claim ended: the kernel waits for reads of the same pages, and such a read may wait for
+the claim. Threads: any number may call at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from bootseer_slurm.cache.cache import MISSING, PRESENT, CachedBlob
+from bootseer_slurm.cache.sources import Source, Sources
+from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
+
+_log = logging.getLogger(__name__)
+
+# Gives bytes from an offset on to the kernel, before anybody asks it for them. Raises OSError.
+Push = Callable[[int, memoryview], None]
+
+
+@dataclass(slots=True)
+class Usage:  # size: one counter for each figure of a report
+    """What readers did with a blob, and where its bytes came from."""
+
+    reads: int = 0
+    reads_blocked: int = 0  # of these, how many had to wait
+    read_bytes: int = 0
+    miss_bytes: int = 0
+    blocked_s: float = 0.0  # summed over reads that waited side by side
+    first_ns: int = 0
+    last_ns: int = 0
+    store_bytes: int = 0
+    origin_bytes: int = 0
+    demand_bytes: int = 0  # of both, what a read waited for
+    fetch_s: float = 0.0  # that reads of sources took, summed over those that ran side by side
+    disk_s: float = 0.0  # and writes into the cache
+    pushed_bytes: int = 0  # into the kernel's page cache: reads of these are not seen any more
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes that came over the link."""
+        return self.store_bytes + self.origin_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Blocks that this caller alone may fetch now. unchecked: the cache's file may hold them."""
+
+    first: int
+    count: int
+    unchecked: bool
+
+
+class _CacheFile:
+    """What is in the blob's own file since an earlier boot (a Source)."""
+
+    name = "cache"
+
+    def __init__(self, blob: CachedBlob) -> None:
+        self._blob = blob
+
+    @contextlib.contextmanager
+    def read(self, offset: int, size_bytes: int, *, demand: bool, fixed: bool) -> Iterator[memoryview]:
+        try:
+            content = self._blob.file.read(offset, size_bytes)
+        except OSError as error:
+            raise StoreError(f"the cache's file cannot be read: {error.strerror}") from error
+        yield memoryview(content)
+
+
+class Fetching:
+    """Fetches blocks of one blob."""
+
+    def __init__(self, blob: CachedBlob, sources: Sources, usage: Usage) -> None:
+        self._blob = blob
+        self._sources = sources
+        self._usage = usage
+        self._cache_file = _CacheFile(blob)
+
+    def bytes_of(self, first: int, end: int) -> int:
+        """The size of blocks `first` to `end`, without the latter."""
+        layout = self._blob.layout
+        return min(end * layout.block_bytes, layout.size_bytes) - first * layout.block_bytes
+
+    def fetch(
+        self, claim: Claim, *, demand: bool, push: Push | None = None, unkept: dict[int, bytes] | None = None
+    ) -> None:
+        """Fetch claimed blocks, and end the claim.
+
+        demand: a read waits. push: is given the bytes too. unkept: gets those that the full disk has no room
+        for. Raises BootseerError when no source has the right bytes.
+        """
+        failure: BootseerError = StoreError("no source is left: its job is over")
+        earlier = (self._cache_file,) if claim.unchecked else ()
+        settled = False
+        try:
+            for source in (*earlier, *self._sources.all):
+                begin_s = time.monotonic()
+                try:
+                    with self._checked(source, claim, demand=demand) as (offset, view):
+                        fetched_s = time.monotonic()
+                        kept = source is self._cache_file or self._blob.file.write(offset, view)
+                        written_s = time.monotonic()
+                        if not kept and unkept is not None:
+                            self._put_aside(claim.first, view, unkept)
+                        self._blob.blocks.end_claim(claim.first, claim.count, PRESENT if kept else MISSING)
+                        settled = True
+                        if push and kept:
+                            self._push(push, offset, view)
+                except BootseerError as error:
+                    name = "corrupt_block" if isinstance(error, IntegrityError) else "source_failed"
+                    self._sources.tell(name, f"{source.name}: {error.message}")
+                    failure = error
+                    continue
+                if source is not self._cache_file:
+                    self._usage.fetch_s += fetched_s - begin_s
+                    self._usage.disk_s += written_s - fetched_s
+                    self._count(source, claim, demand=demand)
+                if not kept:
+                    self._sources.tell("cache_full", "the cache's disk is full: blocks are served, not kept")
+                return
+            raise failure
+        finally:
+            if not settled:
+                self._blob.blocks.end_claim(claim.first, claim.count, MISSING)
+
+    @contextlib.contextmanager
+    def _checked(self, source: Source, claim: Claim, *, demand: bool) -> Iterator[tuple[int, memoryview]]:
+        """The blocks' offset, and their bytes of a source. Raises StoreError, IntegrityError."""
+        offset = claim.first * self._blob.layout.block_bytes
+        size_bytes = self.bytes_of(claim.first, claim.first + claim.count)
+        # An unmanaged file's bytes agree with no promise: its user brings them, and is shown what he brought.
+        # One who changes them meanwhile has a digest kept that is not theirs, and loses the block at a check.
+        fixed = not self._blob.unmanaged
+        with source.read(offset, size_bytes, demand=demand, fixed=fixed) as view:
+            learn = self._blob.unmanaged and source is not self._cache_file
+            self._blob.blocks.check(claim.first, claim.count, view, learn=learn)
+            yield offset, view
+
+    def _put_aside(self, first: int, view: memoryview, unkept: dict[int, bytes]) -> None:
+        block_bytes = self._blob.layout.block_bytes
+        for start in range(0, len(view), block_bytes):
+            unkept[first + start // block_bytes] = bytes(view[start : start + block_bytes])
+
+    def _push(self, push: Push, offset: int, view: memoryview) -> None:
+        try:
+            push(offset, view)
+        except (OSError, BootseerError) as error:
+            _log.debug("blob %s: not pushed: %s", self._blob.id[:12], error)
+        else:
+            self._usage.pushed_bytes += len(view)
+
+    def _count(self, source: Source, claim: Claim, *, demand: bool) -> None:
+        size_bytes = self.bytes_of(claim.first, claim.first + claim.count)
+        if source.name == "store":
+            self._usage.store_bytes += size_bytes
+        else:
+            self._usage.origin_bytes += size_bytes
+        if demand:
+            self._usage.demand_bytes += size_bytes

@@ -1,0 +1,1 @@
+"""One job on this node, from its prolog to its epilog."""

@@ -1,0 +1,66 @@
+"""All that a start leaves for the next one: traces, events, snapshots, and what its class asked for."""
+
+from __future__ import annotations
+
+from bootseer_slurm.artifacts.layer import Layer
+from bootseer_slurm.artifacts.table import Artifacts
+from bootseer_slurm.job.background import Background
+from bootseer_slurm.job.context import JobContext
+from bootseer_slurm.job.intake import Intake
+from bootseer_slurm.job.publishing import Publisher
+from bootseer_slurm.job.recording import Recording
+from bootseer_slurm.job.repacking import Repacking
+from bootseer_slurm.job.saving import Saving, to_save
+from bootseer_slurm.userproc.job_process import JobProcess
+
+
+class AfterStart:
+    """For one job on this node."""
+
+    def __init__(
+        self,
+        context: JobContext,
+        artifacts: Artifacts,
+        intake: Intake,
+        recording: Recording,
+        publisher: Publisher,
+        process: JobProcess,
+    ) -> None:
+        self._context = context
+        self._artifacts = artifacts
+        self._intake = intake
+        self._recording = recording
+        self._publisher = publisher
+        self._process = process
+        self._background = Background(context.job, context.config, context.phase)
+        self._saving = Saving(self._background, context.log, context.phase)
+        self._repacking = Repacking(self._background, context.log, context.phase, context.job_class)
+
+    def begin(self, why: str, fetched_bytes: dict[Layer, int]) -> None:
+        """The start is over: write its traces and events, and begin what is done in the background.
+
+        why: "mark", "quiet" or "cap". fetched_bytes: of each layer, that came during the start.
+        """
+        context = self._context
+        self._recording.finish(why)
+        self._publisher.write_events(context.log)
+        if not context.job.is_first_node(context.node):
+            return
+        self._saving.begin(to_save(self._artifacts, context.job.uid, context.job_class))
+        if not self._intake.only_observes and self._process.started:
+            self._repacking.begin(
+                fetched_bytes,
+                link_bytes_per_s=self._process.link.bytes_per_s,
+                whole_comes=context.config.prefetch.cold_rate_bytes > 0,
+            )
+
+    def stop(self) -> None:
+        """The job is over: end what runs in the background."""
+        self._background.stop()
+
+    def end(self) -> None:
+        """The job is over: write what is not written yet."""
+        self._recording.finish("mark" if self._context.phase.is_announced else "end")
+        self._recording.close()
+        self._intake.remember(self._publisher)
+        self._publisher.write_events(self._context.log)

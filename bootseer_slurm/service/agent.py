@@ -1,0 +1,136 @@
+"""The node agent: one process as root on each node, which answers the operations of agentapi.
+
+On disk, beside the socket: the journal of each job (job/journal.py), and the node tables of the FUSE mounts;
+beside these mounts: env/ and images/, root's alone, where environments and images are mounted. The mounts and
+the sockets themselves are the supervisor's (supervisor.py), which starts this process again when it dies.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import threading
+
+from bootseer_slurm.agentapi.operations import OPERATIONS
+from bootseer_slurm.artifacts.open_blobs import OpenBlobs
+from bootseer_slurm.cache.cache import Cache
+from bootseer_slurm.config import Config
+from bootseer_slurm.env.mounting import unpacked_folder
+from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.fuse import Server as FuseServer
+from bootseer_slurm.image.packer import Packer
+from bootseer_slurm.job.journal import Journal
+from bootseer_slurm.job.session import Session
+from bootseer_slurm.service.answers import Answers, slow_operations
+from bootseer_slurm.service.server import Server
+from bootseer_slurm.service.sessions import Sessions, reap
+from bootseer_slurm.service.supervisor import Resources
+from bootseer_slurm.slurm.allocation import Job
+from bootseer_slurm.userproc.spare import Spare
+
+_log = logging.getLogger(__name__)
+
+_METRICS_END_S = 1.0
+_TEND_EVERY_S = 60.0  # others fill the cache's disk too
+_SAVE_ROUNDS = 10  # what a crash of the node can cost of the cache, in rounds; syncing is slow
+
+
+class Agent:
+    """Serves this node until it is told to stop."""
+
+    def __init__(self, config: Config, resources: Resources) -> None:
+        """Open the cache. Raises BootseerError."""
+        self._config = config
+        self._listeners = resources.listeners
+        self._node = os.uname().nodename.split(".")[0]
+        home = config.agent.socket.parent
+        self._cache = Cache(
+            config.cache.path,
+            max_bytes=config.cache.max_bytes,
+            min_free_bytes=config.cache.min_free_bytes,
+            live=home / "cache",
+        )
+        self._fuse = {
+            name: FuseServer(mount, home / f"{name}.nodes") for name, mount in resources.mounts.items()
+        }
+        self._blobs = OpenBlobs(self._cache, self._fuse, config.agent.blobs.parent / "images")
+        self._packer = Packer(
+            config.cache.path / ".packing",
+            max_bytes=config.cache.max_bytes,
+            min_free_bytes=config.cache.min_free_bytes,
+        )
+        self._journal = Journal(home)
+        self._spare = Spare()
+        observe_all = config.report.observe == "all"
+        self._sessions = Sessions(self._make_session, self._journal, observe_all=observe_all)
+        # Have the hook tell every job, or only those that asked.
+        said = home / "observe-all"
+        said.touch() if observe_all else said.unlink(missing_ok=True)
+        self._stop = threading.Event()
+
+    def _make_session(self, job: Job, node: str) -> Session:
+        return Session(job, node or self._node, self._config, self._blobs, self._journal, self._spare)
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; then end the sessions. Raises BootseerError."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+        for reason in self._cache.check():
+            _log.warning("cache: %s", reason)
+        for server in self._fuse.values():
+            server.start()
+        self._sessions.restore()
+        threading.Thread(target=self._close_unused, daemon=True).start()
+        answers = Answers(self._config, self._node, self._sessions, self._blobs, self._packer)
+        by_name = {op: getattr(answers, op) for op in OPERATIONS}
+        Server(by_name, slow_operations(self._config), self._stop).start(self._listeners)
+        threading.Thread(target=reap, args=(self._sessions, self._stop), daemon=True).start()
+        threading.Thread(target=self._tend, daemon=True).start()
+        metrics = self._start_metrics()
+        _log.info("agent serves %s", self._config.agent.socket, extra={"node": self._node})
+        self._spare.prepare()
+        self._stop.wait()
+        self._spare.close()
+        self._packer.close()
+        self._sessions.end_all("agent stopped")
+        self._blobs.close_idle(all_of_them=True)
+        if metrics is not None:
+            metrics.join(_METRICS_END_S)
+
+    def _start_metrics(self) -> threading.Thread | None:
+        """Have the figures written, where the site wants them."""
+        path = self._config.agent.metrics
+        if path is None:
+            return None
+        from bootseer_slurm.service.metrics import Metrics  # other agents need not load it
+
+        metrics = Metrics(self._sessions, self._blobs, self._cache)
+        thread = threading.Thread(target=metrics.keep_written, args=(path, self._stop), daemon=True)
+        thread.start()
+        return thread
+
+    def _close_unused(self) -> None:
+        """Let go of what an agent before this one had and no session uses (a thread of its own)."""
+        self._sessions.wait_restored()
+        self._blobs.close_unused()
+        self._cache.forget_left()
+        used = {job.folder_name for job in self._sessions.jobs()}
+        unpacked = unpacked_folder(self._config.cache.path)
+        for folder in unpacked.iterdir() if unpacked.exists() else ():
+            if folder.name not in used:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _tend(self) -> None:
+        """Keep the cache within its bounds, and its state on disk (a thread of its own)."""
+        rounds = 0
+        while not self._stop.wait(_TEND_EVERY_S):
+            rounds += 1
+            try:
+                self._blobs.close_idle()  # first: what was removed of the cache takes its room until then
+                self._cache.make_room()
+                if rounds % _SAVE_ROUNDS == 0:
+                    self._cache.save()
+            except (BootseerError, OSError) as error:  # the next round may do better
+                _log.warning("cache: %s", error)

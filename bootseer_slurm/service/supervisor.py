@@ -1,0 +1,309 @@
+"""The supervisor: it holds the mounts and sockets that outlive an agent that dies, and starts the next one.
+
+Owns agent.lock, the sockets, the FUSE mounts with their descriptors and shared memory, and one child, the
+agent proper. It does no input or output, has no threads and looks at nothing that a job says, so that nothing
+a job does can hurt it. What connects while no agent lives waits for the next one. The child is forked without
+exec: a new agent answers within milliseconds, and the readers of its files, who wait meanwhile, hardly
+notice. What an agent needs of the one before it lies in files below the socket's folder: see
+job/journal.py, fuse/server.py and cache/cache.py.
+
+    SIGTERM, SIGINT   the agent ends its sessions, then everything is unmounted
+    SIGHUP            the agent is killed and all code is loaded anew, with the mounts kept: an upgrade; not
+                      where the new code or configuration cannot even be loaded, which a trial tells
+
+An agent that was killed is started again. One that cannot start ends the supervisor with its exit status, but
+not once agents have served: jobs may have files open, and the next try may do better. When the supervisor
+itself is killed, its agent goes with it, and the mounts are dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bootseer_slurm import mounts
+from bootseer_slurm.agentapi import protocol
+from bootseer_slurm.config import Config
+from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.fuse import Mount
+
+_log = logging.getLogger(__name__)
+
+# What is read in parts is recorded, and readahead would blur the trace: with 1 MiB of it an import fetched
+# 30 MB instead of 22. What is read whole wants the largest reads.
+_READ_AHEAD_KB = {"blobs": 128, "checkpoints": 1024}
+_SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+_PR_SET_PDEATHSIG = 1
+_STOP_LIMIT_S = 25.0  # the agent gives its sessions 20 s, the systemd unit all of us 30 s
+_LOOK_EVERY_S = 1.0
+_SHORT_LIFE_S = 10.0  # an agent that is killed earlier than this, again and again, is started ever later
+_PAUSES_S = (0.0, 0.0, 0.1, 0.5, 2.0, 5.0)
+# Between the supervisor before an upgrade and the one after it; a child gets nothing of it.
+_HANDED_ON = "BOOTSEER_KEPT"
+_TRIAL = "trial"  # instead: a process that loads all the same, and ends
+_TRIAL_LIMIT_S = 30.0
+
+_BACKLOG = 256  # prolog, steps and marks of a full node at once
+
+
+@dataclass(slots=True)
+class Resources:
+    """Resources of an agent: mounts "blobs" and "checkpoints", sockets "path" and "abstract".
+
+    The abstract one is missing when another process has its name.
+    """
+
+    mounts: dict[str, Mount] = field(default_factory=dict)
+    listeners: dict[str, socket.socket] = field(default_factory=dict)
+
+
+Serve = Callable[[Config, Resources], None]
+
+
+class Supervisor:
+    """Keeps an agent running on this node."""
+
+    def __init__(self, config: Config, serve: Serve) -> None:
+        """Make sure that it is the only one. serve: the agent's life, in the child. Raises BootseerError."""
+        self._config = config
+        self._serve = serve
+        self._home = config.agent.socket.parent
+        self._home.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self._dying: list[int] = []  # agents that were killed and could not end yet
+        self._stopping = False
+        before = json.loads(os.environ.pop(_HANDED_ON, "{}"))
+        self._lock_fd = before["lock"] if before else _lock(self._home / "agent.lock")
+        self._served = bool(before)  # then jobs may have files open
+        self._resources = Resources(
+            {name: Mount.from_argument(text) for name, text in before.get("mounts", {}).items()},
+            {name: socket.socket(fileno=fd) for name, fd in before.get("listeners", {}).items()},
+        )
+        for fd in self._fds():
+            os.set_inheritable(fd, False)
+
+    def run(self) -> int:
+        """Keep until told to stop; gives the exit status. Raises BootseerError when it cannot mount."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        if not self._resources.mounts:
+            _clear_left(self._config.agent.blobs.parent, self._home)
+        try:
+            for name, read_ahead_kb in _READ_AHEAD_KB.items():
+                if name not in self._resources.mounts:
+                    point = self._config.agent.blobs.parent / name
+                    self._resources.mounts[name] = Mount.open(point, read_ahead_kb=read_ahead_kb)
+            self._open_sockets()
+            return self._keep()
+        finally:
+            for listener in self._resources.listeners.values():
+                listener.close()
+            self._config.agent.socket.unlink(missing_ok=True)
+            for mount in self._resources.mounts.values():
+                mount.close()
+
+    def _open_sockets(self) -> None:
+        listeners = self._resources.listeners
+        if "path" not in listeners:
+            listeners["path"] = _listen(str(self._config.agent.socket))
+        if "abstract" not in listeners:
+            try:
+                listeners["abstract"] = _listen(protocol.ABSTRACT_SOCKET)
+            except BootseerError as error:  # any user can hold this name: no reason to serve nobody
+                _log.warning("%s; marks from containers are lost", error.message)
+
+    def _keep(self) -> int:
+        short_lives = 0
+        while True:
+            self._dying = [pid for pid in self._dying if os.waitpid(pid, os.WNOHANG)[0] == 0]
+            start_s = time.monotonic()
+            try:
+                status = self._watch(self._start())
+            except OSError as error:
+                _log.error("no agent can be started: %s", error)
+                status = 71  # EX_OSERR
+            lived_s = time.monotonic() - start_s
+            self._served = self._served or lived_s >= _SHORT_LIFE_S
+            if self._stopping or (status >= 0 and not self._served):
+                return max(status, 0)
+            short_lives = short_lives + 1 if lived_s < _SHORT_LIFE_S else 0
+            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+            _log.error("the agent %s and is started again", how)
+            time.sleep(_PAUSES_S[min(short_lives, len(_PAUSES_S) - 1)])
+
+    def _start(self) -> int:
+        """Fork an agent; gives its process id."""
+        supervisor = os.getpid()
+        pid = os.fork()
+        if pid:
+            return pid
+        status = 70  # EX_SOFTWARE (sysexits.h)
+        try:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != supervisor:
+                os._exit(status)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            self._serve(self._config, self._resources)
+            status = 0
+        except BootseerError as error:
+            _log.error("%s%s", error.message, f" (hint: {error.hint})" if error.hint else "")
+            status = error.exit_status
+        except BaseException:
+            _log.exception("the agent failed")
+        finally:
+            logging.shutdown()
+            os._exit(status)  # not the supervisor's way out of here, and no waiting for threads
+
+    def _watch(self, child: int) -> int:
+        """Wait for the agent's end: its exit status, or minus the signal that killed it."""
+        deadline_s: float | None = None
+        upgrade = False
+        while True:
+            info = signal.sigtimedwait(_SIGNALS, _LOOK_EVERY_S)
+            ended, wait_status = os.waitpid(child, os.WNOHANG)
+            if not ended and info is None and _leader_is_dead(child):
+                self._dying.append(child)
+                ended, wait_status = child, signal.SIGKILL
+            if ended and upgrade:
+                self._load_anew()
+            if ended:
+                return os.waitstatus_to_exitcode(wait_status)
+            if deadline_s is not None and time.monotonic() > deadline_s:
+                _log.error("the agent does not end: killed")
+                os.kill(child, signal.SIGKILL)
+                deadline_s = time.monotonic() + _STOP_LIMIT_S
+            elif info is not None and info.si_signo in (signal.SIGTERM, signal.SIGINT):
+                self._stopping = True
+                os.kill(child, signal.SIGTERM)
+                deadline_s = deadline_s or time.monotonic() + _STOP_LIMIT_S
+            elif info is not None and info.si_signo == signal.SIGHUP and deadline_s is None:
+                upgrade = upgrade or _loads_anew()
+                if upgrade:
+                    os.kill(child, signal.SIGKILL)
+
+    def _fds(self) -> list[int]:
+        """All descriptors that the next supervisor needs."""
+        fds = [self._lock_fd, *(listener.fileno() for listener in self._resources.listeners.values())]
+        return fds + [fd for mount in self._resources.mounts.values() for fd in mount.fds]
+
+    def _load_anew(self) -> None:
+        """Become a supervisor of the code that is installed now."""
+        _log.warning("SIGHUP: loading the code anew; files stay mounted")
+        for fd in self._fds():
+            os.set_inheritable(fd, True)
+        resources = {
+            "lock": self._lock_fd,
+            "mounts": {name: mount.to_argument() for name, mount in self._resources.mounts.items()},
+            "listeners": {name: listener.fileno() for name, listener in self._resources.listeners.items()},
+        }
+        try:
+            os.execve(sys.executable, sys.orig_argv, os.environ | {_HANDED_ON: json.dumps(resources)})
+        except OSError as error:
+            _log.error("the code cannot be loaded anew, the old goes on: %s", error)
+
+
+def is_trial() -> bool:
+    """Whether this process only shows that the code and the configuration can be loaded."""
+    return os.environ.get(_HANDED_ON) == _TRIAL
+
+
+def _loads_anew() -> bool:
+    """Try the code and the configuration that are installed now, in a process that serves nobody."""
+    try:
+        done = subprocess.run(
+            sys.orig_argv,
+            executable=sys.executable,
+            env=os.environ | {_HANDED_ON: _TRIAL},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TRIAL_LIMIT_S,
+            check=False,
+        )
+        reason = f"exit status {done.returncode}: {done.stderr.strip()}" if done.returncode else ""
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = str(error)
+    if reason:
+        _log.error("SIGHUP: the code that is installed now does not start, the old goes on: %s", reason)
+    return not reason
+
+
+def _listen(address: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if not address.startswith("\0"):
+            with contextlib.suppress(FileNotFoundError):
+                Path(address).unlink()
+        listener.bind(address)
+        if not address.startswith("\0"):
+            Path(address).chmod(0o666)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        shown = address.replace("\0", "@")
+        raise BootseerError(
+            f"{shown}: cannot listen: {error.strerror}", hint="is an agent running?"
+        ) from error
+    return listener
+
+
+def _leader_is_dead(pid: int) -> bool:
+    """Whether a process was killed and only cannot end: one of its threads waits for a file of its own.
+
+    Such a thread does not come back before the next agent answers it, and then it ends.
+    """
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False
+
+
+def _clear_left(run: Path, home: Path) -> None:
+    """Take away what a supervisor left that was killed: its mounts show nothing any more, its jobs are lost.
+
+    run: above the mounts. home: the socket's folder.
+    """
+    run.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for name in (*_READ_AHEAD_KB, "env", "images"):
+        with contextlib.suppress(FileExistsError):
+            (run / name).mkdir(mode=0o755)  # not exist_ok: that would look at a dead mount
+        for mount in reversed(mounts.mounts_below(run / name)):
+            with contextlib.suppress(OSError):
+                mounts.unmount(mount.point)
+    for name in ("env", "images"):
+        (run / name).chmod(0o700)  # what lies there is for nobody else; jobs see theirs through a shadow
+        # Nothing but empty folders is removed: the configuration may name a place that holds more.
+        for folder in (*(run / name).glob("*/*"), *(run / name).glob("*")):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    for folder in (home / "jobs", home / "ending", home / "events"):
+        with contextlib.suppress(FileNotFoundError):
+            for file in folder.iterdir():
+                with contextlib.suppress(OSError):
+                    file.unlink()
+    for file in home.glob("*.nodes"):
+        file.unlink()
+
+
+def _lock(path: Path) -> int:
+    """Take the lock of a node's only agent; it is held until the process ends, and the file stays."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise BootseerError(f"{path}: cannot be opened: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise BootseerError(f"{path}: an agent runs already", hint="`bootseer status` shows it") from error
+    return fd

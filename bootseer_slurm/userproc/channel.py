@@ -1,0 +1,142 @@
+"""The agent's end of the socket to a user's process: requests go out, and each waits for its answer.
+
+Owns the process, and one thread that takes its answers. The process is its user's: descriptors that come with
+an answer are closed, unless the reply has some to give.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import subprocess
+import threading
+from array import array
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from typing import Any
+
+from bootseer_slurm.errors import BootseerError, StoreError
+from bootseer_slurm.userproc import protocol
+from bootseer_slurm.userproc.protocol import Request
+from bootseer_slurm.userproc.spare import Started
+
+_log = logging.getLogger(__name__)
+
+_END_S = 5.0  # for a killed process; one held by a file system ends when that answers
+
+
+class NoAnswer(StoreError):
+    """A file system or store did not answer in time."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """The fields of a reply, not checked, and its descriptors, which the receiver closes."""
+
+    fields: dict[str, Any]
+    fds: list[int]
+
+
+class Channel:
+    """The requests to one process. Thread-safe."""
+
+    def __init__(self, started: Started, uid: int) -> None:
+        self._uid = uid
+        self._process, self._socket = started.process, started.socket
+        self._numbers = itertools.count()
+        self._waiting: dict[int, tuple[Request, Future[Answer]]] = {}
+        self._lock = threading.Lock()
+        name = f"userproc-{self._process.pid}"
+        self._receiver = threading.Thread(target=self._receive, name=name, daemon=True)
+        self._receiver.start()
+
+    def ask(self, request: Request, *, fds: tuple[int, ...] = (), timeout_s: float) -> Answer:
+        """Send a request and wait. Raises the error that it ended with, NoAnswer on a timeout."""
+        number, future = self._send(request, fds)
+        try:
+            return future.result(timeout_s)
+        except FutureTimeout:
+            self._waiting.pop(number, None)
+            if future.cancel():
+                raise no_answer(timeout_s) from None
+            return future.result()  # it came this very moment
+
+    def send(self, request: Request) -> Future[Answer]:
+        """Send a request; the future gets its answer, or the error, however late."""
+        return self._send(request, ())[1]
+
+    def _send(self, request: Request, fds: tuple[int, ...]) -> tuple[int, Future[Answer]]:
+        number = next(self._numbers)
+        future: Future[Answer] = Future()
+        message = protocol.encode_request(number, request)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
+        with self._lock:
+            try:
+                # A stopped process takes no requests: the agent must not wait for it with the lock held.
+                self._socket.sendmsg([message], rights, socket.MSG_DONTWAIT)
+                self._waiting[number] = request, future
+            except OSError as error:
+                future.set_exception(StoreError(f"the user's process takes no requests: {error.strerror}"))
+        return number, future
+
+    def kill(self) -> None:
+        """End the process at once; requests under way fail with StoreError."""
+        self._process.kill()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._receiver.join()  # it ends with the shutdown, even if the process does not
+        with self._lock:
+            self._socket.close()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            _log.warning("process of uid %d does not end: a file system holds it", self._uid)
+            threading.Thread(target=self._process.wait, daemon=True).start()
+
+    def _receive(self) -> None:
+        try:
+            while self._take_answer():
+                pass
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            _log.warning("process of uid %d: %s", self._uid, error)
+        self._process.kill()
+        with self._lock:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # nobody would take the answers to further requests
+            waiting, self._waiting = self._waiting, {}
+        for _, future in waiting.values():
+            if future.set_running_or_notify_cancel():
+                future.set_exception(StoreError("the user's process ended"))
+
+    def _take_answer(self) -> bool:
+        """Wait for an answer and give it to whoever waits for it; False at the end."""
+        message, fds, _, _ = socket.recv_fds(
+            self._socket, protocol.MESSAGE_BYTES, protocol.MESSAGE_DESCRIPTORS
+        )
+        kept = 0
+        try:
+            if not message:
+                return False
+            number, content = protocol.decode_answer(message)
+            with self._lock:
+                waiting = self._waiting.pop(number, None)
+            if waiting is None or not waiting[1].set_running_or_notify_cancel():
+                return True  # it is late
+            request, future = waiting
+            if isinstance(content, BootseerError):
+                future.set_exception(content)
+            else:
+                kept = request.most_descriptors
+                future.set_result(Answer(content, fds[:kept]))
+        finally:
+            for fd in fds[kept:]:
+                os.close(fd)
+        return True
+
+
+def no_answer(timeout_s: float) -> NoAnswer:
+    return NoAnswer(f"no answer from the file system in {timeout_s:g} s")

@@ -1,0 +1,58 @@
+"""The process of one job's user, started when it is first needed."""
+
+from __future__ import annotations
+
+import threading
+
+from bootseer_slurm.config import Config
+from bootseer_slurm.errors import StoreError
+from bootseer_slurm.identity import User
+from bootseer_slurm.userproc.client import UserProcess, start_user_process
+from bootseer_slurm.userproc.link import Link
+from bootseer_slurm.userproc.spare import Spare
+
+
+class JobProcess:
+    """Gives the one process of a job. Thread-safe."""
+
+    def __init__(self, uid: int, gid: int, config: Config, spare: Spare) -> None:
+        self.link = Link()
+        self._uid, self._gid = uid, gid
+        self._config = config
+        self._spare = spare
+        self._user: User | None = None
+        self._process: UserProcess | None = None
+        self._over = False
+        self._lock = threading.Lock()
+
+    def __call__(self) -> UserProcess:
+        """The process. Raises StoreError when it cannot be started, or the job is over."""
+        # Not under the lock: a directory service may be slow.
+        user = self._user or User.of(self._uid, self._gid)
+        with self._lock:
+            self._user = user
+            if self._process is None:
+                if self._over:
+                    raise StoreError("the job is over")
+                self._process = start_user_process(
+                    user,
+                    self._config.store.uri,
+                    streams=self._config.prefetch.streams,
+                    timeout_s=self._config.store.timeout_s,
+                    spare=self._spare,
+                    link=self.link,
+                )
+            return self._process
+
+    @property
+    def started(self) -> bool:
+        return self._process is not None
+
+    def kill(self) -> None:
+        """End the process; there is no other one. The next job's is started, which nobody waits for now."""
+        with self._lock:
+            self._over = True
+            process = self._process
+        if process is not None:
+            process.kill()
+        self._spare.prepare()

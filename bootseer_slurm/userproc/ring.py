@@ -1,0 +1,57 @@
+"""Memory that the agent shares with a user's process: each read fills a slot of it.
+
+The process is its user's, who can do with the memory what he likes. So it is sealed, for shrunk memory would
+kill the agent (SIGBUS), and its content may change at any time: where bytes are compared with a promise, they
+are copied before. Demand reads never wait for the prefetch, for some slots are kept for them. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import queue
+from collections import defaultdict
+
+from bootseer_slurm.blob.manifest import CHUNK_BYTES
+from bootseer_slurm.errors import StoreError
+
+DEMAND_SLOTS = 4  # as many blocked readers as are served at once beside the prefetch
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Ring:
+    """Slots of CHUNK_BYTES, `streams` for the prefetch and DEMAND_SLOTS for reads that somebody waits for."""
+
+    def __init__(self, streams: int) -> None:
+        """Raises OSError. The descriptor `fd` is the caller's to close."""
+        self.slots = streams + DEMAND_SLOTS
+        self.fd = os.memfd_create("bootseer-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, self.slots * CHUNK_BYTES)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+        self._memory = memoryview(mmap.mmap(self.fd, 0))
+        self._free: dict[bool, queue.LifoQueue[int]] = {True: queue.LifoQueue(), False: queue.LifoQueue()}
+        for slot in range(self.slots):
+            self._free[slot >= streams].put(slot)
+        self._streams = streams
+        self._copies: defaultdict[int, memoryview] = defaultdict(lambda: memoryview(bytearray(CHUNK_BYTES)))
+
+    def take(self, *, demand: bool, timeout_s: float) -> int:
+        """A free slot. Raises StoreError when there is none in that time."""
+        try:
+            return self._free[demand].get(timeout=timeout_s)
+        except queue.Empty:
+            raise StoreError("all reads in flight are stuck") from None
+
+    def give_back(self, slot: int) -> None:
+        """Nobody writes to the slot any more."""
+        self._free[slot >= self._streams].put(slot)
+
+    def view(self, slot: int, size_bytes: int, *, fixed: bool) -> memoryview:
+        """The bytes in a slot, until it is given back. fixed: a copy, which the process cannot change."""
+        view = self._memory[slot * CHUNK_BYTES :][:size_bytes]
+        if not fixed:
+            return view
+        copy = self._copies[slot][:size_bytes]
+        copy[:] = view
+        return copy

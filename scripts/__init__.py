@@ -1,0 +1,1 @@
+"""The repository's commands. Their library is `scripts.lib`."""

@@ -1,0 +1,15 @@
+"""What the commands in scripts/ are made of. It is not installed: a clone's root is where it runs.
+
+What each part owns:
+
+    cluster   a Slurm cluster in namespaces (scripts/cluster), and how tests and benchmarks use one (client)
+    hdfs      an HDFS in namespaces (scripts/hdfs)
+    host      commands on this host
+    node      an agent without Slurm, for tests and benchmarks of one node
+    demo      the main job (scripts/demo)
+    sizes     the check that classes, functions and modules stay small (scripts/check)
+    bench     the benchmarks (scripts/bench), which may use the others
+
+Some modules are programs for another Python: a job's, or that of a cluster's machine. They are run by their
+path and import nothing of this package.
+"""

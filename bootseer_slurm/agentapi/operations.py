@@ -139,6 +139,13 @@ OPERATIONS = {
             reply=(Field("STATUS_JSON", "as `bootseer status` prints it"),),
         ),
         Operation(
+            "debug",
+            Asker.USER,
+            "how far a job's start is on this node (`bootseer debug job`)",
+            (_OWN_JOB_ID,),
+            reply=(Field("DEBUG_JSON", "as `bootseer debug job --json` prints it"),),
+        ),
+        Operation(
             "image",
             Asker.USER,
             "the image that pyxis asks for (the importer)",

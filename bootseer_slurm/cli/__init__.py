@@ -19,6 +19,7 @@ from bootseer_slurm import config as configuration
 from bootseer_slurm.cli import doctor, reports, settings
 from bootseer_slurm.cli.cache import app as cache_app
 from bootseer_slurm.cli.checkpoint import app as checkpoint_app
+from bootseer_slurm.cli.debug import app as debug_app
 from bootseer_slurm.cli.env import app as env_app
 from bootseer_slurm.cli.image import app as image_app
 from bootseer_slurm.cli.store import app as store_app
@@ -28,7 +29,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 config_app = typer.Typer(no_args_is_help=True, help="The configuration of this machine.")
 profile_app = typer.Typer(no_args_is_help=True, help="Profiles, the files given as --bootseer=PROFILE.toml.")
 for name, group in (("config", config_app), ("env", env_app), ("image", image_app), ("profile", profile_app),
-                    ("cache", cache_app), ("checkpoint", checkpoint_app), ("store", store_app)):  # fmt: skip
+                    ("cache", cache_app), ("checkpoint", checkpoint_app), ("store", store_app),
+                    ("debug", debug_app)):  # fmt: skip
     app.add_typer(group, name=name)
 for command in (doctor.doctor, reports.collect, reports.overhead, reports.answer):
     app.command()(command)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from bootseer_slurm.artifacts.layer import Layer
 from bootseer_slurm.artifacts.table import Artifacts
 from bootseer_slurm.job.background import Background
+from bootseer_slurm.job.class_record import ClassRecord
 from bootseer_slurm.job.context import JobContext
 from bootseer_slurm.job.intake import Intake
 from bootseer_slurm.job.publishing import Publisher
 from bootseer_slurm.job.recording import Recording
 from bootseer_slurm.job.repacking import Repacking
 from bootseer_slurm.job.saving import Saving, to_save
-from bootseer_slurm.userproc.job_process import JobProcess
 
 
 class AfterStart:
@@ -24,14 +24,14 @@ class AfterStart:
         intake: Intake,
         recording: Recording,
         publisher: Publisher,
-        process: JobProcess,
+        record: ClassRecord,
     ) -> None:
         self._context = context
         self._artifacts = artifacts
         self._intake = intake
         self._recording = recording
+        self._record = record
         self._publisher = publisher
-        self._process = process
         self._background = Background(context.job, context.config, context.phase)
         self._saving = Saving(self._background, context.log, context.phase)
         self._repacking = Repacking(self._background, context.log, context.phase, context.job_class)
@@ -47,10 +47,11 @@ class AfterStart:
         if not context.job.is_first_node(context.node):
             return
         self._saving.begin(to_save(self._artifacts, context.job.uid, context.job_class))
-        if not self._intake.only_observes and self._process.started:
+        process = self._publisher.process
+        if not self._intake.only_observes and process.started:
             self._repacking.begin(
                 fetched_bytes,
-                link_bytes_per_s=self._process.link.bytes_per_s,
+                link_bytes_per_s=process.link.bytes_per_s,
                 whole_comes=context.config.prefetch.cold_rate_bytes > 0,
             )
 
@@ -62,5 +63,6 @@ class AfterStart:
         """The job is over: write what is not written yet."""
         self._recording.finish("mark" if self._context.phase.is_announced else "end")
         self._recording.close()
-        self._intake.remember(self._publisher)
+        if not self._intake.only_observes:
+            self._record.write(self._artifacts, self._publisher)
         self._publisher.write_events(self._context.log)

@@ -7,26 +7,19 @@ shown at: of one that was learned no more is brought once tasks start without it
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 
 from bootseer_slurm.artifacts.artifact import Artifact
 from bootseer_slurm.artifacts.resolved import ResolvedArtifact
-from bootseer_slurm.artifacts.table import Artifacts, remembered
-from bootseer_slurm.blob.jobclass import Remembered, encode_record
+from bootseer_slurm.artifacts.table import Artifacts
 from bootseer_slurm.blob.ref import ArtifactRef
-from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.job.class_record import ClassRecord
 from bootseer_slurm.job.context import JobContext, Threads
 from bootseer_slurm.job.loading import Loader, prefetch_layer
-from bootseer_slurm.job.publishing import Publisher
-from bootseer_slurm.job.request import Request, learned_refs
+from bootseer_slurm.job.request import Request
 from bootseer_slurm.prefetch.scheduler import Scheduler
-from bootseer_slurm.userproc.job_process import JobProcess
-from bootseer_slurm.userproc.protocol import Remember
-
-_log = logging.getLogger(__name__)
 
 
 class Intake:
@@ -39,7 +32,7 @@ class Intake:
         loader: Loader,
         scheduler: Scheduler,
         threads: Threads,
-        process: JobProcess,
+        record: ClassRecord,
     ) -> None:
         self.only_observes = False
         self._by_site = False  # the job did not ask, and may still do so in a step
@@ -48,10 +41,9 @@ class Intake:
         self._loader = loader
         self._scheduler = scheduler
         self._threads = threads
-        self._process = process
+        self._record = record
         self._recalled = threading.Event()  # the class's record is read
         self._recalled.set()
-        self._record: list[Remembered] | None = None
 
     def begin(self, request: Request) -> None:
         """Load what a job asks for at its begin, and what its class asked for before."""
@@ -117,21 +109,9 @@ class Intake:
     def _recall(self, kinds: set[str]) -> None:
         """Load what this class asked for at its last start, of kinds that are not asked for now."""
         try:
-            learned = learned_refs(self._process().recall(self._context.job_class))
-            self._record = [Remembered(ref.kind, ref.name, owner) for ref, owner in learned]
-            for ref, owner in learned:
+            for ref, owner in self._record.read():
                 if ref.kind not in kinds:
                     self._context.log.emit("plan", "learned", target=ref.name, what=ref.kind)
                     self.request(Artifact(ref, by_job=False, owner=owner))
-        except BootseerError as error:
-            _log.info("nothing recalled: %s", error, extra={"job": self._context.job.job_id})
         finally:
             self._recalled.set()
-
-    def remember(self, publisher: Publisher) -> None:
-        """Tell the next start of this class what this one asked for, unless it knows."""
-        found = remembered(self._artifacts)
-        if self.only_observes or not self._process.started or found == self._record:
-            return
-        if found or self._record is not None:  # else the store may have something, and was away
-            publisher.write(Remember(self._context.job_class), encode_record(found))

@@ -28,7 +28,7 @@ class Publisher:
 
     def __init__(self, job: Job, process: JobProcess) -> None:
         self._job = job
-        self._process = process
+        self.process = process
         self._events_lock = threading.Lock()
         self._clock_asked = False
         self._gave_up = False
@@ -45,7 +45,7 @@ class Publisher:
                 reraise=True,
             ):
                 with attempt:
-                    self._process().write(request, content, timeout_s=patience_s)
+                    self.process().write(request, content, timeout_s=patience_s)
         except BootseerError as error:
             self._gave_up = True
             what = type(request).__name__
@@ -67,7 +67,7 @@ class Publisher:
             return
         self._clock_asked = True
         try:
-            offset_s, error_s = self._process().clock(path, timeout_s=_IMPATIENCE_S)
+            offset_s, error_s = self.process().clock(path, timeout_s=_IMPATIENCE_S)
         except BootseerError as error:
             _log.debug("clock not compared: %s", error, extra={"job": self._job.job_id})
             return

@@ -48,6 +48,10 @@ class _Recorded:
         last_s = self.recorder.last_s
         return last_s if last_s >= max(step_s, self.mounted_s) else 0.0
 
+    def began_ms(self, step_s: float, begin_s: float) -> int:
+        """When a step first read something new of it, in ms since `begin_s`, when the recording began."""
+        return self.recorder.first_ms(int((max(step_s, self.mounted_s) - begin_s) * 1000))
+
     def stop(self) -> None:
         self.layer.handle.reader.remove_recorder(self.recorder)
 
@@ -159,16 +163,13 @@ class Recording:
     @property
     def last_new_ns(self) -> int:
         """When something new was last read, in ns since the epoch; 0 when nothing was."""
-        last_s = self._last_s(self._recorded)
+        last_s = _last_s(self._recorded, self._step_s)
         return time.time_ns() - int((time.monotonic() - last_s) * 1e9) if last_s else 0
-
-    def _last_s(self, recorded: Iterable[_Recorded]) -> float:
-        return max((each.last_s(self._step_s) for each in recorded), default=0.0)
 
     def _write(self, ended: str) -> None:
         used = [each for each in self._recorded if each.last_s(self._step_s)]
         read_checkpoint = any(each.is_checkpoint for each in used)
-        began_ms = min(map(self._began_ms, used), default=0)
+        began_ms = min((each.began_ms(self._step_s, self._begin_s) for each in used), default=0)
         for each in self._recorded:
             is_partial = self._resumed or not each.layer.handle.is_seen
             unread = each not in used and each.shown and not is_partial
@@ -186,15 +187,10 @@ class Recording:
             elif unread and ended != "end":
                 self._writer.write(each.layer, ended, (), partial=False)
 
-    def _began_ms(self, recorded: _Recorded) -> int:
-        """When a step first read something new of a layer that was used, as its recorder tells the time."""
-        from_s = max(self._step_s, recorded.mounted_s)
-        return recorded.recorder.first_ms(int((from_s - self._begin_s) * 1000))
-
     def _is_cut_off(self, recorded: _Recorded, ended: str) -> bool:
         """Whether more of a checkpoint was, or may have been, to be read: nothing but its plan is brought."""
         checkpoints = [each for each in self._recorded if each.is_checkpoint]
-        quiet_s = time.monotonic() - self._last_s(checkpoints)
+        quiet_s = time.monotonic() - _last_s(checkpoints, self._step_s)
         loads = quiet_s <= self._config.start_quiet_s or any(map(_is_waited_for, checkpoints))
         return (ended == "cap" and loads) or ended == "end" or recorded.recorder.count >= MAX_TOUCHES
 
@@ -204,7 +200,7 @@ class Recording:
             now_s = time.monotonic()
             if any(map(_is_waited_for, self._recorded)):
                 waited_s = now_s  # a store that stalls is not quiet
-            last_s = self._last_s(self._recorded)
+            last_s = _last_s(self._recorded, self._step_s)
             if now_s - self._begin_s > self._config.start_cap_s:
                 self._on_over("cap")
             elif last_s and now_s - max(last_s, waited_s) > self._config.start_quiet_s:
@@ -214,3 +210,8 @@ class Recording:
 def _is_waited_for(recorded: _Recorded) -> bool:
     """Whether some read of it waits for blocks now."""
     return recorded.layer.handle.reader.waits.any_now
+
+
+def _last_s(recorded: Iterable[_Recorded], step_s: float) -> float:
+    """When a step last read something new of any of them; 0 when none did."""
+    return max((each.last_s(step_s) for each in recorded), default=0.0)

@@ -25,6 +25,7 @@ from bootseer_slurm.env.mounting import unmount_left
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.job.after_start import AfterStart
+from bootseer_slurm.job.class_record import ClassRecord
 from bootseer_slurm.job.context import JobContext, Threads
 from bootseer_slurm.job.intake import Intake
 from bootseer_slurm.job.journal import Added, Journal
@@ -37,6 +38,7 @@ from bootseer_slurm.prefetch.budget import MemoryBudget
 from bootseer_slurm.prefetch.scheduler import Scheduler
 from bootseer_slurm.slurm.allocation import Job
 from bootseer_slurm.userproc.job_process import JobProcess
+from bootseer_slurm.userproc.link import Link
 from bootseer_slurm.userproc.spare import Spare
 
 _log = logging.getLogger(__name__)
@@ -74,12 +76,16 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         folders = CheckpointFolders(config.agent.blobs.parent / "named" / job.folder_name)
         self._view = StepView(self.artifacts, folders, log)
         self._loader = Loader(context, self.artifacts, self._process, blobs, self._recording, journal)
-        self.intake = Intake(
-            context, self.artifacts, self._loader, self.scheduler, self._threads, self._process
-        )
+        record = ClassRecord(context, self._process)
+        self.intake = Intake(context, self.artifacts, self._loader, self.scheduler, self._threads, record)
         self._after_start = AfterStart(
-            context, self.artifacts, self.intake, self._recording, publisher, self._process
+            context, self.artifacts, self.intake, self._recording, publisher, record
         )
+
+    @property
+    def link(self) -> Link:
+        """The link that the job's bytes come over."""
+        return self._process.link
 
     def begin(self, request: Request, *, hook_start_ns: int | None) -> None:
         """Start to bring what the job asks for."""

@@ -26,11 +26,12 @@ _ORDER = ("image", "environment", "checkpoint")
 
 
 class Chosen(NamedTuple):
-    """Work to go on with: a run of hot blocks, or whatever is missing; and whether that is cold."""
+    """Work to go on with: a run of hot blocks, or whatever is missing; is that cold, and since when."""
 
     work: Work
     run: Run | None
     cold: bool
+    begin_s: float
 
 
 class Queue:
@@ -70,37 +71,34 @@ class Queue:
                     run = heapq.heappop(self._hot)
                     if run.is_needed:
                         run.work.in_flight += 1
-                        return Chosen(run.work, run, False)
+                        return Chosen(run.work, run, False, 0.0)
                 cold = not self._phase.is_starting
                 work = next((each for each in self.works if self._wants_more(each)), None)
                 pause_s = self._cold_from_s - time.monotonic() if cold else 0.0
                 if work is not None and pause_s <= 0:
                     work.in_flight += 1
                     self._cold_busy = cold
-                    return Chosen(work, None, cold)
+                    return Chosen(work, None, cold, time.monotonic())
                 self._more.wait(pause_s if work is not None and pause_s > 0 else None)
         return None
 
-    def done(self, chosen: Chosen, *, failed: bool) -> None:
-        """A stream is done with what `next` gave it."""
-        work, run, cold = chosen
+    def done(self, chosen: Chosen, count_bytes: int | None) -> None:
+        """A stream is done with what `next` gave it.
+
+        count_bytes: brought of whatever was missing; 0: there is no more, or no room. None: it failed.
+        """
+        work, run, cold, begin_s = chosen
         with self.lock:
             work.in_flight -= 1
-            if failed and run is None:
-                work.exhausted = True
-            elif failed and run is not None and run.is_needed and not run.ahead:
+            if run is None:
+                work.exhausted = work.exhausted or not count_bytes
+            elif count_bytes is None and run.is_needed and not run.ahead:
                 self.end_hot(work, there=False)
             if cold:
                 self._cold_busy = False
+                self._cold_from_s = begin_s + (count_bytes or 0) / self._cold_rate_bytes
                 self._more.notify()
             self.end_if_done(work)
-
-    def brought_any(self, work: Work, count_bytes: int, *, cold: bool, begin_s: float) -> None:
-        """So much of what was missing was brought; nothing: there is no more, or no room."""
-        with self.lock:
-            work.exhausted = work.exhausted or not count_bytes
-            if cold:
-                self._cold_from_s = begin_s + count_bytes / self._cold_rate_bytes
 
     def counts(self) -> tuple[int, int]:
         """How many runs of hot blocks wait, and how many layers that are read whole are not done."""

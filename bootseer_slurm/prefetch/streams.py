@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
@@ -62,22 +61,21 @@ class Streams:
 
     def _stream(self) -> None:
         while chosen := self._queue.next():
-            work, run, cold = chosen
+            work, run = chosen.work, chosen.run
             failure: BootseerError | None = None
+            count_bytes: int | None = None
             try:
-                if run is not None:
-                    self._bring_hot(run)
-                else:
-                    self._bring_any(work, cold=cold)
+                count_bytes = self._bring_hot(run) if run else self._retrying(self._fetch_any, work)
             except BootseerError as error:
                 failure = error
             except Exception as error:  # a stream that died would hold up what waits for it
                 failure = StoreError(f"{type(error).__name__}: {error}")
             if failure and not self._phase.has_ended:
                 self._on_fault("prefetch_failed", f"{work.layer.label}: {failure.message}")
-            self._queue.done(chosen, failed=failure is not None)
+            self._queue.done(chosen, count_bytes)
 
-    def _bring_hot(self, run: Run) -> None:
+    def _bring_hot(self, run: Run) -> int:
+        """Bring a run; what its read does not bring is queued again. Gives 0, for it counts no bytes."""
         work, first = run.work, run.first
         blob = work.layer.handle.reader.blob
         if not (blob.file.full or blob.blocks.has(first, run.last)):
@@ -88,10 +86,10 @@ class Streams:
             if first <= run.last:
                 self._queue.push(work, run.at_ms, first, run.last)
             if run.ahead:
-                return
+                return 0
             work.hot_left -= 1
             if work.hot_left or work.hot_over:
-                return
+                return 0
         # Others may have had some of them in flight, and failed.
         while (lacking := work.lacking()) and not (blob.file.full or work.hot_over or self._phase.has_ended):
             blob.blocks.wait(lacking[0], _OTHERS_S)
@@ -100,11 +98,7 @@ class Streams:
         with self._queue.lock:
             if not work.hot_over:
                 self._queue.end_hot(work, there=not lacking)
-
-    def _bring_any(self, work: Work, *, cold: bool) -> None:
-        begin_s = time.monotonic()
-        count_bytes = self._retrying(self._fetch_any, work)
-        self._queue.brought_any(work, count_bytes, cold=cold, begin_s=begin_s)
+        return 0
 
     def _fetch_any(self, work: Work) -> int:
         """Fetch what is missing, one run; gives its bytes."""

@@ -116,7 +116,7 @@ class Agent:
         self._sessions.wait_restored()
         self._blobs.close_unused()
         self._cache.forget_left()
-        used = {job.folder_name for job in self._sessions.jobs()}
+        used = {session.context.job.folder_name for session in self._sessions.all()}
         unpacked = unpacked_folder(self._config.cache.path)
         for folder in unpacked.iterdir() if unpacked.exists() else ():
             if folder.name not in used:

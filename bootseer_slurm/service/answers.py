@@ -14,6 +14,7 @@ from bootseer_slurm.config import Config
 from bootseer_slurm.errors import InputError, NotFound
 from bootseer_slurm.image.packer import Packer
 from bootseer_slurm.image.signing import read_key, sign
+from bootseer_slurm.job.inspection import inspect
 from bootseer_slurm.job.request import number
 from bootseer_slurm.job.session import Session
 from bootseer_slurm.service.sessions import Sessions
@@ -81,9 +82,12 @@ class Answers:  # size: a method for each operation
         return []
 
     def status(self, message: Message, uid: int, fds: list[int]) -> Message:
-        jobs = [{"job": job.job_id, "restart": job.restart} for job in self._sessions.jobs()]
+        jobs = [{"job": each.job_id, "restart": each.restart} for each in self._jobs()]
         status = {"node": self._node, "pid": os.getpid(), "start_ns": self._start_ns, "jobs": jobs}
         return [("STATUS_JSON", json.dumps(status))]
+
+    def debug(self, message: Message, uid: int, fds: list[int]) -> Message:
+        return [("DEBUG_JSON", json.dumps(inspect(self._own(message, uid))))]
 
     def image(self, message: Message, uid: int, fds: list[int]) -> Message:
         session = self._own(message, uid)
@@ -113,9 +117,12 @@ class Answers:  # size: a method for each operation
         signature = sign(read_key(self._config.image.site_key), owner, packed.manifest.id)
         return [("MANIFEST_ID", packed.manifest.id), ("SIGNATURE", signature)]
 
+    def _jobs(self) -> list[Job]:
+        return [session.context.job for session in self._sessions.all()]
+
     def _cancel_packing(self, job: Job) -> None:
         """End what is packed for a user whose last job ends."""
-        if all(other.uid != job.uid or other is job for other in self._sessions.jobs()):
+        if all(other.uid != job.uid or other is job for other in self._jobs()):
             self._packer.cancel(job.uid)
 
     def _own(self, message: Message, uid: int) -> Session:

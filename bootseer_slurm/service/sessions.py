@@ -124,11 +124,6 @@ class Sessions:
         # Without the lock, which prologs wait for: a job may have made 20,000 marks.
         return sum(map(faults_of, sessions), past)
 
-    def jobs(self) -> list[Job]:
-        """The jobs that have a session."""
-        with self._lock:
-            return [row.session.context.job for row in self._rows.values()]
-
     def end(self, job_id: int, reason: str) -> None:
         """Take a job's session out of the table, if there is one, and end it in a thread."""
         with self._lock:
@@ -141,8 +136,8 @@ class Sessions:
 
     def end_all(self, reason: str) -> None:
         """End the sessions, all at once, and wait for them and for those that are ending already."""
-        for job in self.jobs():
-            self.end(job.job_id, reason)
+        for session in self.all():
+            self.end(session.context.job.job_id, reason)
         self._endings.wait(_END_LIMIT_S)
 
     def restore(self) -> None:

@@ -2,14 +2,15 @@
 
 Owns every key, its default and its meaning; `conf/bootseer.toml` is written from here (`bootseer config
 template`). A value comes from the default, the file or the environment (BOOTSEER_<TABLE>_<KEY>), the later
-one winning. Every unknown key and every bad value is reported, all at once.
+one winning. Every unknown key and every bad value is reported, all at once. No library: msgspec ends at the
+first problem, and pydantic-settings does not tell where a value came from.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -212,32 +213,24 @@ def load(path: Path | None = None, *, environ: Mapping[str, str] = os.environ) -
     Raises ConfigError that names every unknown key and every bad value.
     """
     named = path or (Path(environ["BOOTSEER_CONFIG"]) if environ.get("BOOTSEER_CONFIG") else None)
-    source = named or DEFAULT_PATH
-    problems: list[str] = []
-    content = _read(source, required=named is not None)
-    for table in content.keys() - _TABLES.keys():
-        problems.append(f"{source}: {table}: unknown table")
-    tables: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for name, cls in _TABLES.items():
-        given = content.get(name, {})
-        if not isinstance(given, dict):
-            problems.append(f"{source}: {name}: must be a table")
-            given = {}
-        tables[name] = cls(**_values(name, cls, given, str(source), environ, origins, problems))
-    if problems:
+    loader = _Loader(named or DEFAULT_PATH, environ)
+    content = _read(loader.source, required=named is not None)
+    for name in content.keys() - _TABLES.keys():
+        loader.problems.append(f"{loader.source}: {name}: unknown table")
+    tables = {name: loader.table(name, kind, content.get(name, {})) for name, kind in _TABLES.items()}
+    if loader.problems:
         raise ConfigError(
-            "\n".join(problems), hint="`bootseer config template` shows every key with its default"
+            "\n".join(loader.problems), hint="`bootseer config template` shows every key with its default"
         )
-    return Config(**tables, origins=origins)
+    return Config(**tables, origins=loader.origins)
 
 
 def template() -> str:
     """The text of conf/bootseer.toml: every key, commented, with its default."""
     lines = ["# bootseer-slurm. Every key with its default; remove the # to change one."]
-    for name, cls in _TABLES.items():
-        lines += ["", f"# {(cls.__doc__ or '').split(': ', 1)[1]}", f"[{name}]"]
-        for key in fields(cls):
+    for name, kind in _TABLES.items():
+        lines += ["", f"# {(kind.__doc__ or '').split(': ', 1)[1]}", f"[{name}]"]
+        for key in fields(kind):
             default = key.metadata["default"]
             value = str(default) if isinstance(default, int) else str(default).replace("'", '"')
             value = f'"{value}"' if isinstance(default, str) else value
@@ -259,30 +252,35 @@ def _read(path: Path, *, required: bool) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
 
 
-def _values(
-    table: str,
-    cls: type,
-    given: dict[str, Any],
-    source: str,
-    environ: Mapping[str, str],
-    origins: dict[str, str],
-    problems: list[str],
-) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    keys = {key.name.removesuffix("_s").removesuffix("_bytes"): key for key in fields(cls)}
-    for unknown in given.keys() - keys.keys():
-        problems.append(f"{source}: {table}.{unknown}: unknown key")
-    for name, key in keys.items():
+@dataclass
+class _Loader:
+    """Takes the tables out of a file, and notes where each value comes from and all that is wrong."""
+
+    source: Path
+    environ: Mapping[str, str]
+    origins: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def table(self, table: str, kind: type, given: object) -> Any:
+        """The table as an object of its class. given: what the file has of it."""
+        if not isinstance(given, dict):
+            self.problems.append(f"{self.source}: {table}: must be a table")
+            given = {}
+        keys = {key.name.removesuffix("_s").removesuffix("_bytes"): key for key in fields(kind)}
+        for unknown in given.keys() - keys.keys():
+            self.problems.append(f"{self.source}: {table}.{unknown}: unknown key")
+        return kind(**{key.name: self._value(table, name, key, given) for name, key in keys.items()})
+
+    def _value(self, table: str, name: str, key: Field[Any], given: dict[str, Any]) -> Any:
         variable = f"BOOTSEER_{table}_{name}".upper()
         origin, raw = "default", key.metadata["default"]
         if name in given:
-            origin, raw = source, given[name]
-        if variable in environ:
-            origin, raw = f"${variable}", environ[variable]
-        origins[f"{table}.{name}"] = origin
+            origin, raw = str(self.source), given[name]
+        if variable in self.environ:
+            origin, raw = f"${variable}", self.environ[variable]
+        self.origins[f"{table}.{name}"] = origin
         try:
-            values[key.name] = key.metadata["parse"](raw)
+            return key.metadata["parse"](raw)
         except (BootseerError, ValueError, TypeError, AttributeError) as error:
-            problems.append(f"{origin}: {table}.{name}: {error}")
-            values[key.name] = key.metadata["parse"](key.metadata["default"])
-    return values
+            self.problems.append(f"{origin}: {table}.{name}: {error}")
+            return key.metadata["parse"](key.metadata["default"])

@@ -53,7 +53,7 @@ class OpenBlob:
         if not self.reader.blob.complete:
             return self.path
         self.bypassed = True
-        return self.reader.blob.path
+        return self.reader.blob.file.path
 
     def mount_image(self) -> Path:
         """Have the kernel mount a trusted squashfs; gives where. Raises BootseerError."""
@@ -62,7 +62,7 @@ class OpenBlob:
             if self.mount is None and not self.gone:
                 path = self.bind_path()
                 self.mount = KernelMount.open_image(path, self.mount_folder, uid=reader.uid, gid=reader.gid)
-                self.mount_reads_cache = path == reader.blob.path
+                self.mount_reads_cache = path == reader.blob.file.path
         return self.mount_folder
 
     def store(self, offset: int, data: memoryview) -> None:

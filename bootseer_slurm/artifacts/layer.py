@@ -60,7 +60,7 @@ class Layer:
     @property
     def is_packed_here(self) -> bool:
         """Whether it is a whole squashfs of ours, and not a file that must keep its bytes, or a layer."""
-        return self.mounted is not None and not (self.is_layered or self.handle.reader.blob.adopted)
+        return self.mounted is not None and not (self.is_layered or self.handle.reader.blob.unmanaged)
 
     @property
     def bind_path(self) -> Path:

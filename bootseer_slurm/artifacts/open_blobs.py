@@ -127,7 +127,7 @@ class OpenBlobs:
 
         Raises BootseerError or OSError when the cache does not have it.
         """
-        kept = self._cache.kept(blob_id, uid)
+        kept = self._cache.manifest(blob_id, uid)
         return BlobDescription(blob_id, kept.layout, kept.digests)
 
     def clone_mount(self, image: str, uid: int) -> int:
@@ -165,13 +165,13 @@ class OpenBlobs:
             return
         if cached.complete and not blob.mount_reads_cache:
             try:
-                mount.read_from(cached.path)
+                mount.read_from(cached.file.path)
                 blob.mount_reads_cache = True
             except OSError as error:
                 _log.info("blob %s: its mount is not kept: %s", cached.id[:12], error)
         if blob.mount_reads_cache:
             with self._lock:
-                idle = _IdleMount(mount, cached.path, os.fstat(cached.fd).st_ino)
+                idle = _IdleMount(mount, cached.file.path, os.fstat(cached.file.fd).st_ino)
                 self._idle[cached.uid, cached.id] = idle
             self.close_idle()
         else:

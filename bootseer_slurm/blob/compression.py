@@ -18,7 +18,7 @@ COMPRESSIONS = ("zstd", "lz4")
 
 
 class Measured(NamedTuple):
-    """What a compression makes of bytes. share: of them that is left. unpack_s: of a core, for each byte."""
+    """The cost of a compression. share: of the bytes that is left. unpack_s: of a core, for each byte."""
 
     share: float
     unpack_s: float

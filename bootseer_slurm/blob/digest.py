@@ -1,4 +1,4 @@
-"""Digests of blocks: which there are, and the one place where they are made and compared.
+"""Digests of blocks: which there are, and how they are made. Only `Layout.wrong_blocks` compares them.
 
     sha256    Python's own; of all manifests that name none
     blake3    of the package of that name, at less than half of sha256's cost (docs/bench-digest.md)
@@ -57,11 +57,6 @@ def digest_of(name: str, view: Bytes) -> bytes:
     return _FUNCTIONS[name](view)
 
 
-def agrees(name: str, digest: Bytes, view: Bytes) -> bool:
-    """Whether a block has this digest; False where none is known of it."""
-    return digest != NO_DIGEST and digest_of(name, view) == digest
-
-
-def place_of_digest(block: int) -> slice:
-    """Where the digest of a block lies among those of its blob."""
+def digest_slice(block: int) -> slice:
+    """The range of a block's digest among the digests of its blob."""
     return slice(block * DIGEST_BYTES, (block + 1) * DIGEST_BYTES)

@@ -41,7 +41,7 @@ STALE_S = 20.0
 # How often it is looked, less and less: with a thousand nodes waiting, each look is a thousand small reads.
 _POLL_S, _POLL_MAX_S = 0.3, 2.0
 # After taking over, wait until anybody else who does so now has written too: the last one has it.
-_SETTLE_S = 1.0
+_RIVALS_S = 1.0
 _LIMIT_BYTES = 4096
 _REASON = 500  # characters of it are kept
 
@@ -125,7 +125,7 @@ class Lease:
 
     def _take_over(self) -> bool:
         self._store.write(self._path, self._content())
-        time.sleep(_SETTLE_S)
+        time.sleep(_RIVALS_S)
         if not self._is_mine():
             return False
         self._thread.start()
@@ -171,7 +171,7 @@ def make_once(
     make: Callable[[], _Made],
     on_wait: Callable[[str], None],
 ) -> tuple[_Made, bool]:
-    """What is called `name`, and whether this process made it: one in the cluster does, the others wait.
+    """The thing called `name`, and whether this process made it: one in the cluster does, the others wait.
 
     look: finds it in the store, or None. on_wait: see Lease.acquire. Raises what that and `make` raise.
     """

@@ -14,9 +14,9 @@ have the same id everywhere, and a signature of the id binds the name of the dig
 Chunk i (chunk_bytes, a whole number of blocks) lies in object i % objects, at (i // objects) * chunk_bytes.
 A manifest is hostile until parsed: it comes from a folder that its user may write.
 
-The cache keeps the manifest beside the blocks. A file adopted where it lies has none; for it the cache keeps
-the same line with "format": "bootseer-file" and without a kind, and no digests behind it: these are known
-only as blocks are read, and lie in a file of their own.
+The cache keeps the manifest beside the blocks. An unmanaged file, which is used where it lies, has none. For
+it the cache keeps the same line with "format": "bootseer-file", without a kind, and no digests behind it:
+these are known only as blocks are read, and lie in a file of their own.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from typing import Any
 
 from bootseer_slurm.blob.digest import (
     DIGEST_BYTES,
+    NO_DIGEST,
     SHA256,
     Bytes,
-    agrees,
     check_digest,
     digest_of,
-    place_of_digest,
+    digest_slice,
 )
 from bootseer_slurm.errors import IntegrityError
 
@@ -103,9 +103,18 @@ class Layout:
         starts = range(0, len(chunk), self.block_bytes)
         return b"".join(digest_of(self.digest, chunk[start : start + self.block_bytes]) for start in starts)
 
-    def agrees(self, digest: Bytes, view: Bytes) -> bool:
-        """Whether the bytes of a block have this digest; False where none is known of it."""
-        return agrees(self.digest, digest, view)
+    def wrong_blocks(self, digests: Bytes, blocks: range, view: Bytes) -> Iterator[int]:
+        """Those of some blocks whose bytes do not have their digest, or of which none is known.
+
+        digests: of all blocks of the blob. view: the bytes of `blocks`; one that it lacks is wrong.
+        """
+        start = 0
+        for block in blocks:
+            expected = digests[digest_slice(block)]
+            end = start + self.block_bytes
+            if expected == NO_DIGEST or digest_of(self.digest, view[start:end]) != expected:
+                yield block
+            start = end
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +127,15 @@ class Manifest:
     generation: str = ""
 
     def digest(self, block: int) -> bytes:
-        return self.digests[place_of_digest(block)]
+        return self.digests[digest_slice(block)]
 
     def agrees(self, block: int, view: Bytes) -> bool:
         """Whether these are the bytes of a block."""
-        return self.layout.agrees(self.digest(block), view)
+        return not any(True for _ in self.wrong_blocks(range(block, block + 1), view))
+
+    def wrong_blocks(self, blocks: range, view: Bytes) -> Iterator[int]:
+        """Those of some blocks of which these are not the bytes (Layout.wrong_blocks)."""
+        return self.layout.wrong_blocks(self.digests, blocks, view)
 
     def encode(self) -> bytes:
         header = {"format": "bootseer-blob", "kind": self.kind, **_header(self.layout)}
@@ -163,13 +176,13 @@ def manifest_of(blob_id: str, layout: Layout, digests: bytes) -> Manifest:
     raise IntegrityError(f"blob {blob_id[:16]}: these digests are another blob's")
 
 
-def encode_adopted(layout: Layout) -> bytes:
-    """What the cache keeps in a manifest's place for a file adopted where it lies."""
+def encode_unmanaged(layout: Layout) -> bytes:
+    """The line that the cache keeps in a manifest's place for an unmanaged file."""
     header = {"format": "bootseer-file", **_header(layout)}
     return json.dumps(header, sort_keys=True).encode() + b"\n"
 
 
-def decode_adopted(content: bytes) -> Layout:
+def decode_unmanaged(content: bytes) -> Layout:
     """The layout in such a file. Raises IntegrityError, as `decode`."""
     with _as_integrity_error():
         header, rest = _split(content, "bootseer-file")
@@ -200,7 +213,7 @@ def _split(content: bytes, format_: str) -> tuple[Any, bytes]:
 
 
 def _header(layout: Layout) -> dict[str, object]:
-    """What a line says of a layout, and the version that this takes."""
+    """The fields of a line that describe a layout, and the version that this takes."""
     header = {"version": 1 if layout.digest == SHA256 else 2, **asdict(layout)}
     if layout.digest == SHA256:
         del header["digest"]  # as it was when there was no other: the ids of old blobs hold

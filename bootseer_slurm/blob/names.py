@@ -8,7 +8,7 @@ One small JSON object in the store for each path or URI, under the sha256 of tha
 
 A fingerprint says what the original was when the blob was made. It must mean the same on every node, so it
 holds no device, no inode and no part of a second: SFTP, for one, has none of them. To make whole seconds
-safe, no blob is made of what was changed less than SETTLE_S ago. Compare git's "racy" index entries.
+safe, no blob is made of what was changed less than RACY_S ago. Compare git's "racy" index entries.
 An image of a registry (image/reference.py) has the registry's manifest digest as its fingerprint, an
 environment the digest of its key (env/key.py), which is kept to tell what changed. Where the blob is a layer
 (env/layer.py), "base" is the one that it lies over: {"blob": "<id>", "folder": "…", "signature": ""}.
@@ -26,7 +26,7 @@ from typing import Any
 from bootseer_slurm.errors import IntegrityError, NotFound, StoreError
 from bootseer_slurm.store import Store
 
-SETTLE_S = 2.0  # more than the whole second that a fingerprint can tell apart
+RACY_S = 2.0  # more than the whole second that a fingerprint can tell apart
 _LIMIT_BYTES = 64 * 1024
 
 
@@ -41,7 +41,7 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """What the store knows of one path or URI.
+    """The record that the store has of one path or URI.
 
     signature: says that the site made this blob itself, "" when it did not. Only the agent can tell whether
     it is a good one.
@@ -73,11 +73,11 @@ def file_fingerprint(status: os.stat_result) -> str:
     return f"{status.st_size}@{int(status.st_mtime)}"
 
 
-def wait_until_settled(status: os.stat_result) -> None:
+def wait_while_racy(status: os.stat_result) -> None:
     """Wait until a later change of this file would show in its fingerprint (2 s at most)."""
     age_s = time.time() - status.st_mtime
-    if 0 <= age_s < SETTLE_S:
-        time.sleep(SETTLE_S - age_s)
+    if 0 <= age_s < RACY_S:
+        time.sleep(RACY_S - age_s)
 
 
 def write_name(store: Store, uid: int, name: Name) -> None:
@@ -89,7 +89,7 @@ def write_name(store: Store, uid: int, name: Name) -> None:
 
 
 def read_name(store: Store, uid: int, name: str) -> Name | None:
-    """What the store knows of a path or URI of this user, or None.
+    """The record that the store has of a path or URI of this user, or None.
 
     Raises IntegrityError when the record is damaged, StoreError when the store cannot be read.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from bootseer_slurm.blob.trace import (
     LIMIT_BYTES,
@@ -21,7 +22,7 @@ from bootseer_slurm.blob.trace import (
     traces_folder,
 )
 from bootseer_slurm.errors import BootseerError, NotFound
-from bootseer_slurm.store import Entry, Store
+from bootseer_slurm.store import Store, StoreEntry
 
 _PARALLEL_READS = 8
 _CLASSES = 64  # looked through where this one has no traces
@@ -38,12 +39,19 @@ def keep_trace(store: Store, uid: int, job_class: str, blob_id: str, content: by
         store.remove(f"{folder}/{name}")
 
 
-def plan_of(
-    store: Store, uid: int, job_class: str, blob_id: str, *, blocks: int, block_bytes: int, any_class: bool
-) -> tuple[Plan, str]:
-    """What earlier starts of a class touched of a blob, and what is wrong with traces that were left out.
+class Shape(NamedTuple):
+    """The blocks of a blob: how many, and the bytes of each."""
 
-    blocks, block_bytes: the blob's. any_class: where the class has no traces, those of the user's others.
+    blocks: int
+    block_bytes: int
+
+
+def plan_of(
+    store: Store, uid: int, job_class: str, blob_id: str, shape: Shape, *, any_class: bool
+) -> tuple[Plan, str]:
+    """The plan that earlier starts of a class give for a blob, and why traces were left out, "" if none was.
+
+    shape: the blob's. any_class: where the class has no traces, those of the user's others.
     Raises StoreError.
     """
     folder = trace_folder(uid, job_class, blob_id)
@@ -60,8 +68,8 @@ def plan_of(
     plan = merge(
         # That another class read nothing of it says nothing of this one.
         [each for each in found if not isinstance(each, str) and (each.touches or not from_others)],
-        blocks=blocks,
-        block_bytes=block_bytes,
+        blocks=shape.blocks,
+        block_bytes=shape.block_bytes,
         now_ns=time.time_ns(),
     )
     return plan, warning
@@ -89,10 +97,10 @@ def _paths_of_any_class(store: Store, uid: int, blob_id: str) -> Iterator[str]:
 
 
 def _by_time(store: Store, folder: str) -> list[str]:
-    """What lies in a folder of the store, the newest last."""
+    """The names in a folder of the store, the newest last."""
     entries = sorted(store.scan(folder), key=lambda entry: (entry.changed_s, entry.name))
     return [entry.name for entry in entries if _is_whole(entry)]
 
 
-def _is_whole(entry: Entry) -> bool:
+def _is_whole(entry: StoreEntry) -> bool:
     return not entry.name.startswith(".")

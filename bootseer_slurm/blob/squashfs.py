@@ -1,4 +1,4 @@
-"""What a squashfs file says of itself, read without mounting it."""
+"""The superblock of a squashfs file, read without mounting it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _TABLES_LIMIT_BYTES = 64 * 2**20
 _COMPRESSIONS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
 
 
+# size: a record of the format.
 class Superblock(NamedTuple):
     """The first bytes of a squashfs 4.0. root: of the inode, (piece << 16) + offset.
 
@@ -50,7 +51,7 @@ class Superblock(NamedTuple):
     def tables_start(self) -> int:
         """Where the first table begins."""
         tables = (self.ids, self.xattrs, self.inodes, self.folders, self.fragments, self.exports)
-        return min((place for place in tables if place != NO_TABLE), default=self.used_bytes)
+        return min((start for start in tables if start != NO_TABLE), default=self.used_bytes)
 
 
 def check_squashfs(reader: ObjectReader, name: str) -> None:
@@ -64,7 +65,7 @@ def check_squashfs(reader: ObjectReader, name: str) -> None:
 
 
 def head_and_tables(reader: ObjectReader, name: str) -> list[tuple[int, int]]:
-    """What a mount needs at once, as (offset, bytes): the superblock, and the tables at the end.
+    """The ranges that a mount needs at once, as (offset, bytes): the superblock, and the tables at the end.
 
     Of very long tables the end, 64 MiB: there lies what the mount itself reads. Raises InputError.
     """
@@ -75,7 +76,7 @@ def head_and_tables(reader: ObjectReader, name: str) -> list[tuple[int, int]]:
 
 
 def read_superblock(reader: ObjectReader, name: str) -> Superblock:
-    """What a file says of itself. Raises InputError when it is no squashfs."""
+    """The superblock of a file. Raises InputError when it is no squashfs."""
     head = bytearray(_SUPERBLOCK.size)
     if reader.read_into(0, memoryview(head)) < len(head):
         raise InputError(f"image {name}: too short for a squashfs")

@@ -64,7 +64,7 @@ class StoredFile:
 
 
 class Squashfs(NamedTuple):
-    """What an image holds: its regular files by path, as in its folders; how their blocks are compressed."""
+    """An image's regular files by path, in the order of its folders, and how their blocks are compressed."""
 
     block_bytes: int
     files: dict[str, StoredFile]
@@ -142,8 +142,8 @@ class _Image:
             return []
         per_piece = _PIECE_BYTES // _FRAGMENT.size
         pieces = -(-count // per_piece)
-        places = struct.unpack(f"<{pieces}Q", self._read(self._head.fragments, pieces * 8))
-        content = b"".join(self._piece(place)[0] for place in places)
+        offsets = struct.unpack(f"<{pieces}Q", self._read(self._head.fragments, pieces * 8))
+        content = b"".join(self._piece(offset)[0] for offset in offsets)
         found = (_FRAGMENT.unpack_from(content, number * _FRAGMENT.size) for number in range(count))
         return [Extent(offset, size & (_BLOCK_STORED - 1)) for offset, size, _ in found]
 

@@ -123,7 +123,7 @@ class Recorder:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What one start touched of one blob on one node.
+    """The blocks that one start touched of one blob on one node.
 
     blocks: that the blob has. ended: why recording ended, one of ENDED. touches: (block, ms since the start's
     first read), by time.
@@ -152,7 +152,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to prefetch of one blob. blocks: in order. times_ms: when a start first touches each.
+    """The blocks to prefetch of one blob. blocks: in order. times_ms: when a start first touches each.
 
     full_starts: how many starts with full traces it was made of. Without any and without blocks nothing is
     known; with some and without blocks, that nothing of it is touched.

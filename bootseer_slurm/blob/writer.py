@@ -12,74 +12,88 @@ import time
 from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bootseer_slurm.blob.digest import DIGEST_BYTES, PREFERRED
 from bootseer_slurm.blob.manifest import Layout, Manifest, block_bytes_of
-from bootseer_slurm.blob.names import Base, Name, user_folder, wait_until_settled, write_name
+from bootseer_slurm.blob.names import Base, Name, user_folder, wait_while_racy, write_name
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.store import FileReader, Store
 
 _THREADS = 16  # they wait more than they work: to close a file of HDFS takes half a second
 
 
-def store_file(
-    store: Store,
-    path: Path,
-    *,
-    kind: str,
-    name: str,
-    fingerprint: str,
-    objects: int = 1,
-    progress: Callable[[int], None] = lambda count: None,
-    sign: Callable[[str], str] = lambda blob: "",
-    key: dict[str, str] | None = None,
-    base: Base | None = None,
-    beside: Mapping[str, bytes] | None = None,
-) -> Name:
-    """Put the bytes of `path` into the store as a blob of this user, known under `name`.
+@dataclass(frozen=True)
+class Original:
+    """The original that a blob is made of, as its name in the store tells it (blob/names.py).
 
-    kind, objects, progress, beside: see store_blob.
-    sign: gives the signature of a blob's id, "" without one. key: of an environment. base: what it lies over.
-    Raises BootseerError when the file changed while it was read, StoreError when the store fails.
+    name: the path or URI. key: of an environment. base: the blob that a layer lies over.
     """
-    blob, folder = store_blob(store, path, kind=kind, objects=objects, progress=progress, beside=beside)
-    record = Name(kind, name, fingerprint, blob, folder, time.time_ns(), sign(blob), key or {}, base)
-    write_name(store, os.getuid(), record)
-    return record
+
+    kind: str
+    name: str
+    fingerprint: str
+    key: dict[str, str] = field(default_factory=dict)
+    base: Base | None = None
 
 
-def store_blob(
-    store: Store,
-    path: Path,
-    *,
-    kind: str,
-    objects: int = 1,
-    progress: Callable[[int], None] = lambda count: None,
-    beside: Mapping[str, bytes] | None = None,
-) -> tuple[str, str]:
-    """Put the bytes of `path` into the store as a blob of this user without a name; gives its id and folder.
+@dataclass(frozen=True)
+class BlobWriter:
+    """Puts files into the store as blobs of this user.
 
-    kind: image, environment or checkpoint. objects: stripe objects to spread the bytes over.
-    progress: called with the number of bytes just stored, from several threads.
-    beside: small objects to keep in the blob's folder, by their names.
-    Raises BootseerError when the file changed while it was read, StoreError when the store fails.
+    objects: stripe objects to spread the bytes over. beside: small objects to keep in the blob's folder, by
+    their names. progress: called with the number of bytes just stored, from several threads.
     """
-    before = path.stat()
-    wait_until_settled(before)
-    layout = Layout(before.st_size, block_bytes_of(kind), objects=max(1, objects), digest=PREFERRED)
-    folder = f"{user_folder(os.getuid())}/blobs/{secrets.token_hex(12)}"
-    try:
-        digests = write_objects(store, folder, path, layout, progress=progress)
-        for other, content in (beside or {}).items():
-            store.write(f"{folder}/{other}", content)
-        manifest = Manifest(kind, layout, digests)
-        store.write(f"{folder}/manifest", manifest.encode())
-    except BaseException:
-        store.remove(folder)
-        raise
-    return manifest.id, folder
+
+    store: Store
+    objects: int = 1
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    progress: Callable[[int], None] = lambda count: None
+
+    def store_named(
+        self, path: Path, original: Original, *, sign: Callable[[str], str] = lambda blob: ""
+    ) -> Name:
+        """Store the bytes of `path`, and have its blob known under the original's name.
+
+        sign: gives the signature of a blob's id, "" without one. Raises as `store_unnamed`.
+        """
+        blob, folder = self.store_unnamed(path, original.kind)
+        record = Name(
+            original.kind,
+            original.name,
+            original.fingerprint,
+            blob,
+            folder,
+            time.time_ns(),
+            sign(blob),
+            original.key,
+            original.base,
+        )
+        write_name(self.store, os.getuid(), record)
+        return record
+
+    def store_unnamed(self, path: Path, kind: str) -> tuple[str, str]:
+        """Store the bytes of `path` as a blob without a name; gives its id and folder.
+
+        kind: image, environment or checkpoint. Raises BootseerError when the file changed while it was read,
+        StoreError when the store fails.
+        """
+        before = path.stat()
+        wait_while_racy(before)
+        layout = Layout(before.st_size, block_bytes_of(kind), objects=max(1, self.objects), digest=PREFERRED)
+        folder = f"{user_folder(os.getuid())}/blobs/{secrets.token_hex(12)}"
+        try:
+            digests = write_objects(self.store, folder, path, layout, progress=self.progress)
+            for other, content in self.beside.items():
+                self.store.write(f"{folder}/{other}", content)
+            manifest = Manifest(kind, layout, digests)
+            self.store.write(f"{folder}/manifest", manifest.encode())
+        except BaseException:
+            self.store.remove(folder)
+            raise
+        return manifest.id, folder
 
 
 def write_objects(
@@ -98,14 +112,14 @@ def write_objects(
     """
     source = FileReader(path)
     digests = bytearray(layout.blocks * DIGEST_BYTES)
-    places = [f"{folder}/{index}" for index in range(layout.objects)]
-    writer = store.spread(place for index, place in enumerate(places) if index in there)
+    paths = [f"{folder}/{index}" for index in range(layout.objects)]
+    writer = store.spread(each for index, each in enumerate(paths) if index in there)
     try:
         before = source.status
         with ThreadPoolExecutor(_THREADS, "bootseer-write") as pool:
 
             def write(index: int) -> None:
-                opening = nullcontext() if index in there else writer(places[index])
+                opening = nullcontext() if index in there else writer(paths[index])
                 _write_object(opening, index, layout, source, digests, progress)
 
             list(pool.map(write, range(layout.objects)))

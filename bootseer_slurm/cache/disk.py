@@ -5,7 +5,7 @@
     <cache>/<uid>/<blob id>/blocks    which of them are there: one line of JSON, a byte a block, their sha256;
                                       written after data was synced. The line says in which
                                       boot, and what inode and time of change data had then
-    <cache>/<uid>/<blob id>/digests   of a file adopted where it lies: the digests seen so far, their sha256
+    <cache>/<uid>/<blob id>/digests   of an unmanaged file: the digests seen so far, and their sha256
     <cache>/<uid>/<blob id>/used      its time is that of the last use; whoever uses the blob holds a shared
                                       flock(2) on it, whoever removes it the exclusive one
 
@@ -26,21 +26,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bootseer_slurm.blob.digest import DIGEST_BYTES, NO_DIGEST, place_of_digest
-from bootseer_slurm.blob.manifest import Layout, decode, decode_adopted
+from bootseer_slurm.blob.digest import DIGEST_BYTES, NO_DIGEST, digest_slice
+from bootseer_slurm.blob.manifest import Layout, decode, decode_unmanaged
 from bootseer_slurm.cache.live import IN_FLIGHT, MISSING, PRESENT, UNCHECKED, boot_id, is_live, read_live
 from bootseer_slurm.errors import IntegrityError
 
-_ADOPTED = "file-"  # what the ids of adopted files begin with
+_UNMANAGED = "file-"  # what the ids of unmanaged files begin with
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where one blob of one user lies on this node: its folder, and its file of live state."""
+class BlobFolder:
+    """The folder of one blob of one user on this node, and the blob's file of live state."""
 
     uid: int
     id: str
-    folder: Path
+    path: Path
     live: Path
 
     @property
@@ -49,7 +49,7 @@ class Place:
         if is_live(self.live):
             return True
         try:
-            with open(self.folder / "used", "rb") as file:
+            with open(self.path / "used", "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -59,65 +59,83 @@ class Place:
 
     @property
     def disk_bytes(self) -> int:
-        """What its data takes on the disk."""
+        """Bytes that its data takes on the disk."""
         with contextlib.suppress(OSError):
-            return os.lstat(self.folder / "data").st_blocks * 512
+            return os.lstat(self.path / "data").st_blocks * 512
         return 0
 
     @property
     def used_s(self) -> float:
         """When it was last used, in seconds since the epoch; 0 when that is not known."""
         with contextlib.suppress(OSError):
-            return os.lstat(self.folder / "used").st_mtime
+            return os.lstat(self.path / "used").st_mtime
         return 0.0
+
+    def touch(self) -> None:
+        """Note that the blob was used now."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path / "used")
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What a folder says of its blob. digests: None for an adopted file."""
+class CachedManifest:
+    """The manifest that a folder has of its blob. digests: None for an unmanaged file."""
 
     kind: str
     layout: Layout
     digests: bytes | None
 
 
-def place_of(root: Path, live: Path, uid: int, blob_id: str) -> Place:
-    """Where a blob lies."""
-    return Place(uid, blob_id, root / str(uid) / blob_id, live / f"{uid}.{blob_id}")
+def blob_folder(root: Path, live: Path, uid: int, blob_id: str) -> BlobFolder:
+    """The folder of a blob, whether it is there or not."""
+    return BlobFolder(uid, blob_id, root / str(uid) / blob_id, live / f"{uid}.{blob_id}")
 
 
-def places(root: Path, live: Path) -> list[Place]:
-    """All blobs of a cache, the longest unused first."""
-    found = [place_of(root, live, int(each.parent.name), each.name) for each in root.glob("[0-9]*/*")
+def blob_folders(root: Path, live: Path) -> list[BlobFolder]:
+    """The folders of all blobs of a cache, the longest unused first."""
+    found = [blob_folder(root, live, int(each.parent.name), each.name) for each in root.glob("[0-9]*/*")
              if each.parent.name.isdecimal()]  # fmt: skip
-    return sorted(found, key=lambda place: place.used_s)
+    return sorted(found, key=lambda folder: folder.used_s)
 
 
-def read_kept(place: Place) -> Kept:
-    """What the folder says of its blob. Raises IntegrityError or OSError when it says nothing right."""
-    content = (place.folder / "manifest").read_bytes()
-    if place.id.startswith(_ADOPTED):
-        return Kept("file", decode_adopted(content), None)
+def read_manifest(folder: BlobFolder) -> CachedManifest:
+    """The manifest in a folder. Raises IntegrityError or OSError when there is none of this blob."""
+    content = (folder.path / "manifest").read_bytes()
+    if folder.id.startswith(_UNMANAGED):
+        return CachedManifest("file", decode_unmanaged(content), None)
     manifest = decode(content)
-    if hashlib.sha256(content).hexdigest() != place.id:
+    if hashlib.sha256(content).hexdigest() != folder.id:
         raise IntegrityError("manifest is not this blob's")
-    return Kept(manifest.kind, manifest.layout, manifest.digests)
+    return CachedManifest(manifest.kind, manifest.layout, manifest.digests)
+
+
+def keep_manifest(folder: BlobFolder, manifest: bytes) -> bool:
+    """Put the manifest into the folder; gives whether it was there. Raises OSError."""
+    path = folder.path / "manifest"
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == manifest:
+            return True
+    # First: digests that another manifest left would count as this one's, were the agent killed here.
+    folder.live.unlink(missing_ok=True)
+    (folder.path / "blocks").unlink(missing_ok=True)
+    replace(path, manifest)
+    return False
 
 
 def read_state(
-    place: Place, layout: Layout, *, adopted: bool, data: os.stat_result
+    folder: BlobFolder, layout: Layout, *, unmanaged: bool, data: os.stat_result
 ) -> tuple[bytes, bytes] | None:
-    """The states of the blocks and, of an adopted file, the digests; None when nothing can be believed.
+    """The states of the blocks and, of an unmanaged file, the digests; None when nothing can be believed.
 
     data: the status of the data file. Gives MISSING, PRESENT and UNCHECKED only.
     """
     if data.st_size != layout.size_bytes:
         return None
-    live = read_live(place.live, layout, adopted=adopted, data=data)
-    states, digests = live or _read_saved(place.folder, layout, adopted, data) or (b"", b"")
+    live = read_live(folder.live, layout, unmanaged=unmanaged, data=data)
+    states, digests = live or _read_saved(folder.path, layout, unmanaged, data) or (b"", b"")
     if len(states) != layout.blocks or set(states) - {MISSING, PRESENT, IN_FLIGHT, UNCHECKED}:
         return None
-    if adopted:
+    if unmanaged:
         return _without_torn(states, digests)
     return states.replace(bytes([IN_FLIGHT]), bytes([MISSING])), digests
 
@@ -165,9 +183,9 @@ def use(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def share(place: Place) -> Iterator[int]:
+def share(folder: BlobFolder) -> Iterator[int]:
     """Use a folder that is there for a while. Gives the descriptor of its lock. Raises OSError."""
-    fd = os.open(place.folder / "used", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = os.open(folder.path / "used", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH)
         yield fd
@@ -175,27 +193,27 @@ def share(place: Place) -> Iterator[int]:
         os.close(fd)
 
 
-def make_exclusive(fd: int, place: Place) -> bool:
+def make_exclusive(fd: int, folder: BlobFolder) -> bool:
     """Turn a shared use into the exclusive one, if nobody else uses the blob."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    return _is_at(fd, place.folder / "used") and not is_live(place.live)
+    return _is_at(fd, folder.path / "used") and not is_live(folder.live)
 
 
-def remove(place: Place) -> bool:
+def remove(folder: BlobFolder) -> bool:
     """Remove a blob that nobody uses; False when somebody does. Cut off, it leaves no wrong state."""
     try:
-        fd = os.open(place.folder / "used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(folder.path / "used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError:  # not a blob's folder at all: nobody can be using it
-        _clear(place.folder)
-        return not place.folder.exists()
+        _clear(folder.path)
+        return not folder.path.exists()
     try:
-        if not make_exclusive(fd, place):
+        if not make_exclusive(fd, folder):
             return False
-        _clear(place.folder)
-        place.live.unlink(missing_ok=True)
+        _clear(folder.path)
+        folder.live.unlink(missing_ok=True)
     finally:
         os.close(fd)
     return True
@@ -226,16 +244,16 @@ def _is_at(fd: int, path: Path) -> bool:
 
 
 def _read_saved(
-    folder: Path, layout: Layout, adopted: bool, data: os.stat_result
+    folder: Path, layout: Layout, unmanaged: bool, data: os.stat_result
 ) -> tuple[bytes, bytes] | None:
     try:
         line, _, states = _unsealed((folder / "blocks").read_bytes()).partition(b"\n")
         header = json.loads(line)
         unchanged = header == {"boot": boot_id(), "inode": data.st_ino, "mtime_ns": data.st_mtime_ns}
-        digests = _unsealed((folder / "digests").read_bytes()) if adopted else b""
+        digests = _unsealed((folder / "digests").read_bytes()) if unmanaged else b""
     except (OSError, ValueError):
         return None
-    if adopted and len(digests) != layout.blocks * DIGEST_BYTES:
+    if unmanaged and len(digests) != layout.blocks * DIGEST_BYTES:
         return None
     return (states if unchanged else states.replace(bytes([PRESENT]), bytes([UNCHECKED]))), digests
 
@@ -244,10 +262,10 @@ def _without_torn(states: bytes, digests: bytes) -> tuple[bytes, bytes]:
     """A block in flight has a digest that may be half written; a block without one has no proof."""
     whole, kept = bytearray(states), bytearray(digests)
     for block, state in enumerate(states):
-        at = place_of_digest(block)
+        own = digest_slice(block)
         if state == IN_FLIGHT:
-            kept[at] = NO_DIGEST
-        if state == IN_FLIGHT or kept[at] == NO_DIGEST:
+            kept[own] = NO_DIGEST
+        if state == IN_FLIGHT or kept[own] == NO_DIGEST:
             whole[block] = MISSING
     return bytes(whole), bytes(kept)
 
@@ -257,7 +275,7 @@ def _sealed(content: bytes) -> bytes:
 
 
 def _unsealed(content: bytes) -> bytes:
-    """What was sealed. Raises ValueError."""
+    """The content that was sealed. Raises ValueError where it is not whole."""
     if hashlib.sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
         raise ValueError("is not whole")
     return content[:-DIGEST_BYTES]

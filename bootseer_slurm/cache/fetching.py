@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bootseer_slurm.blob.digest import NO_DIGEST, place_of_digest
 from bootseer_slurm.cache.cache import MISSING, PRESENT, CachedBlob
 from bootseer_slurm.cache.sources import Source, Sources
 from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
@@ -69,7 +68,7 @@ class _CacheFile:
     @contextlib.contextmanager
     def read(self, offset: int, size_bytes: int, *, demand: bool, fixed: bool) -> Iterator[memoryview]:
         try:
-            content = self._blob.read(offset, size_bytes)
+            content = self._blob.file.read(offset, size_bytes)
         except OSError as error:
             raise StoreError(f"the cache's file cannot be read: {error.strerror}") from error
         yield memoryview(content)
@@ -106,11 +105,11 @@ class Fetching:
                 try:
                     with self._checked(source, claim, demand=demand) as (offset, view):
                         fetched_s = time.monotonic()
-                        kept = source is self._cache_file or self._blob.write(offset, view)
+                        kept = source is self._cache_file or self._blob.file.write(offset, view)
                         written_s = time.monotonic()
                         if not kept and unkept is not None:
                             self._put_aside(claim.first, view, unkept)
-                        self._blob.settle(claim.first, claim.count, PRESENT if kept else MISSING)
+                        self._blob.blocks.end_claim(claim.first, claim.count, PRESENT if kept else MISSING)
                         settled = True
                         if push and kept:
                             self._push(push, offset, view)
@@ -129,7 +128,7 @@ class Fetching:
             raise failure
         finally:
             if not settled:
-                self._blob.settle(claim.first, claim.count, MISSING)
+                self._blob.blocks.end_claim(claim.first, claim.count, MISSING)
 
     @contextlib.contextmanager
     def _checked(self, source: Source, claim: Claim, *, demand: bool) -> Iterator[tuple[int, memoryview]]:
@@ -138,23 +137,11 @@ class Fetching:
         size_bytes = self.bytes_of(claim.first, claim.first + claim.count)
         # An unmanaged file's bytes agree with no promise: its user brings them, and is shown what he brought.
         # One who changes them meanwhile has a digest kept that is not theirs, and loses the block at a check.
-        fixed = not self._blob.adopted
+        fixed = not self._blob.unmanaged
         with source.read(offset, size_bytes, demand=demand, fixed=fixed) as view:
-            self._check(claim, view, known=source is self._cache_file)
+            learn = self._blob.unmanaged and source is not self._cache_file
+            self._blob.blocks.check(claim.first, claim.count, view, learn=learn)
             yield offset, view
-
-    def _check(self, claim: Claim, view: memoryview, *, known: bool) -> None:
-        """Compare digests. known: a block without one, as unmanaged files have at first, is wrong."""
-        layout = self._blob.layout
-        for number in range(claim.count):
-            block = claim.first + number
-            start = number * layout.block_bytes
-            part, place = view[start : start + layout.block_bytes], place_of_digest(block)
-            expected = self._blob.digests[place]
-            if self._blob.adopted and not known and expected == NO_DIGEST:
-                self._blob.digests[place] = layout.digests_of(part)
-            elif not layout.agrees(expected, part):
-                raise IntegrityError(f"block {block} has not the digest that was promised")
 
     def _put_aside(self, first: int, view: memoryview, unkept: dict[int, bytes]) -> None:
         block_bytes = self._blob.layout.block_bytes

@@ -1,7 +1,7 @@
 """The state of a blob's blocks in memory that outlives a killed agent, but not a reboot.
 
-    <live>/<uid>.<blob id>      one line of JSON, padded to a page; from the next page one byte a block; for a
-                                file adopted where it lies, from the next page the digests seen so far
+    <live>/<uid>.<blob id>      one line of JSON, padded to a page; from the next page a byte a block; of an
+                                unmanaged file, from the next page the digests seen so far
 
 <live> is root's and closed, and should be on a tmpfs. The line says in which boot the file was made and of
 which data file it speaks, so a file that did outlive a reboot counts for nothing.
@@ -27,7 +27,7 @@ _PAGE_BYTES = mmap.ALLOCATIONGRANULARITY
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """The maps of one blob's file. digests: only of an adopted file."""
+    """The maps of one blob's file. digests: only of an unmanaged file."""
 
     states: mmap.mmap
     digests: mmap.mmap | None
@@ -50,26 +50,27 @@ def is_live(path: Path) -> bool:
 
 
 def read_live(
-    path: Path, layout: Layout, *, adopted: bool, data: os.stat_result
+    path: Path, layout: Layout, *, unmanaged: bool, data: os.stat_result
 ) -> tuple[bytes, bytes] | None:
     """A copy of the states and digests; None when they are not of this boot and this data file."""
-    states_at, digests_at, size_bytes = _places(layout, adopted)
+    states_at, digests_at, size_bytes = _offsets(layout, unmanaged)
     try:
         content = path.read_bytes()
         header = json.loads(content[:_PAGE_BYTES])
     except (OSError, ValueError):
         return None
     states = content[states_at : states_at + layout.blocks]
-    if header != _header(layout, adopted, data) or len(content) != size_bytes or set(states) - {0, 1, 2, 3}:
+    if header != _header(layout, unmanaged, data) or len(content) != size_bytes or set(states) - {0, 1, 2, 3}:
         return None
-    return states, content[digests_at : digests_at + layout.blocks * DIGEST_BYTES if adopted else digests_at]
+    digests = content[digests_at : digests_at + layout.blocks * DIGEST_BYTES] if unmanaged else b""
+    return states, digests
 
 
 def make_live(
-    path: Path, layout: Layout, *, adopted: bool, data: os.stat_result, states: bytes, digests: bytes
+    path: Path, layout: Layout, *, unmanaged: bool, data: os.stat_result, states: bytes, digests: bytes
 ) -> Live:
     """Make the file, in one step, with these states, and map it. Raises OSError (ENOSPC: memory is full)."""
-    states_at, digests_at, size_bytes = _places(layout, adopted)
+    states_at, digests_at, size_bytes = _offsets(layout, unmanaged)
     temporary = path.with_name(f".{path.name}.new")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -77,12 +78,12 @@ def make_live(
         os.posix_fallocate(fd, 0, size_bytes)
         live = Live(
             mmap.mmap(fd, layout.blocks, offset=states_at),
-            mmap.mmap(fd, layout.blocks * DIGEST_BYTES, offset=digests_at) if adopted else None,
+            mmap.mmap(fd, layout.blocks * DIGEST_BYTES, offset=digests_at) if unmanaged else None,
         )
         live.states[:] = states
         if live.digests is not None:
             live.digests[:] = digests
-        os.pwrite(fd, json.dumps(_header(layout, adopted, data)).encode().ljust(_PAGE_BYTES), 0)
+        os.pwrite(fd, json.dumps(_header(layout, unmanaged, data)).encode().ljust(_PAGE_BYTES), 0)
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -92,17 +93,17 @@ def make_live(
     return live
 
 
-def _header(layout: Layout, adopted: bool, data: os.stat_result) -> dict[str, object]:
+def _header(layout: Layout, unmanaged: bool, data: os.stat_result) -> dict[str, object]:
     return {
         "boot": boot_id(),
         "inode": data.st_ino,
         "size_bytes": layout.size_bytes,
         "block_bytes": layout.block_bytes,
-        "adopted": adopted,
+        "adopted": unmanaged,  # the name is the format's
     }
 
 
-def _places(layout: Layout, adopted: bool) -> tuple[int, int, int]:
+def _offsets(layout: Layout, unmanaged: bool) -> tuple[int, int, int]:
     """Where the states begin, where the digests, and the file's size."""
     digests_at = _PAGE_BYTES * (1 + -(-layout.blocks // _PAGE_BYTES))
-    return _PAGE_BYTES, digests_at, digests_at + (layout.blocks * DIGEST_BYTES if adopted else 0)
+    return _PAGE_BYTES, digests_at, digests_at + (layout.blocks * DIGEST_BYTES if unmanaged else 0)

@@ -66,7 +66,7 @@ class Reader:
             recorder.touch(first, last)
         if (on_read := self.on_read) is not None:
             on_read(first, last)
-        return self.blob.fd if self.blob.has(first, last) else None
+        return self.blob.file.fd if self.blob.blocks.has(first, last) else None
 
     def fetch(self, offset: int, size: int) -> bytes:
         """The range, fetched first where it is not there (fuse.File). Raises OSError (EIO)."""
@@ -85,9 +85,9 @@ class Reader:
             self.sources.tell("read_failed", error.message)
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
         if not unkept:
-            return self.blob.read(offset, end - offset)
+            return self.blob.file.read(offset, end - offset)
         parts = [
-            unkept.get(block) or self.blob.read(block * layout.block_bytes, layout.block_size(block))
+            unkept.get(block) or self.blob.file.read(block * layout.block_bytes, layout.block_size(block))
             for block in range(first, last + 1)
         ]
         start = offset - first * layout.block_bytes
@@ -98,12 +98,12 @@ class Reader:
 
         A run stays within one chunk, and `limit_bytes`. Raises BootseerError when no source has the bytes.
         """
-        first = self.blob.next_missing()
-        while first >= 0 and not self.blob.full:
+        first = self.blob.blocks.next_missing()
+        while first >= 0 and not self.blob.file.full:
             end = self._prefetch(first, self.blob.layout.blocks - 1, limit_bytes, push=None)
             if end > first:
                 return first * self.blob.layout.block_bytes, self._fetching.bytes_of(first, end)
-            first = self.blob.next_missing()  # others were faster
+            first = self.blob.blocks.next_missing()  # others were faster
         return 0, 0
 
     def prefetch_blocks(self, first: int, last: int, limit_bytes: int, *, push: Push | None = None) -> int:
@@ -113,7 +113,7 @@ class Reader:
         Raises BootseerError when no source has them.
         """
         block = first
-        while block <= last and not self.blob.full:
+        while block <= last and not self.blob.file.full:
             end = self._prefetch(block, last, limit_bytes, push=push)
             if end > block:
                 return end
@@ -125,7 +125,7 @@ class Reader:
         last = self._last_of_run(first, last)
         if limit_bytes is not None:
             last = min(last, first + max(1, limit_bytes // self.blob.layout.block_bytes) - 1)
-        count, unchecked = self.blob.claim(first, last)
+        count, unchecked = self.blob.blocks.claim(first, last)
         if count:
             self._fetching.fetch(Claim(first, count, unchecked), demand=False, push=push)
         return first + count
@@ -141,10 +141,10 @@ class Reader:
         Brings what is missing behind it with it, up to `last`. Gives how many blocks are there now.
         """
         deadline = time.monotonic() + _DEMAND_PATIENCE_S
-        while self.blob.states[block] != PRESENT:
-            count, unchecked = self.blob.claim(block, self._last_of_run(block, last))
+        while self.blob.blocks.states[block] != PRESENT:
+            count, unchecked = self.blob.blocks.claim(block, self._last_of_run(block, last))
             if count == 0:
-                self.blob.wait(block, 1.0)
+                self.blob.blocks.wait(block, 1.0)
                 continue
             try:
                 self._fetching.fetch(Claim(block, count, unchecked), demand=True, unkept=unkept)

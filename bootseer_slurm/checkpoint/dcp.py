@@ -86,19 +86,19 @@ class ParallelReader(FileSystemReader):  # type: ignore[misc]  # torch is not th
 
     def _read_file(self, name: str, items: list[Any], planner: _Planner, streams: int) -> list[Any]:
         """Read what lies in one file; gives what torch must read itself."""
-        places = {item.storage_index: self.storage_data[item.storage_index] for item in items}
+        infos = {item.storage_index: self.storage_data[item.storage_index] for item in items}
         works: list[_Whole | _Straight] = []
         left = []
         with ParallelFile(self.fs.concat_path(self.path, name), streams=streams) as file:
-            tensors = (places[item.storage_index] for item in items if item.type != LoadItemType.BYTE_IO)
-            saved = _look(file, [place for place in tensors if place.length > _WHOLE_BYTES])
-            for item in sorted(items, key=lambda item: places[item.storage_index].offset):
-                place = places[item.storage_index]
-                tensor = saved.get(place.offset)
-                if item.type == LoadItemType.BYTE_IO or place.length <= _WHOLE_BYTES:
-                    works.append(_Whole(item, place, planner))
+            tensors = (infos[item.storage_index] for item in items if item.type != LoadItemType.BYTE_IO)
+            saved = _look(file, [info for info in tensors if info.length > _WHOLE_BYTES])
+            for item in sorted(items, key=lambda item: infos[item.storage_index].offset):
+                info = infos[item.storage_index]
+                tensor = saved.get(info.offset)
+                if item.type == LoadItemType.BYTE_IO or info.length <= _WHOLE_BYTES:
+                    works.append(_Whole(item, info, planner))
                 elif tensor and (begin := tensor.begin_of(item.storage_offsets, item.lengths)) is not None:
-                    works.append(_Straight(item, place.offset + begin, tensor.dtype, planner))
+                    works.append(_Straight(item, info.offset + begin, tensor.dtype, planner))
                 else:
                     left.append(item)
             with ThreadPoolExecutor(_BATCHES, "bootseer-dcp-file") as pool:
@@ -126,7 +126,7 @@ def _batches(works: list[_Whole | _Straight]) -> Iterator[list[_Whole | _Straigh
 
 
 class _Planner:
-    """What is asked of a LoadPlanner, by one thread at a time."""
+    """A LoadPlanner, which is asked by one thread at a time."""
 
     def __init__(self, planner: Any) -> None:
         self._planner = planner
@@ -152,9 +152,9 @@ class _Planner:
 class _Whole:
     """An item that is read whole and then understood."""
 
-    def __init__(self, item: Any, place: Any, planner: _Planner) -> None:
-        self.offset = place.offset
-        self.memory_bytes = place.length
+    def __init__(self, item: Any, info: Any, planner: _Planner) -> None:
+        self.offset = info.offset
+        self.memory_bytes = info.length
         self._item = item
         self._planner = planner
         self._content = io.BytesIO()
@@ -220,17 +220,17 @@ class _Saved:
         return self.offset + begin * int(self.dtype.itemsize)
 
 
-def _look(file: ParallelFile, places: list[Any]) -> dict[int, _Saved | None]:
+def _look(file: ParallelFile, infos: list[Any]) -> dict[int, _Saved | None]:
     """How tensors are saved, by their offset in the file; None where torch alone can tell."""
-    ends = {place.offset: (place, bytearray(_END_BYTES), bytearray(_END_BYTES)) for place in places}
-    fronts = [(place.offset, front) for place, front, _ in ends.values()]
-    backs = [(place.offset + place.length - _END_BYTES, back) for place, _, back in ends.values()]
+    ends = {info.offset: (info, bytearray(_END_BYTES), bytearray(_END_BYTES)) for info in infos}
+    fronts = [(info.offset, front) for info, front, _ in ends.values()]
+    backs = [(info.offset + info.length - _END_BYTES, back) for info, _, back in ends.values()]
     file.read_ranges([*fronts, *backs])
-    return {offset: _saved(place.length, front, back) for offset, (place, front, back) in ends.items()}
+    return {offset: _saved(info.length, front, back) for offset, (info, front, back) in ends.items()}
 
 
 def _saved(length: int, front: bytearray, back: bytearray) -> _Saved | None:
-    """What is saved in an archive of which only both ends are known."""
+    """The tensor in an archive of which only both ends are known."""
     try:
         with _Sparse(-1, length) as content:
             content[: len(front)], content[length - len(back) :] = front, back
@@ -256,7 +256,7 @@ def _saved_in(archive: zipfile.ZipFile, front: bytearray) -> _Saved | None:
     name_bytes, extra_bytes = _MEMBER.unpack_from(front, member.header_offset)
     begin = member.header_offset + _MEMBER.size + name_bytes + extra_bytes
     dtype = tensor.storage.dtype
-    strides = [math.prod(tensor.size[place + 1 :]) for place in range(len(tensor.size))]
+    strides = [math.prod(tensor.size[axis + 1 :]) for axis in range(len(tensor.size))]
     plain = not tensor.offset and list(tensor.strides) == strides and not member.compress_type
     if not plain or member.file_size != math.prod(tensor.size) * dtype.itemsize:
         return None
@@ -274,7 +274,7 @@ class _Storage:
 
 @dataclass
 class _Tensor:
-    """What torch._utils._rebuild_tensor_v2 is called with for a tensor without anything special."""
+    """The arguments of torch._utils._rebuild_tensor_v2 for a tensor without anything special."""
 
     storage: _Storage
     offset: int

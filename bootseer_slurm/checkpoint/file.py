@@ -11,23 +11,17 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
-
+from bootseer_slurm.checkpoint.chunks import ChunkReader, KeptChunks
 from bootseer_slurm.checkpoint.striped import Opened, open_file
-from bootseer_slurm.errors import IntegrityError, StoreError
 
 STREAMS = 16
-_ATTEMPTS = 3
-_KEPT_CHUNKS = 32  # 128 MiB
-_AHEAD_CHUNKS = 16
 
 
+# size: most of its methods are those of a binary stream, io.RawIOBase.
 class ParallelFile(io.RawIOBase):
     """A file that is open for reading, as a binary stream. `read_at` and `view` are thread-safe."""
 
@@ -49,12 +43,11 @@ class ParallelFile(io.RawIOBase):
         self.name = name
         self.size = opened.layout.size_bytes
         self._opened = opened
-        self._layout = opened.layout
+        self._chunk_bytes = opened.layout.chunk_bytes
         self._position = 0
         self._pool = ThreadPoolExecutor(streams, "bootseer-read")
-        self._chunks: OrderedDict[int, Future[memoryview]] = OrderedDict()
-        self._lock = threading.Lock()
-        self._next_chunk = 0  # where a reader that goes forward is next
+        self._reader = ChunkReader(opened, name)
+        self._kept = KeptChunks(self._reader, -(-self.size // self._chunk_bytes), self._pool)
 
     # The stream
 
@@ -113,7 +106,7 @@ class ParallelFile(io.RawIOBase):
             raise ValueError("read of a closed file")
         view = memoryview(buffer).cast("B")
         view = view[: max(0, self.size - offset)]
-        chunk_bytes = self._layout.chunk_bytes
+        chunk_bytes = self._chunk_bytes
         direct: list[Future[None]] = []
         done = 0
         try:
@@ -121,13 +114,13 @@ class ParallelFile(io.RawIOBase):
                 chunk, within = divmod(offset + done, chunk_bytes)
                 count = min(chunk_bytes - within, len(view) - done)
                 part = view[done : done + count]
-                if count == self._chunk_size(chunk) and not self._is_kept(chunk):
-                    direct.append(self._pool.submit(self._read_chunk, chunk, part))
+                if count == self._reader.size_of(chunk) and not self._kept.has(chunk):
+                    direct.append(self._pool.submit(self._reader.read, chunk, part))
                 else:
-                    part[:] = self._kept(chunk)[within : within + count]
+                    part[:] = self._kept.get(chunk)[within : within + count]
                 done += count
         finally:
-            self._next_chunk = (offset + done) // chunk_bytes
+            self._kept.go_on((offset + done) // chunk_bytes)
             wait(direct)  # all, for they write to the caller's memory
         for future in direct:
             future.result()
@@ -141,7 +134,7 @@ class ParallelFile(io.RawIOBase):
         """
         if self.closed:
             raise ValueError("read of a closed file")
-        chunk_bytes = self._layout.chunk_bytes
+        chunk_bytes = self._chunk_bytes
         parts: dict[int, list[tuple[int, memoryview]]] = {}  # by chunk: where in it, and what is filled
         for offset, buffer in ranges:
             view = memoryview(buffer).cast("B")
@@ -153,81 +146,10 @@ class ParallelFile(io.RawIOBase):
                 count = min(chunk_bytes - within, len(view) - done)
                 parts.setdefault(chunk, []).append((within, view[done : done + count]))
                 done += count
-        futures = [self._pool.submit(self._read_parts, chunk, each) for chunk, each in parts.items()]
+        futures = [self._pool.submit(self._reader.read_parts, chunk, each) for chunk, each in parts.items()]
         wait(futures)  # all, for they write to the caller's memory
         for future in futures:
             future.result()
-
-    def _read_parts(self, chunk: int, parts: list[tuple[int, memoryview]]) -> None:
-        """Read the blocks of a chunk that the parts lie in."""
-        if len(parts) == 1 and len(parts[0][1]) == self._chunk_size(chunk):
-            self._read_chunk(chunk, parts[0][1])
-            return
-        block_bytes = self._layout.block_bytes
-        first = min(within for within, _ in parts) // block_bytes * block_bytes
-        end = max(within + len(view) for within, view in parts)
-        end = min(-(-end // block_bytes) * block_bytes, self._chunk_size(chunk))
-        blocks = memoryview(bytearray(end - first))
-        self._read_chunk(chunk, blocks, first)
-        for within, view in parts:
-            view[:] = blocks[within - first : within - first + len(view)]
-
-    def _chunk_size(self, chunk: int) -> int:
-        return min(self._layout.chunk_bytes, self.size - chunk * self._layout.chunk_bytes)
-
-    def _is_kept(self, chunk: int) -> bool:
-        with self._lock:
-            return chunk in self._chunks
-
-    def _kept(self, chunk: int) -> memoryview:
-        """A whole chunk; where reads go forward, the next ones are asked for too."""
-        with self._lock:
-            forward = chunk in (self._next_chunk, self._next_chunk + 1)
-            last = -(-self.size // self._layout.chunk_bytes) - 1
-            for each in range(chunk, min(last, chunk + (_AHEAD_CHUNKS if forward else 0)) + 1):
-                if each not in self._chunks:
-                    self._chunks[each] = self._pool.submit(self._new_chunk, each)
-                if each == chunk:
-                    self._chunks.move_to_end(each)
-            future = self._chunks[chunk]
-            while len(self._chunks) > _KEPT_CHUNKS:
-                self._chunks.popitem(last=False)  # who waits for it has it still
-        try:
-            return future.result()
-        except BaseException:
-            with self._lock:
-                if self._chunks.get(chunk) is future:
-                    del self._chunks[chunk]  # the next read tries again
-            raise
-
-    def _new_chunk(self, chunk: int) -> memoryview:
-        view = memoryview(bytearray(self._chunk_size(chunk)))
-        self._read_chunk(chunk, view)
-        return view
-
-    def _read_chunk(self, chunk: int, view: memoryview, within: int = 0) -> None:
-        """Read blocks of a chunk; once more where it fails, or its bytes are wrong: a replica may be."""
-        retrying = Retrying(
-            retry=retry_if_exception_type((StoreError, IntegrityError)),
-            stop=stop_after_attempt(_ATTEMPTS),
-            wait=wait_exponential(multiplier=0.1, max=2),
-            reraise=True,
-        )
-        retrying(self._read_once, chunk * self._layout.chunk_bytes + within, view)
-
-    def _read_once(self, offset: int, view: memoryview) -> None:
-        extent = self._layout.extent(offset, len(view))
-        count = self._opened.objects[extent.object].read_into(extent.offset, view)
-        if count < len(view):
-            raise IntegrityError(f"{self.name}: stripe {extent.object} ended before it should")
-        manifest = self._opened.manifest
-        if manifest is None:
-            return
-        first = offset // self._layout.block_bytes
-        for number, start in enumerate(range(0, len(view), self._layout.block_bytes)):
-            block = view[start : start + self._layout.block_bytes]
-            if not manifest.agrees(first + number, block):
-                raise IntegrityError(f"{self.name}: block {first + number} is not what was written")
 
     def __del__(self) -> None:
         if hasattr(self, "_pool"):

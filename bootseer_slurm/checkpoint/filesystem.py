@@ -22,11 +22,12 @@ from bootseer_slurm.checkpoint.file import ParallelFile
 from bootseer_slurm.checkpoint.striped import open_in, read_manifest
 from bootseer_slurm.checkpoint.writer import OBJECTS, StripedWriter
 from bootseer_slurm.errors import NotFound
-from bootseer_slurm.store import TEMPORARY, Entry, Store, open_store
+from bootseer_slurm.store import TEMPORARY, Store, StoreEntry, open_store
 
 PROTOCOLS = ("bootseer+file", "bootseer+hdfs", "bootseer+s3")
 
 
+# size: the methods that fsspec prescribes.
 class StripedFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
     """The files below one host, bucket or root. Errors are BootseerError, and FileNotFoundError."""
 
@@ -101,7 +102,7 @@ class StripedFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
         ]
         return found if detail else [each["name"] for each in found]
 
-    def _entry(self, path: str, entry: Entry) -> dict[str, Any]:
+    def _entry(self, path: str, entry: StoreEntry) -> dict[str, Any]:
         if entry.is_folder:
             return self.info(path)
         return {"name": path, "size": entry.size_bytes, "type": "file"}
@@ -172,7 +173,7 @@ def _within(path: str) -> str:
 
 @contextlib.contextmanager
 def _as_os_error(path: str) -> Any:
-    """What is not there is what fsspec's users expect."""
+    """A missing file is the error that fsspec's users expect."""
     try:
         yield
     except NotFound as error:

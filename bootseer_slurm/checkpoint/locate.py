@@ -21,11 +21,12 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import quote
 
 from bootseer_slurm.checkpoint.striped import MANIFEST, split
 from bootseer_slurm.errors import NotFound, StoreError
-from bootseer_slurm.store import Entry, Store, open_store
+from bootseer_slurm.store import Store, StoreEntry, open_store
 
 _TRACKERS = ("latest_checkpointed_iteration.txt", "latest")
 _TRACKER_LIMIT_BYTES = 256
@@ -37,7 +38,7 @@ _SHARD = re.compile(r"-of-|rank|consolidated")  # a part of one checkpoint, by n
 # What lies beside checkpoints.
 _NONE = (".out", ".err", ".log", ".json", ".txt", ".yaml", ".yml", ".csv", ".sh", ".py")
 _LAST = (".metadata", "trainer_state.json")
-_SETTLED_S = 60.0
+_QUIET_S = 60.0
 _DEPTH = 3
 
 
@@ -81,23 +82,32 @@ def newest(uri: str, *, now_s: float | None = None) -> Checkpoint:
     return found
 
 
-def named_files(name: str, *, newest_step: bool = False) -> tuple[list[tuple[str, str, str]], str]:
-    """What files a name stands for, and why if they had to be found; the name itself of a file.
+class NamedFile(NamedTuple):
+    """A file of a checkpoint: its path or URI, and its path within the checkpoint, "" of one that is a file.
 
-    Each with its place, what it is in checkpoints of this name whatever step they are of, and with its path
-    within the checkpoint.
+    role: the same for the file that has its part in the checkpoint of any other step.
+    """
+
+    path: str
+    role: str
+    within: str
+
+
+def named_files(name: str, *, newest_step: bool = False) -> tuple[list[NamedFile], str]:
+    """The files that a name stands for, and why if they had to be found; the name itself of a file.
+
     name: as of `newest`; a path may be a link. newest_step: instead of the checkpoint that is named, the
     newest one that is called alike. Raises NotFound or StoreError.
     """
     if newest_step:
         with contextlib.suppress(NotFound):
             return _of_newest_step(name.rstrip("/"))
-    place = _without_step(name)
+    role = _without_step(name)
     path = os.path.realpath(name) if "://" not in name else ""
     if path and not (os.path.isdir(path) or "*" in os.path.basename(path)):
-        return [(name, place, "")], ""
+        return [NamedFile(name, role, "")], ""
     if path and os.path.exists(f"{path}/{MANIFEST}"):
-        return [(name, place, "")], ""
+        return [NamedFile(name, role, "")], ""
     found = newest(path or name)
     folder = (os.path.dirname(path) if path else split(name)[0]).rstrip("/")
     files = []
@@ -105,11 +115,11 @@ def named_files(name: str, *, newest_step: bool = False) -> tuple[list[tuple[str
         is_striped = path and file in found.striped
         full = f"file://{quote(f'{folder}/{file}')}" if is_striped else f"{folder}/{file}"
         within = file.removeprefix(found.path)
-        files.append((full, place + within, within.lstrip("/")))
+        files.append(NamedFile(full, role + within, within.lstrip("/")))
     return files, f"{found.path}: {found.why}"
 
 
-def _of_newest_step(name: str) -> tuple[list[tuple[str, str, str]], str]:
+def _of_newest_step(name: str) -> tuple[list[NamedFile], str]:
     """As `named_files`, of the newest checkpoint that is called as this one but for the step.
 
     name: of a checkpoint, or of a file in the folder of one. Raises NotFound or StoreError.
@@ -120,14 +130,12 @@ def _of_newest_step(name: str) -> tuple[list[tuple[str, str, str]], str]:
     if not _SAYS_STEP.search(folder.rpartition("/")[2]):
         raise NotFound(f"{name}: names no step")
     files, message = named_files(_without_step(folder))
-    if not (found := [(file, place, "") for file, place, within in files if within == last]):
+    if not (found := [file._replace(within="") for file in files if file.within == last]):
         raise NotFound(f"{name}: the newest step has no such file")
     return found, message
 
 
-def share_of(
-    files: list[tuple[str, str, str]], limit: int, *, rank: int, nodes: int
-) -> list[tuple[str, str, str]]:
+def share_of(files: list[NamedFile], limit: int, *, rank: int, nodes: int) -> list[NamedFile]:
     """Of files as `named_files` gives them at most `limit`, those that a node most likely reads.
 
     rank: of the node, of so many. What has no number in its name is for all; of the rest, which belongs to
@@ -135,8 +143,10 @@ def share_of(
     """
     if len(files) <= limit:
         return files
-    common = [each for each in files if not _NUMBER.search(each[2])][:limit]
-    numbered = sorted((each for each in files if _NUMBER.search(each[2])), key=lambda each: _natural(each[2]))
+    common = [each for each in files if not _NUMBER.search(each.within)][:limit]
+    numbered = sorted(
+        (each for each in files if _NUMBER.search(each.within)), key=lambda each: _natural(each.within)
+    )
     left = limit - len(common)
     first = max(0, min(len(numbered) * rank // nodes, len(numbered) - left))
     return common + numbered[first : first + left]
@@ -147,7 +157,7 @@ def _natural(name: str) -> list[tuple[str, int]]:
     return [(text, int(digits)) for text, digits in re.findall(r"([^0-9]*)([0-9]{1,18}|$)", name) if digits]
 
 
-def _holds_checkpoints(inside: list[Entry]) -> bool:
+def _holds_checkpoints(inside: list[StoreEntry]) -> bool:
     """Whether what lies in a folder are checkpoints, and not the files of one."""
     names = {entry.name for entry in inside}
     if names & {MANIFEST, *_LAST} or any(name.endswith(".distcp") for name in names):
@@ -167,7 +177,7 @@ def _step_in(name: str) -> re.Match[str] | None:
 
 
 def _without_step(path: str) -> str:
-    """What the checkpoints of all steps are called alike, or a file in their folders."""
+    """The pattern that the checkpoints of all steps match, or a file in their folders."""
     folder, slash, name = path.rstrip("/").rpartition("/")
     if match := _step_in(name):
         return f"{folder}{slash}{name[: match.start(1)]}*{name[match.end(1) :]}"
@@ -177,7 +187,7 @@ def _without_step(path: str) -> str:
     return f"{folder}{slash}{name}"
 
 
-def _newest_of(store: Store, prefix: str, entries: Iterable[Entry], now_s: float) -> Checkpoint | None:
+def _newest_of(store: Store, prefix: str, entries: Iterable[StoreEntry], now_s: float) -> Checkpoint | None:
     by_name = {entry.name: entry for entry in entries}
     for tracker in _TRACKERS:
         name = _named(store, f"{prefix}{tracker}") if tracker in by_name else ""
@@ -199,8 +209,8 @@ def _named(store: Store, tracker: str) -> str:
     return f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else text
 
 
-def _looked_at(store: Store, path: str, entry: Entry, now_s: float | None) -> Checkpoint | None:
-    """A file or folder as a checkpoint; None when it is not complete. now_s: None: it need not settle."""
+def _looked_at(store: Store, path: str, entry: StoreEntry, now_s: float | None) -> Checkpoint | None:
+    """A file or folder as a checkpoint; None when it is not complete. now_s: None: it may still change."""
     files = list(_files_of(store, path, entry))
     if not files or any(_PART.fullmatch(file.name) for _, file in files):
         return None
@@ -218,12 +228,12 @@ def _looked_at(store: Store, path: str, entry: Entry, now_s: float | None) -> Ch
     if len(files) == 1 and files[0][1].is_folder:
         return complete("its manifest is there")
     newest_s = max(file.changed_s for _, file in files)
-    if now_s is not None and now_s - newest_s < _SETTLED_S:
+    if now_s is not None and now_s - newest_s < _QUIET_S:
         return None
     return complete("nothing in it changes")
 
 
-def _files_of(store: Store, path: str, entry: Entry, depth: int = 0) -> Iterator[tuple[str, Entry]]:
+def _files_of(store: Store, path: str, entry: StoreEntry, depth: int = 0) -> Iterator[tuple[str, StoreEntry]]:
     """The files of a checkpoint, by path; a striped one is a folder."""
     if not entry.is_folder:
         yield path, entry

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bootseer_slurm.blob.digest import PREFERRED
 from bootseer_slurm.blob.manifest import Layout, Manifest
-from bootseer_slurm.blob.names import wait_until_settled
+from bootseer_slurm.blob.names import wait_while_racy
 from bootseer_slurm.blob.writer import write_objects
 from bootseer_slurm.checkpoint.striped import generation_of, new_generation, publish, remove_older, split
 from bootseer_slurm.checkpoint.writer import OBJECTS
@@ -39,7 +39,7 @@ def stripe_file(
     folder, name = split(uri)
     store = open_store(folder, plain=True)
     status = source.stat()
-    wait_until_settled(status)
+    wait_while_racy(status)
     objects = objects or _objects_for(store, status.st_size)
     layout = Layout(status.st_size, objects=objects, digest=PREFERRED)
     identity = [str(source.resolve()), status.st_size, status.st_mtime_ns, status.st_ino]

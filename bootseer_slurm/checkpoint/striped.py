@@ -107,7 +107,7 @@ def placement(uri: str) -> dict[str, int] | None:
 
 
 def identity_of(uri: str) -> str:
-    """What tells a file that is not striped from another of its name. Raises StoreError, NotFound."""
+    """A text that tells a file that is not striped from another of its name. Raises StoreError, NotFound."""
     folder, name = split(uri)
     return f"{uri} {open_store(folder, plain=True).identity(name)}"
 

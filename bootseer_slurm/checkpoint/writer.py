@@ -130,7 +130,8 @@ class StripedWriter(io.RawIOBase):
 
     def write(self, content: Any) -> int:
         """Write all of it; gives its bytes. Raises StoreError."""
-        self._checkClosed()
+        if self.closed:
+            raise ValueError("write to a closed file")
         view = memoryview(content).cast("B")
         done = 0
         while done < len(view):
@@ -140,10 +141,6 @@ class StripedWriter(io.RawIOBase):
             if len(self._chunk) == CHUNK_BYTES:
                 self._put()
         return len(view)
-
-    def _checkClosed(self) -> None:
-        if self.closed:
-            raise ValueError("write to a closed file")
 
     def _put(self) -> None:
         chunk, self._chunk = memoryview(self._chunk), bytearray()

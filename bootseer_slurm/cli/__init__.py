@@ -22,12 +22,12 @@ from bootseer_slurm.cli.checkpoint import app as checkpoint_app
 from bootseer_slurm.cli.debug import app as debug_app
 from bootseer_slurm.cli.env import app as env_app
 from bootseer_slurm.cli.image import app as image_app
-from bootseer_slurm.errors import InputError, StoreError
+from bootseer_slurm.cli.store import app as store_app
+from bootseer_slurm.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="The configuration of this machine.")
 profile_app = typer.Typer(no_args_is_help=True, help="Profiles, the files given as --bootseer=PROFILE.toml.")
-store_app = typer.Typer(no_args_is_help=True, help="The shared store.")
 for name, group in (("config", config_app), ("env", env_app), ("image", image_app), ("profile", profile_app),
                     ("cache", cache_app), ("checkpoint", checkpoint_app), ("store", store_app),
                     ("debug", debug_app)):  # fmt: skip
@@ -156,18 +156,3 @@ def profile_check(path: Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     parse_profile(text)
-
-
-@store_app.command("init")
-def store_init() -> None:
-    """Make the folders of a file:// store (an admin, once)."""
-    uri = settings.config().store.uri
-    if not uri.startswith("file://"):
-        raise InputError(f"{uri}: only a file:// store needs this")
-    users = Path(uri.removeprefix("file://")) / "users"
-    try:
-        users.mkdir(parents=True, exist_ok=True)
-        users.chmod(0o1777)
-    except OSError as error:
-        raise StoreError(f"{users}: cannot be made: {error.strerror}") from error
-    print(f"{users} is ready")

@@ -24,7 +24,7 @@ app = typer.Typer(no_args_is_help=True, help="The cache of this node (root).")
 @app.command("show")
 def cache_show() -> None:
     """Show the blobs on this node, the longest unused first, and how much room is left."""
-    from bootseer_slurm.cache.survey import entries
+    from bootseer_slurm.cache.admin import entries
 
     root, live = _folders()
     found = entries(root, live)
@@ -60,7 +60,7 @@ def cache_gc(
     ] = None,
 ) -> None:
     """Remove the blobs that no job uses, the longest unused first."""
-    from bootseer_slurm.cache.survey import evict
+    from bootseer_slurm.cache.admin import evict
 
     removed = evict(*_folders(), to_bytes=parse_bytes(to) if to else 0)
     for entry in removed:
@@ -71,7 +71,7 @@ def cache_gc(
 @app.command("verify")
 def cache_verify() -> None:
     """Compare the digest of every block that is there; exit status 6 when one is wrong."""
-    from bootseer_slurm.cache.survey import entries, verify
+    from bootseer_slurm.cache.admin import entries, verify
 
     root, live = _folders()
     with progress_bars() as progress:

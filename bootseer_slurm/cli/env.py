@@ -59,7 +59,7 @@ def env_save_installed(
 
 def _tell_saved(record: Name, saved: bool) -> None:
     """Print the name of a saved snapshot. The one that it replaces is collected a day later."""
-    from bootseer_slurm.blob.garbage import collect_garbage
+    from bootseer_slurm.blob.gc import collect_garbage
     from bootseer_slurm.env.snapshot import forget_installed
 
     if saved:
@@ -199,7 +199,7 @@ def env_rm(folder: _Folder, image: _Image = "") -> None:
 @app.command("gc")
 def env_gc() -> None:
     """Remove snapshots of environments that are gone, and what broken saves left."""
-    from bootseer_slurm.blob.garbage import collect_garbage
+    from bootseer_slurm.blob.gc import collect_garbage
     from bootseer_slurm.blob.names import remove_name
     from bootseer_slurm.env.key import parts_of
 

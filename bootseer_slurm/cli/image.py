@@ -164,20 +164,6 @@ def image_rm(image: _Image) -> None:
     print(f"{name}  {'removed' if gone else 'forgotten; its blob has other names'}")
 
 
-@app.command("gc")
-def image_gc() -> None:
-    """Remove what broken pushes left, blobs without a name (environments' too), and traces after 30 days."""
-    from bootseer_slurm.blob.garbage import collect_garbage
-
-    found = collect_garbage(settings.store(), os.getuid())
-    for path in found.removed:
-        print(f"removed {path}")
-    for path in found.marked:
-        print(f"without a name, goes after a day: {path}")
-    print(f"{len(found.removed)} removed, {decimal(found.size_bytes)}")
-    _tell(found.problems)
-
-
 @app.command("verify")
 def image_verify(image: _Image) -> None:
     """Read an image's blob from the store and compare every block with its digest."""

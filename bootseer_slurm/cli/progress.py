@@ -31,17 +31,12 @@ def progress_bars() -> Iterator[Progress]:
 def store_with_progress(path: Path, kind: str, *, objects: int, name: str) -> None:
     """Put a file into the store under `name`, and print its blob's id."""
     from bootseer_slurm.blob.names import file_fingerprint
-    from bootseer_slurm.blob.writer import store_file
+    from bootseer_slurm.blob.writer import BlobWriter, Original
 
     with progress_bars() as progress:
         task = progress.add_task(name, total=path.stat().st_size)
-        record = store_file(
-            settings.store(),
-            path,
-            kind=kind,
-            name=name,
-            objects=objects,
-            fingerprint=file_fingerprint(path.stat()),
-            progress=lambda count: progress.advance(task, count),
+        writer = BlobWriter(
+            settings.store(), objects=objects, progress=lambda count: progress.advance(task, count)
         )
+        record = writer.store_named(path, Original(kind, name, file_fingerprint(path.stat())))
     print(f"{name}  {record.blob[:16]}")

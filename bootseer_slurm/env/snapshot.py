@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from bootseer_slurm import scratch
 from bootseer_slurm.blob.lease import make_once
 from bootseer_slurm.blob.names import Base, Name, list_names, read_name, remove_name
-from bootseer_slurm.blob.writer import store_file
+from bootseer_slurm.blob.writer import BlobWriter, Original
 from bootseer_slurm.env.archive import squash, write_tar
 from bootseer_slurm.env.bytecode import compile_aside, compiled_aside, uncompiled
 from bootseer_slurm.env.key import Key, fingerprint_of, key_of, parts_of, stored_name
@@ -110,17 +110,12 @@ def save(
                 raise BootseerError(f"{folder}: the snapshot that it was to lie over was removed meanwhile")
             listener.stage("storing", file.stat().st_size)
             scratch.mark_finished(file)
-            return store_file(
-                store,
+            base = before.base if before and layer else None
+            writer = BlobWriter(store, beside={FILES: encode_files(written)}, progress=listener.progress)
+            return writer.store_named(
                 file,
-                kind="environment",
-                name=name,
-                fingerprint=fingerprint,
-                progress=listener.progress,
+                Original("environment", name, fingerprint, _shortened(key), base),
                 sign=packing.signature if packing else lambda blob: "",
-                key=_shortened(key),
-                base=before.base if before and layer else None,
-                beside={FILES: encode_files(written)},
             )
 
     def on_wait(holder: str) -> None:

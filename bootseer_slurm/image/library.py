@@ -26,7 +26,7 @@ from bootseer_slurm.blob.names import (
     user_folder,
     write_name,
 )
-from bootseer_slurm.blob.writer import store_file
+from bootseer_slurm.blob.writer import BlobWriter, Original
 from bootseer_slurm.errors import BootseerError, IntegrityError, NotFound
 from bootseer_slurm.image import registry
 from bootseer_slurm.image.convert import convert, scratch_folder, unpack
@@ -184,13 +184,9 @@ def _make(store: Store, uid: int, wanted: _Wanted, packing: Packing | None, list
                 hint="push it again when it is complete",
             )
         listener.stage("storing", file.stat().st_size)
-        made = store_file(
-            store,
+        made = BlobWriter(store, progress=listener.progress).store_named(
             file,
-            kind="image",
-            name=wanted.made_from.name,
-            fingerprint=wanted.fingerprint,
-            progress=listener.progress,
+            Original("image", wanted.made_from.name, wanted.fingerprint),
             sign=packing.signature if packing else lambda blob: "",
         )
     return _known_as(store, uid, made, wanted.source.name)

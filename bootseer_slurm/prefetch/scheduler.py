@@ -91,7 +91,7 @@ class Scheduler:
         blocks_per_s = self._link.bytes_per_s / blob.layout.block_bytes
         most, least = (max(1, int(blocks_per_s * each)) for each in (_MOST_AHEAD_S, _LEAST_AHEAD_S))
         behind = ahead.touch(first, last, most, least_blocks=least)
-        if behind is None or blob.has(*behind):
+        if behind is None or blob.blocks.has(*behind):
             return
         with self._queue.lock:
             if self._phase.is_starting:

@@ -78,7 +78,7 @@ class Streams:
         """Bring a run; what its read does not bring is queued again. Gives 0, for it counts no bytes."""
         work, first = run.work, run.first
         blob = work.layer.handle.reader.blob
-        if not (blob.full or blob.has(first, run.last)):
+        if not (blob.file.full or blob.blocks.has(first, run.last)):
             first = self._retrying(self._fetch_hot, work, first, run.last)
         else:
             first = run.last + 1
@@ -91,9 +91,9 @@ class Streams:
             if work.hot_left or work.hot_over:
                 return 0
         # Others may have had some of them in flight, and failed.
-        while (lacking := work.lacking()) and not (blob.full or work.hot_over or self._phase.has_ended):
-            blob.wait(lacking[0], _OTHERS_S)
-            if not blob.has(lacking[0], lacking[0]):
+        while (lacking := work.lacking()) and not (blob.file.full or work.hot_over or self._phase.has_ended):
+            blob.blocks.wait(lacking[0], _OTHERS_S)
+            if not blob.blocks.has(lacking[0], lacking[0]):
                 self._retrying(self._fetch_hot, work, lacking[0], lacking[0])
         with self._queue.lock:
             if not work.hot_over:

@@ -36,7 +36,7 @@ class Work:
     def lacking(self) -> list[int]:
         """The hot blocks that are not there."""
         blob = self.layer.handle.reader.blob
-        return [block for block in self.times_ms if not blob.has(block, block)]
+        return [block for block in self.times_ms if not blob.blocks.has(block, block)]
 
     def comes_in_time(self, bytes_per_s: float) -> bool:
         """Whether each block that is not there yet will come before a start that begins now touches it."""

@@ -26,11 +26,11 @@ from bootseer_slurm.blob.compression import measure
 from bootseer_slurm.blob.lease import make_once
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, SQUASHFS_BLOCK_BYTES, Layout, decode
 from bootseer_slurm.blob.names import Name, list_names, write_name
-from bootseer_slurm.blob.plans import keep_trace, plan_of
+from bootseer_slurm.blob.plans import Shape, keep_trace, plan_of
 from bootseer_slurm.blob.squashfs import head_and_tables
 from bootseer_slurm.blob.squashfs_files import Squashfs, StoredFile, read_files
 from bootseer_slurm.blob.trace import Plan, Trace
-from bootseer_slurm.blob.writer import store_blob
+from bootseer_slurm.blob.writer import BlobWriter
 from bootseer_slurm.env.archive import squash, write_tar
 from bootseer_slurm.env.layer import FILES, FILES_LIMIT_BYTES, decode_files, encode_files
 from bootseer_slurm.env.tree import FileState, survey
@@ -107,8 +107,7 @@ class _Work:
             os.getuid(),
             task.job_class,
             task.blob,
-            blocks=layout.blocks,
-            block_bytes=layout.block_bytes,
+            Shape(layout.blocks, layout.block_bytes),
             any_class=False,
         )
         if not self._plan.full_starts:
@@ -170,7 +169,7 @@ class _Work:
                 return f"lies as starts touch it: {format_bytes(new_bytes)} would be fetched in another order"
             beside = self._listed(written)
             scratch.mark_finished(file)
-            blob, folder = store_blob(self._store, file, kind=self._task.kind, beside=beside)
+            blob, folder = BlobWriter(self._store, beside=beside).store_unnamed(file, self._task.kind)
         self._publish(blob, folder, packing.signature(blob), touches)
         now = format_bytes(self._now.fetched_bytes)
         how = f"packed anew in the order of touch, with {self._compression}"

@@ -1,1 +1,1 @@
-"""What Slurm says: node lists and accounting."""
+"""Slurm's own data: node lists and accounting."""

@@ -3,6 +3,8 @@
 Owns the syntax only; it asks nobody which nodes exist. Pure functions, no threads, no files.
 The language is the one of `scontrol show hostnames` (scontrol(1)), without its tolerance for broken input:
 a list that is cut off in the middle is an error here, because a report about some of the nodes misleads.
+No library: ClusterShell's NodeSet knows no bound, has operators of its own ("!", "&", "/") and refuses
+"n[01-3]", which Slurm takes; python-hostlist is under the GPL.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What Slurm's accounting knows of a job, as typed rows.
+"""The records of jobs in Slurm's accounting, as typed rows.
 
 The only caller of sacct in this package. Owns the command line, the parsing and the numbering of restarts; it
 keeps nothing and writes nothing. One process per call, with a time limit; no threads.
@@ -63,6 +63,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
+# size: a row of accounting.
 class JobRecord:
     """One run of a job as accounting has it. Times are whole seconds in ns since the epoch; None: not yet."""
 

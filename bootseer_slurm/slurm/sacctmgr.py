@@ -1,4 +1,4 @@
-"""What is asked of sacctmgr: who may see all jobs, and a line in a job's AdminComment.
+"""Calls of sacctmgr: who may see all jobs, and a line in a job's AdminComment.
 
 The only caller of sacctmgr in this package. Keeps nothing; processes with a time limit, several at once where
 there are many comments.
@@ -60,7 +60,7 @@ def set_admin_comments(comments: Mapping[str, str]) -> None:
 
 
 def _run(argv: list[str], text: str, *, timeout_s: float, statuses: tuple[int, ...] = (0,)) -> str:
-    """What sacctmgr prints; `text` are commands for its stdin. Raises AccountingError."""
+    """The output of sacctmgr; `text` are commands for its stdin. Raises AccountingError."""
     try:
         done = subprocess.run(
             ["sacctmgr", "--immediate", *argv],

@@ -22,17 +22,17 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from bootseer_slurm.store.base import TEMPORARY, Entry, ObjectReader, ObjectWriter, Store, clock_offset
+from bootseer_slurm.store.base import TEMPORARY, ObjectReader, ObjectWriter, Store, StoreEntry, clock_offset
 from bootseer_slurm.store.local import FileReader, FileStore
 
 __all__ = [
     "TEMPORARY",
-    "Entry",
     "FileReader",
     "FileStore",
     "ObjectReader",
     "ObjectWriter",
     "Store",
+    "StoreEntry",
     "clock_offset",
     "open_store",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bootseer_slurm.errors import NotFound, StoreError
-from bootseer_slurm.store.base import Entry, Store
+from bootseer_slurm.store.base import Store, StoreEntry
 
 
 class ArrowReader:
@@ -128,7 +128,7 @@ class ArrowStore(Store):
         self.write(path, content)
         return True
 
-    def scan(self, path: str) -> list[Entry]:
+    def scan(self, path: str) -> list[StoreEntry]:
         selector = self._fs.FileSelector(self._path(path), allow_not_found=True)
         try:
             found = self._filesystem.get_file_info(selector)
@@ -136,7 +136,7 @@ class ArrowStore(Store):
             raise StoreError(f"{self._path(path)}: cannot be listed: {error}") from error
         folder = self._fs.FileType.Directory
         return [
-            Entry(info.base_name, info.type == folder, info.size or 0, (info.mtime_ns or 0) / 1e9)
+            StoreEntry(info.base_name, info.type == folder, info.size or 0, (info.mtime_ns or 0) / 1e9)
             for info in found
         ]
 
@@ -157,25 +157,27 @@ class ArrowStore(Store):
         try:
             kind = self._filesystem.get_file_info(full).type
             if kind == self._fs.FileType.Directory:
-                self._remove_folder(full)
+                _remove_folder(self._filesystem, full)
             elif kind != self._fs.FileType.NotFound:
                 self._filesystem.delete_file(full)
         except OSError as error:
             raise StoreError(f"{full}: cannot be removed: {error}") from error
 
-    def _remove_folder(self, full: str) -> None:
-        """From the bottom up: servers of S3 that keep objects in folders remove empty ones only."""
-        folder = self._fs.FileType.Directory
-        below = self._filesystem.get_file_info(self._fs.FileSelector(full, recursive=True))
-        for info in below:
-            if info.type != folder:
-                self._filesystem.delete_file(info.path)
-        folders = [info.path for info in below if info.type == folder]
-        for path in sorted([full, *folders], key=len, reverse=True):
-            with contextlib.suppress(OSError):  # elsewhere folders go with what was in them
-                self._filesystem.delete_dir(path)
+
+def _remove_folder(filesystem: Any, full: str) -> None:
+    """Remove it from the bottom up: servers of S3 that keep objects in folders remove empty ones only."""
+    from pyarrow import fs
+
+    below = filesystem.get_file_info(fs.FileSelector(full, recursive=True))
+    for info in below:
+        if info.type != fs.FileType.Directory:
+            filesystem.delete_file(info.path)
+    folders = [info.path for info in below if info.type == fs.FileType.Directory]
+    for path in sorted([full, *folders], key=len, reverse=True):
+        with contextlib.suppress(OSError):  # elsewhere folders go with what was in them
+            filesystem.delete_dir(path)
 
 
 def _tag(file: Any) -> object:
-    """What tells an object of S3 from another of its name; of others their size."""
+    """The ETag of an object of S3, which tells it from another of its name; of others their size."""
     return (file.metadata() or {}).get("ETag"), file.size()

@@ -1,6 +1,6 @@
-"""What a store is: a folder of objects, whatever keeps them.
+"""The interface of a store: a folder of objects, whatever keeps them.
 
-Owns the protocol and what works on every store. Imports no driver; they import this.
+Owns the interface and the methods that work on every store. Imports no driver; they import this.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")  # what an object is called while 
 _TICK_NS = 10_000_000  # as coarse as a kernel may stamp files, with times in ns
 
 
-class Entry(NamedTuple):
-    """What lies in a folder of the store. size_bytes is 0 of a folder; changed_s: seconds since 1970."""
+class StoreEntry(NamedTuple):
+    """An object or folder in a folder of the store. size_bytes: 0 of a folder. changed_s: since 1970."""
 
     name: str
     is_folder: bool
@@ -40,6 +40,7 @@ class ObjectReader(Protocol):
 ObjectWriter = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
+# size: the interface of all drivers.
 class Store(Protocol):
     """A folder of objects. Paths are relative, with "/" between their parts."""
 
@@ -55,7 +56,7 @@ class Store(Protocol):
         return self.open(path, bulk=True)
 
     def identity(self, path: str) -> str:
-        """What tells an object from another one of its name. Raises NotFound or StoreError."""
+        """A text that tells an object from another one of its name. Raises NotFound or StoreError."""
         folder, _, name = path.rpartition("/")
         entry = next((each for each in self.scan(folder) if each.name == name), None)
         if entry is None:
@@ -79,7 +80,7 @@ class Store(Protocol):
         """A file to write a large object to; it appears when the block ends without an error."""
 
     def spread(self, there: Iterable[str] = ()) -> ObjectWriter:
-        """What writes the objects of one file, as `writer` does, from several threads.
+        """A function that opens the objects of one file for writing, as `writer` does, from several threads.
 
         They are spread evenly over the store's servers, where it can tell and choose. there: those that are
         written already.
@@ -99,7 +100,7 @@ class Store(Protocol):
         no such thing: there it is looked first and written then, and in between two may get True.
         """
 
-    def scan(self, path: str) -> list[Entry]:
+    def scan(self, path: str) -> list[StoreEntry]:
         """All that lies in a folder, half-written objects too (`.` in front); empty when it is missing.
 
         Raises StoreError.

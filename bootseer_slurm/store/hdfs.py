@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from bootseer_slurm.errors import NotFound, StoreError
 from bootseer_slurm.store import webhdfs
-from bootseer_slurm.store.base import Entry, ObjectWriter, Store
+from bootseer_slurm.store.base import ObjectWriter, Store, StoreEntry
 from bootseer_slurm.store.placement import TRIES, Tally
 
 _ATTEMPTS = 4
@@ -135,33 +135,20 @@ class HdfsStore(Store):
     def open(self, path: str, *, bulk: bool = False) -> HdfsReader:
         return HdfsReader(self.client, self._path(path))
 
-    @contextlib.contextmanager
-    def writer(self, path: str) -> Iterator[Any]:
-        with self._draft(path) as draft:
-            yield draft
+    def writer(self, path: str) -> contextlib.AbstractContextManager[Any]:
+        return _draft(self, self._path(path))
 
     def spread(self, there: Iterable[str] = ()) -> ObjectWriter:
         tally = Tally()
         for path in there:
             if servers := self.locations(path):
                 tally.add(servers)
-        return lambda path: self._draft(path, tally)
+        return lambda path: _draft(self, self._path(path), tally)
 
     placed_bytes = 128 * 2**20  # Hadoop's block size; of a larger object only where the first block lies
 
     def locations(self, path: str) -> dict[str, int] | None:
         return self.web.locations(self._path(path))
-
-    @contextlib.contextmanager
-    def _draft(self, path: str, tally: Tally | None = None) -> Iterator[_Draft]:
-        draft = _Draft(self, self._path(path), tally)
-        try:
-            yield draft
-            draft.publish()
-        except BaseException:
-            with contextlib.suppress(StoreError, NotFound):
-                draft.remove()
-            raise
 
     def create_file(self, full: str, *, overwrite: bool = True) -> Any:
         return self.client.create(full, self._options(overwrite=overwrite, create_parent=True))
@@ -182,14 +169,14 @@ class HdfsStore(Store):
         _call(full, "written", write)
         return True
 
-    def scan(self, path: str) -> list[Entry]:
+    def scan(self, path: str) -> list[StoreEntry]:
         full = self._path(path)
         try:
             found = _call(full, "listed", lambda: list(self.client.list_status(full)))
         except NotFound:
             return []
         return [
-            Entry(each.path.rpartition("/")[2], each.isdir, each.length, each.modification_time / 1000)
+            StoreEntry(each.path.rpartition("/")[2], each.isdir, each.length, each.modification_time / 1000)
             for each in found
         ]
 
@@ -213,6 +200,18 @@ class HdfsStore(Store):
             self.client.rename(source, target)
 
         _call(source, "renamed", rename)
+
+
+@contextlib.contextmanager
+def _draft(store: HdfsStore, full: str, tally: Tally | None = None) -> Iterator[_Draft]:
+    draft = _Draft(store, full, tally)
+    try:
+        yield draft
+        draft.publish()
+    except BaseException:
+        with contextlib.suppress(StoreError, NotFound):
+            draft.remove()
+        raise
 
 
 class _Draft:

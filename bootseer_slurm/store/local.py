@@ -20,7 +20,7 @@ from typing import Any
 
 from bootseer_slurm.errors import NotFound, StoreError
 from bootseer_slurm.mounts import mount_of
-from bootseer_slurm.store.base import Entry, Store
+from bootseer_slurm.store.base import Store, StoreEntry
 
 # File systems whose times are the server's. Lustre, CephFS and others have those of the client that writes.
 _SERVER_TIMES = ("nfs", "nfs4", "fuse.sshfs")
@@ -168,7 +168,7 @@ class FileStore(Store):
             raise StoreError(f"{target}: cannot be written: {error.strerror}") from error
         return True
 
-    def scan(self, path: str) -> list[Entry]:
+    def scan(self, path: str) -> list[StoreEntry]:
         target = self._path(path)
         entries = []
         try:
@@ -178,7 +178,7 @@ class FileStore(Store):
                         status = each.stat(follow_symlinks=False)
                         is_folder = stat.S_ISDIR(status.st_mode)
                         size_bytes = 0 if is_folder else status.st_size
-                        entries.append(Entry(each.name, is_folder, size_bytes, status.st_mtime))
+                        entries.append(StoreEntry(each.name, is_folder, size_bytes, status.st_mtime))
         except FileNotFoundError:
             return []
         except OSError as error:

@@ -99,9 +99,10 @@ def _locations(answer: Any) -> dict[str, int]:
         blocks[last["block"]["blockId"]] = last
     found: Counter[str] = Counter()
     for each in blocks.values():
-        places = each["locations"]
-        for place in places:
-            found[f"{place['hostName']}:{place['xferPort']}"] += each["block"]["numBytes"] // len(places)
+        replicas = each["locations"]
+        share_bytes = each["block"]["numBytes"] // max(1, len(replicas))
+        for replica in replicas:
+            found[f"{replica['hostName']}:{replica['xferPort']}"] += share_bytes
     return dict(found)
 
 
@@ -124,7 +125,7 @@ def _addresses(authority: str, settings: Mapping[str, str]) -> list[tuple[str, i
 
 
 def _settings() -> dict[str, str]:
-    """What hdfs-site.xml has, found as hdfs-native finds it; nothing where there is none."""
+    """The properties in hdfs-site.xml, found as hdfs-native finds it; none where it is not there."""
     folder = os.environ.get("HADOOP_CONF_DIR")
     if folder is None and "HADOOP_HOME" in os.environ:
         folder = f"{os.environ['HADOOP_HOME']}/etc/hadoop"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm import mounts
-from bootseer_slurm.blob.garbage import GRACE_S, collect_garbage
+from bootseer_slurm.blob.gc import GRACE_S, collect_garbage
 from bootseer_slurm.blob.names import Name, list_names, write_name
 from bootseer_slurm.env import snapshot
 from bootseer_slurm.errors import BootseerError

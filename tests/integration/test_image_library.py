@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bootseer_slurm.blob.garbage import GRACE_S, collect_garbage
+from bootseer_slurm.blob.gc import GRACE_S, collect_garbage
 from bootseer_slurm.blob.names import list_names, read_name, user_folder
 from bootseer_slurm.errors import NotFound
 from bootseer_slurm.image import library, registry
@@ -269,9 +269,9 @@ def test_a_damaged_record_is_made_anew(scene: Scene) -> None:
     assert scene.ensure().fingerprint == record.fingerprint
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
+def command(*words: str, group: str = "image") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "bootseer_slurm", "image", *words],
+        [sys.executable, "-m", "bootseer_slurm", group, *words],
         capture_output=True,
         text=True,
         check=False,
@@ -294,7 +294,7 @@ def test_the_commands(scene: Scene) -> None:
     os.truncate(scene.store_folder / record.folder / "0", 10)
     damaged = command("verify", short)
     assert damaged.returncode == 6 and "blocks are damaged in the store: 0, 1" in damaged.stderr
-    assert command("gc").stdout == "0 removed, 0 bytes\n"
+    assert command("gc", group="store").stdout == "0 removed, 0 bytes\n"
     assert command("rm", short).stdout == f"{name}  removed\n"
     assert command("rm", short).returncode == 4
     hostile = command("push", "docker://a;b\n/x")

@@ -176,7 +176,7 @@ def test_tables_come_first_then_the_plan_in_its_order_and_then_nothing(scene: Sc
     assert len(scene.source.blocks) == 6, "during the start nothing else is brought of what has a plan"
     bringing.start_over()
     until(lambda: target.handle.reader.blob.complete)
-    assert target.handle.reader.blob.path.read_bytes() == CONTENT
+    assert target.handle.reader.blob.file.path.read_bytes() == CONTENT
     assert sorted(scene.source.blocks) == list(range(BLOCKS)), "every block once"
 
 
@@ -235,10 +235,10 @@ def test_without_a_plan_comes_what_readers_come_to_and_the_rest_once_the_job_tra
     time.sleep(0.2)
     assert scene.source.blocks == [63], "its tables"
     read(target, 40)
-    until(lambda: target.handle.reader.blob.has(41, 41))
+    until(lambda: target.handle.reader.blob.blocks.has(41, 41))
     for number in range(10, 14):
         read(target, number)
-    until(lambda: target.handle.reader.blob.has(14, 14))
+    until(lambda: target.handle.reader.blob.blocks.has(14, 14))
     time.sleep(0.2)
     assert {*range(10, 15), 40, 41, 63} <= set(scene.source.blocks) <= {*range(10, 18), 40, 41, 63}
     bringing.start_over()
@@ -254,7 +254,7 @@ def test_a_fast_link_brings_more_ahead(scene: Scene, bytes_per_s: int, brought: 
     scene.link._bytes_per_s = bytes_per_s
     scene.link.measured = lambda *_: None  # type: ignore[method-assign]
     assert target.handle.reader.ready(20 * BLOCK_BYTES, 4 * BLOCK_BYTES) is None
-    until(lambda: target.handle.reader.blob.has(24, 23 + brought))
+    until(lambda: target.handle.reader.blob.blocks.has(24, 23 + brought))
     time.sleep(0.2)
     assert sorted(scene.source.blocks) == list(range(24, 24 + brought))
 
@@ -270,7 +270,7 @@ def test_when_a_prefetch_has_stopped_reads_bring_no_more_than_they_need(scene: S
     first.stop()  # which is not the one that is told now
     for number in range(5, 8):
         read(target, number)
-    until(lambda: target.handle.reader.blob.has(8, 8))
+    until(lambda: target.handle.reader.blob.blocks.has(8, 8))
 
 
 def read(target: Layer, number: int) -> None:
@@ -305,7 +305,7 @@ def test_the_wait_ends_when_the_hot_blocks_are_there_or_in_time(scene: Scene) ->
     start_s = time.monotonic()
     assert bringing.wait_hot(target, 10)
     assert time.monotonic() - start_s < 5
-    assert all(target.handle.reader.blob.has(number, number) for number in range(0, 40, 2))
+    assert all(target.handle.reader.blob.blocks.has(number, number) for number in range(0, 40, 2))
     (event,) = scene.events("hot")
     assert (event["bytes"], event["blocks"], event["what"]) == (20 * BLOCK_BYTES, 20, "image")
     assert 0.8 < event["dur_s"] < 5
@@ -326,11 +326,11 @@ def test_tables_without_a_plan_that_others_just_brought_are_there(scene: Scene) 
     time.sleep(0.06)
     scene.link.measured(10**9, 1, 0.001)
     target, bringing = scene.target(), scene.start(streams=1)
-    assert target.handle.reader.blob.claim(0, 0)[0] == 1  # as another job's read
+    assert target.handle.reader.blob.blocks.claim(0, 0)[0] == 1  # as another job's read
     bringing.add(target, first=[(0, BLOCK_BYTES)])
     work = bringing._queue.works[0]
     assert not work.comes_in_time(scene.link.bytes_per_s)
-    target.handle.reader.blob.settle(0, 1, PRESENT)
+    target.handle.reader.blob.blocks.end_claim(0, 1, PRESENT)
     work.hot_over = False
     assert work.comes_in_time(scene.link.bytes_per_s)
 
@@ -350,11 +350,11 @@ def test_there_is_nothing_to_wait_for_without_a_plan_or_with_all_in_the_cache(sc
 
 def test_hot_blocks_that_others_fetch_are_waited_for_and_fetched_when_they_fail(scene: Scene) -> None:
     target, bringing = scene.target(), scene.start()
-    assert target.handle.reader.blob.claim(5, 5)[0] == 1  # as another job's read
+    assert target.handle.reader.blob.blocks.claim(5, 5)[0] == 1  # as another job's read
     bringing.add(target, plan=planned(4, 5))
     assert not bringing.wait_hot(target, 0.3)
-    assert target.handle.reader.blob.states[5] == IN_FLIGHT
-    target.handle.reader.blob.settle(5, 1, MISSING)
+    assert target.handle.reader.blob.blocks.states[5] == IN_FLIGHT
+    target.handle.reader.blob.blocks.end_claim(5, 1, MISSING)
     assert bringing.wait_hot(target, 10)
     assert scene.source.blocks == [4, 5]
 
@@ -374,7 +374,7 @@ def test_a_lost_source_is_told_and_ends_the_wait(scene: Scene, monkeypatch: pyte
 
 def test_a_full_disk_ends_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     target, bringing = scene.target(), scene.start()
-    monkeypatch.setattr(type(target.handle.reader.blob), "write", lambda blob, *_: setattr(blob, "full", True))
+    monkeypatch.setattr(type(target.handle.reader.blob.file), "write", lambda file, *_: setattr(file, "full", True))
     bringing.add(target, plan=planned(*range(0, BLOCKS, 2)))
     assert not bringing.wait_hot(target, 10)
     until(lambda: bool(scene.events("end")))
@@ -429,7 +429,7 @@ def test_when_the_start_is_over_what_is_hot_becomes_cold(scene: Scene) -> None:
     bringing.start_over()
     assert not bringing.wait_hot(target, 0)
     before = len(slow.reads)
-    until(lambda: target.handle.reader.blob.states[0] != MISSING)
+    until(lambda: target.handle.reader.blob.blocks.states[0] != MISSING)
     time.sleep(1)
     assert 3 <= len(slow.blocks) - before <= 20
 
@@ -484,11 +484,11 @@ def test_after_a_reboot_what_is_there_is_checked_not_fetched(scene: Scene) -> No
     target = scene.target()
     while target.handle.reader.prefetch_run()[1]:
         pass
-    target.handle.reader.blob.states[:] = bytes([UNCHECKED]) * BLOCKS
+    target.handle.reader.blob.blocks.states[:] = bytes([UNCHECKED]) * BLOCKS
     fetched = len(scene.source.reads)
     bringing = scene.start()
     bringing.add(target, plan=planned(5, 50))
-    assert bringing.wait_hot(target, 10) and target.handle.reader.blob.has(5, 5)
+    assert bringing.wait_hot(target, 10) and target.handle.reader.blob.blocks.has(5, 5)
     assert len(scene.source.reads) == fetched and not scene.faults
 
 
@@ -533,13 +533,13 @@ def test_a_checkpoint_larger_than_the_budget_lies_on_disk_beyond_it(
     bringing.add(target)
     until(lambda: target.handle.reader.blob.complete and len(scene.events("end")) == 1)
     # What is read from the link behind the budget is synced and dropped; a batch may be left.
-    until(lambda: resident_bytes(target.handle.reader.blob.path) <= len(CONTENT) // 4 + 2 * CHUNK_BYTES)
-    assert target.handle.reader.blob.path.read_bytes() == CONTENT and not scene.faults
+    until(lambda: resident_bytes(target.handle.reader.blob.file.path) <= len(CONTENT) // 4 + 2 * CHUNK_BYTES)
+    assert target.handle.reader.blob.file.path.read_bytes() == CONTENT and not scene.faults
     image, unbounded = scene.target("image", "file-b"), scene.start(streams=2, cold_bytes_per_s=2**40)
     unbounded.add(image)
     unbounded.start_over()
     until(lambda: image.handle.reader.blob.complete)
-    assert resident_bytes(image.handle.reader.blob.path) == len(CONTENT), "only checkpoints are as large as memory"
+    assert resident_bytes(image.handle.reader.blob.file.path) == len(CONTENT), "only checkpoints are as large as memory"
 
 
 def resident_bytes(path: Path) -> int:
@@ -564,7 +564,7 @@ def test_a_checkpoint_on_a_disk_that_fails_to_sync_is_checked_again(
 
     monkeypatch.setattr(os, "fdatasync", fail)
     blob.drop_pages([(0, CHUNK_BYTES)])
-    assert blob.full and set(blob.states[:]) == {UNCHECKED}
+    assert blob.file.full and set(blob.blocks.states[:]) == {UNCHECKED}
 
 
 # Checkpoints

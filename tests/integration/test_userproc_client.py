@@ -21,7 +21,7 @@ from pytest_mock import MockerFixture
 from bootseer_slurm.blob.jobclass import Remembered, encode_record
 from bootseer_slurm.blob.names import Name, user_folder, write_name
 from bootseer_slurm.blob.trace import STARTS, Plan, Trace
-from bootseer_slurm.blob.writer import store_file
+from bootseer_slurm.blob.writer import BlobWriter, Original
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, StoreError
 from bootseer_slurm.identity import User
 from bootseer_slurm.store import FileStore
@@ -267,7 +267,7 @@ def test_an_image_says_what_a_mount_needs_first(process: UserProcess, image: Pat
 def test_an_image_of_a_registry_is_found_by_name(process: UserProcess, image: Path, tmp_path: Path) -> None:
     store, name = FileStore(tmp_path), "docker://registry.example/app:1"
     assert look_up(process, "image", name).reply.blobs == ()
-    record = store_file(store, image, kind="image", name=name, fingerprint="sha256:abc", objects=3)
+    record = BlobWriter(store, objects=3).store_named(image, Original("image", name, "sha256:abc"))
     signed = Name(**dataclasses.asdict(record) | {"signature": "hmac"})
     write_name(store, os.getuid(), signed)
     reply = look_up(process, "image", name).reply
@@ -460,9 +460,8 @@ def test_what_another_user_planted_is_not_used(tmp_path: Path, file: Path) -> No
     (root / "users").chmod(0o1777)
     victim = root / user_folder(20001)
     os.utime(file, (1_700_000_000, 1_700_000_000))
-    name = store_file(
-        FileStore(root), file, kind="checkpoint", name=str(file), fingerprint=f"{len(CONTENT)}@1700000000"
-    )
+    original = Original("checkpoint", str(file), f"{len(CONTENT)}@1700000000")
+    name = BlobWriter(FileStore(root)).store_named(file, original)
     (root / user_folder(0)).rename(victim)
     record = next((victim / "names").iterdir())
     planted = json.loads(record.read_text()) | {"folder": name.folder.replace("users/0/", "users/20001/")}

@@ -115,7 +115,7 @@ class Repacking:
                 fds=(fd,),
                 # What is missing then would be brought for it while the job trains, past the cold rate.
                 when_to_go_on=lambda: (
-                    not work.whole_comes or blob.complete or blob.full or time.monotonic() > give_up_s
+                    not work.whole_comes or blob.complete or blob.file.full or time.monotonic() > give_up_s
                 ),
             )
         finally:

@@ -6,7 +6,7 @@ import os
 
 from bootseer_slurm.blob.jobclass import RECORD_LIMIT_BYTES, class_path, decode_record
 from bootseer_slurm.blob.names import user_folder
-from bootseer_slurm.blob.plans import keep_trace, plan_of
+from bootseer_slurm.blob.plans import Shape, keep_trace, plan_of
 from bootseer_slurm.errors import NotFound
 from bootseer_slurm.store import clock_offset
 from bootseer_slurm.userproc import protocol
@@ -39,8 +39,7 @@ class Records:
             os.getuid(),
             request.job_class,
             request.blob,
-            blocks=request.blocks,
-            block_bytes=request.block_bytes,
+            Shape(request.blocks, request.block_bytes),
             any_class=request.any_class,
         )
         return protocol.Planned(warning or ""), [make_memory_file(plan.encode())]

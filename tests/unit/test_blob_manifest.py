@@ -13,8 +13,8 @@ from bootseer_slurm.blob.manifest import (
     Layout,
     Manifest,
     decode,
-    decode_adopted,
-    encode_adopted,
+    decode_unmanaged,
+    encode_unmanaged,
     manifest_of,
 )
 from bootseer_slurm.errors import IntegrityError
@@ -28,7 +28,7 @@ OLD = (
 OLD_ID = "0c3a52be747e8e3e56c65bf9e9d98e56ccc8768b9c971fe215ce3f8401d4f56e"
 OLD_STRIPED = OLD.replace(b'"kind": "image"', b'"generation": "171717171717171717171717", "kind": "checkpoint"')
 OLD_STRIPED_ID = "02b6ed9e59f3d83383f1963f5e9ef075540fe8a5047629f29ba46481ff69f289"
-OLD_ADOPTED = (
+OLD_UNMANAGED = (
     b'{"block_bytes": 4096, "chunk_bytes": 4096, "format": "bootseer-file", "objects": 1, '
     b'"size_bytes": 12283, "version": 1}\n'
 )
@@ -79,10 +79,10 @@ def test_a_new_manifest_names_its_digest_and_old_versions_refuse_it() -> None:
 
 
 @pytest.mark.parametrize("digest", [SHA256, BLAKE3])
-def test_what_is_kept_of_an_adopted_file_names_its_digest(digest: str) -> None:
+def test_what_is_kept_of_an_unmanaged_file_names_its_digest(digest: str) -> None:
     layout = Layout(3 * 4 * KIB - 5, 4 * KIB, 4 * KIB, digest=digest)
-    assert decode_adopted(encode_adopted(layout)) == layout
-    assert (encode_adopted(layout) == OLD_ADOPTED) == (digest == SHA256)
+    assert decode_unmanaged(encode_unmanaged(layout)) == layout
+    assert (encode_unmanaged(layout) == OLD_UNMANAGED) == (digest == SHA256)
 
 
 def test_digests_are_of_blocks_in_their_order() -> None:

@@ -1,7 +1,7 @@
 """Many jobs' rows by pyslurm, and that they are those of sacct.
 
 pyslurm is made for one release of Slurm, which is not the one here: a module with the attributes that its
-jobs have stands for it. What sacct printed was recorded (test_jobs.py).
+jobs have stands for it. What sacct printed was recorded (test_slurm_jobs.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bootseer_slurm.slurm import accounting, jobs
-from tests.unit.test_jobs import ARRAY, HET, PENDING, REQUEUED, STEPS, play, sacct
+from tests.unit.test_slurm_jobs import ARRAY, HET, PENDING, REQUEUED, STEPS, play, sacct
 
 __all__ = ["sacct"]
 TRES = SimpleNamespace(gres={"gpu": SimpleNamespace(count=8), "gpu:h100": SimpleNamespace(count=8)})

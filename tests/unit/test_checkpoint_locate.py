@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm.checkpoint import locate
-from bootseer_slurm.checkpoint.locate import named_files, newest, share_of
+from bootseer_slurm.checkpoint.locate import NamedFile, named_files, newest, share_of
 from bootseer_slurm.checkpoint.writer import StripedWriter
 from bootseer_slurm.errors import NotFound
 
@@ -163,8 +163,8 @@ def test_of_a_learned_checkpoint_the_newest_step_is_found(tmp_path: Path, learne
         os.utime(path, (1, 1))
     files, _ = named_files(str(root / learned), newest_step=True)
     assert [name for name, _, _ in files] == [str(root / newest_is)]
-    place = named_files(str(root / newest_is))[0][0][1]
-    assert files[0][1] == place, "what a node read of the last step is known of this one"
+    role = named_files(str(root / newest_is))[0][0].role
+    assert files[0].role == role, "what a node read of the last step is known of this one"
 
 
 @pytest.mark.parametrize(
@@ -173,13 +173,13 @@ def test_of_a_learned_checkpoint_the_newest_step_is_found(tmp_path: Path, learne
 )
 def test_of_many_files_a_node_has_its_share(rank: int, nodes: int, numbers: range) -> None:
     names = [f"__{number}_0.distcp" for number in range(32)] + [".metadata", "config.json"]
-    files = [(f"/c/{name}", name, name) for name in sorted(names)]
+    files = [NamedFile(f"/c/{name}", name, name) for name in sorted(names)]
     found = [name for _, _, name in share_of(files, 12, rank=rank, nodes=nodes)]
     assert found == [".metadata", "config.json", *(f"__{number}_0.distcp" for number in numbers)]
     assert share_of(files, 34, rank=rank, nodes=nodes) == files
 
 
 def test_more_files_for_all_than_may_be() -> None:
-    files = [(name, name, name) for name in "abcdef1"]
+    files = [NamedFile(name, name, name) for name in "abcdef1"]
     assert [name for name, _, _ in share_of(files, 3, rank=1, nodes=2)] == ["a", "b", "c"]
     assert locate._natural("a10b2") > locate._natural("a9b3") > locate._natural("a9b")

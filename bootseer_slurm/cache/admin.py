@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bootseer_slurm.blob.digest import DIGEST_BYTES, place_of_digest
+from bootseer_slurm.blob.digest import DIGEST_BYTES
 from bootseer_slurm.cache.disk import (
-    Kept,
-    Place,
+    BlobFolder,
+    CachedManifest,
+    blob_folders,
     make_exclusive,
-    places,
-    read_kept,
+    read_manifest,
     read_state,
     remove,
     share,
@@ -28,7 +28,7 @@ from bootseer_slurm.errors import IntegrityError
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CacheEntry:
     """One blob. present_bytes: of blocks that are there, checked or not. used_s: seconds since the epoch."""
 
     uid: int
@@ -44,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What is wrong with one blob. blocks: those with wrong bytes. mended: they will be fetched again."""
+    """The damage of one blob. blocks: those with wrong bytes. mended: they will be fetched again."""
 
     uid: int
     id: str
@@ -53,20 +53,20 @@ class Damage:
     mended: bool = False
 
 
-def entries(root: Path, live: Path) -> list[Entry]:
+def entries(root: Path, live: Path) -> list[CacheEntry]:
     """All blobs of a cache, the longest unused first."""
-    return [_entry(place) for place in places(root, live)]
+    return [_entry(folder) for folder in blob_folders(root, live)]
 
 
-def evict(root: Path, live: Path, to_bytes: int) -> list[Entry]:
+def evict(root: Path, live: Path, to_bytes: int) -> list[CacheEntry]:
     """Remove unused blobs, the longest unused first, until the cache takes no more than so much disk."""
-    found = [(place, _entry(place)) for place in places(root, live)]
+    found = [(folder, _entry(folder)) for folder in blob_folders(root, live)]
     left_bytes = sum(entry.disk_bytes for _, entry in found)
     removed = []
-    for place, entry in found:
+    for folder, entry in found:
         if to_bytes and left_bytes <= to_bytes:
             break
-        if remove(place):
+        if remove(folder):
             left_bytes -= entry.disk_bytes
             removed.append(entry)
     return removed
@@ -79,13 +79,13 @@ def verify(root: Path, live: Path, progress: Callable[[int], None] = lambda _: N
     block that was read.
     """
     damage = []
-    for place in places(root, live):
+    for folder in blob_folders(root, live):
         try:
-            with share(place) as lock_fd:
-                found = _verify(place, lock_fd, progress)
+            with share(folder) as lock_fd:
+                found = _verify(folder, lock_fd, progress)
         except (OSError, IntegrityError) as error:
-            if place.folder.exists():  # else it was evicted meanwhile
-                found = Damage(place.uid, place.id, f"{error}; the next start of the agent removes it")
+            if folder.path.exists():  # else it was evicted meanwhile
+                found = Damage(folder.uid, folder.id, f"{error}; the next start of the agent removes it")
             else:
                 continue
         if found:
@@ -93,61 +93,62 @@ def verify(root: Path, live: Path, progress: Callable[[int], None] = lambda _: N
     return damage
 
 
-def _entry(place: Place) -> Entry:
-    disk_bytes, used_s, in_use = place.disk_bytes, place.used_s, place.in_use
+def _entry(folder: BlobFolder) -> CacheEntry:
+    disk_bytes, used_s, in_use = folder.disk_bytes, folder.used_s, folder.in_use
     try:
-        kept = read_kept(place)
-        states, _ = _state(place, kept, os.stat(place.folder / "data"))
+        kept = read_manifest(folder)
+        states, _ = _state(folder, kept, os.stat(folder.path / "data"))
     except (OSError, IntegrityError) as error:
-        return Entry(place.uid, place.id, "?", 0, 0, disk_bytes, used_s, in_use, flaw=str(error))
+        return CacheEntry(folder.uid, folder.id, "?", 0, 0, disk_bytes, used_s, in_use, flaw=str(error))
     layout, kind = kept.layout, kept.kind
     blocks = states.count(PRESENT) + states.count(UNCHECKED)
     present_bytes = min(blocks * layout.block_bytes, layout.size_bytes)
-    return Entry(place.uid, place.id, kind, layout.size_bytes, present_bytes, disk_bytes, used_s, in_use)
+    size_bytes = layout.size_bytes
+    return CacheEntry(folder.uid, folder.id, kind, size_bytes, present_bytes, disk_bytes, used_s, in_use)
 
 
-def _state(place: Place, kept: Kept, data: os.stat_result) -> tuple[bytes, bytes]:
+def _state(folder: BlobFolder, kept: CachedManifest, data: os.stat_result) -> tuple[bytes, bytes]:
     """The states and the digests of all blocks."""
-    adopted = kept.digests is None
-    state = read_state(place, kept.layout, adopted=adopted, data=data)
+    unmanaged = kept.digests is None
+    state = read_state(folder, kept.layout, unmanaged=unmanaged, data=data)
     states, seen = state or (bytes(kept.layout.blocks), bytes(kept.layout.blocks * DIGEST_BYTES))
     return states, seen if kept.digests is None else kept.digests
 
 
-def _verify(place: Place, lock_fd: int, progress: Callable[[int], None]) -> Damage | None:
-    kept, layout = read_kept(place), read_kept(place).layout
-    with open(place.folder / "data", "rb") as file:
-        before = os.fstat(file.fileno()), _version(place)
-        states, digests = _state(place, kept, before[0])
+def _verify(folder: BlobFolder, lock_fd: int, progress: Callable[[int], None]) -> Damage | None:
+    kept, layout = read_manifest(folder), read_manifest(folder).layout
+    with open(folder.path / "data", "rb") as file:
+        before = os.fstat(file.fileno()), _version(folder)
+        states, digests = _state(folder, kept, before[0])
         checked, wrong = bytearray(states), []
         for block, state in enumerate(states):
             if state not in (PRESENT, UNCHECKED):
                 continue
             content = os.pread(file.fileno(), layout.block_size(block), block * layout.block_bytes)
-            right = layout.agrees(digests[place_of_digest(block)], content)
-            checked[block] = PRESENT if right else MISSING
-            if not right:
-                wrong.append(block)
+            checked[block] = PRESENT
+            for each in layout.wrong_blocks(digests, range(block, block + 1), content):
+                checked[each] = MISSING
+                wrong.append(each)
             progress(len(content))
         after = os.fstat(file.fileno())
         # Only now: an agent that wants the blob does not wait while it is read.
         mended = (
-            make_exclusive(lock_fd, place)
-            and (after.st_mtime_ns, _version(place)) == (before[0].st_mtime_ns, before[1])
+            make_exclusive(lock_fd, folder)
+            and (after.st_mtime_ns, _version(folder)) == (before[0].st_mtime_ns, before[1])
             and bytes(checked) != states
         )
         if mended:
             os.fdatasync(file.fileno())
-            write_state(place.folder, bytes(checked), digests if kept.digests is None else None, after)
+            write_state(folder.path, bytes(checked), digests if kept.digests is None else None, after)
     if not wrong:
         return None
     message = f"{len(wrong)} of {layout.blocks - states.count(MISSING)} blocks have not their digest"
-    return Damage(place.uid, place.id, message, tuple(wrong), mended)
+    return Damage(folder.uid, folder.id, message, tuple(wrong), mended)
 
 
-def _version(place: Place) -> int:
+def _version(folder: BlobFolder) -> int:
     """Which `blocks` file is there: it is replaced, never changed."""
     try:
-        return os.stat(place.folder / "blocks").st_ino
+        return os.stat(folder.path / "blocks").st_ino
     except FileNotFoundError:
         return 0

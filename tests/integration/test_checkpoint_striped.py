@@ -83,7 +83,7 @@ def test_many_ranges_are_read_at_once_and_a_chunk_once(tmp_path: Path, mocker: M
     places = [(0, 10), (100, 4), (CHUNK_BYTES - 5, 10), (2 * CHUNK_BYTES, 2 * CHUNK_BYTES), (len(CONTENT) - 7, 7), (5, 0)]
     buffers = [bytearray(count) for _, count in places]
     with ParallelFile(str(path)) as file:
-        seen = mocker.spy(file, "_read_once")
+        seen = mocker.spy(file._reader, "_read_once")
         file.read_ranges((offset, buffer) for (offset, _), buffer in zip(places, buffers, strict=True))
         assert [bytes(buffer) for buffer in buffers] == [CONTENT[offset : offset + count] for offset, count in places]
         read = sorted((call.args[0], len(call.args[1])) for call in seen.call_args_list)
@@ -181,7 +181,7 @@ def test_the_one_before_stays_until_the_next(tmp_path: Path) -> None:
     write(path, b"two")
     with ParallelFile(str(path)) as file:
         assert file.read() == b"two"
-    with ParallelFile.of(striped.Opened(reader._layout, reader._opened.objects, reader._opened.manifest), "old") as old:
+    with ParallelFile.of(striped.Opened(reader._opened.layout, reader._opened.objects, reader._opened.manifest), "old") as old:
         assert old.read(10) == b"oneoneoneo", "somebody still reads it"
     write(path, b"three")
     assert len([each for each in path.iterdir() if each.is_dir()]) == 2
@@ -276,7 +276,7 @@ def test_it_may_be_larger_than_what_is_kept(tmp_path: Path) -> None:
         seen = bytearray()
         while piece := file.read(1_500_000):
             seen += piece
-            assert len(file._chunks) <= 32
+            assert len(file._kept._chunks) <= 32
         assert seen == content
 
 

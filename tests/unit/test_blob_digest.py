@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bootseer_slurm.blob.digest import BLAKE3, NO_DIGEST, PREFERRED, SHA256, agrees, check_digest, digest_of
+from bootseer_slurm.blob.digest import BLAKE3, NO_DIGEST, PREFERRED, SHA256, check_digest, digest_of
 from bootseer_slurm.blob.manifest import Layout, Manifest
 from bootseer_slurm.errors import IntegrityError
 
@@ -32,12 +32,23 @@ def mapped(content: bytes) -> mmap.mmap:
 def test_any_buffer_has_the_digest_that_others_compute(name: str, kind: type[memoryview]) -> None:
     digest = digest_of(name, kind(b"abc"))
     assert digest.hex() == KNOWN[name]
-    assert agrees(name, digest, kind(b"abc")) and agrees(name, bytearray(digest), kind(b"abc"))
-    assert not agrees(name, digest, kind(b"abd"))
+    layout = Layout(3, digest=name)
+    for kept in (digest, bytearray(digest), mapped(digest)):
+        assert list(layout.wrong_blocks(kept, range(1), kind(b"abc"))) == []
+        assert list(layout.wrong_blocks(kept, range(1), kind(b"abd"))) == [0]
 
 
-def test_a_block_without_a_digest_never_agrees() -> None:
-    assert not agrees(SHA256, NO_DIGEST, b"abc")
+def test_a_block_without_a_digest_is_wrong() -> None:
+    assert list(Layout(3).wrong_blocks(NO_DIGEST, range(1), b"abc")) == [0]
+
+
+def test_wrong_blocks_are_told_by_their_numbers_in_the_blob() -> None:
+    layout = Layout(10, block_bytes=4)
+    content = memoryview(b"aaaabbbbcc")
+    digests = layout.digests_of(content)
+    assert list(layout.wrong_blocks(digests, range(3), content)) == []
+    assert list(layout.wrong_blocks(digests, range(1, 3), memoryview(b"bbbbcx"))) == [2]
+    assert list(layout.wrong_blocks(digests, range(3), content[:8])) == [2], "what is not there is wrong"
 
 
 def test_new_blobs_have_the_faster_one() -> None:

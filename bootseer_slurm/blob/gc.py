@@ -1,4 +1,4 @@
-"""Taking out of a user's part of the store what nothing there needs any more.
+"""The garbage of a user's part of the store: blobs without a name, dead leases, old traces, half objects.
 
     users/<uid>/blobs/<token>/unused    an empty object: since its time, no name has stood for this blob
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from bootseer_slurm.blob.names import list_names, user_folder
 from bootseer_slurm.blob.trace import MAX_AGE_S, traces_folder
-from bootseer_slurm.store import TEMPORARY, Entry, Store
+from bootseer_slurm.store import TEMPORARY, Store, StoreEntry
 
 GRACE_S = 86400.0
 _UNUSED = "unused"
@@ -24,7 +24,7 @@ _UNUSED = "unused"
 
 @dataclass(slots=True)
 class Collected:
-    """What was taken out: store paths, and bytes.
+    """The paths in the store that were removed, and their bytes.
 
     marked: blobs that go after a day. problems: what is wrong with records that are damaged.
     """
@@ -60,7 +60,7 @@ def collect_garbage(store: Store, uid: int, *, now_s: float | None = None) -> Co
 
 
 def _look_at_blob(
-    store: Store, path: str, folder: Entry, named: bool, now_s: float, result: Collected
+    store: Store, path: str, folder: StoreEntry, named: bool, now_s: float, result: Collected
 ) -> None:
     entries = store.scan(path)
     objects = {entry.name: entry for entry in entries}
@@ -97,7 +97,7 @@ def _remove_traces(store: Store, root: str, now_s: float, result: Collected) -> 
             _remove(store, *each, result)
 
 
-def _folders(store: Store, path: str) -> list[Entry]:
+def _folders(store: Store, path: str) -> list[StoreEntry]:
     return [entry for entry in store.scan(path) if entry.is_folder]
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm.blob.digest import BLAKE3, SHA256
-from bootseer_slurm.blob.manifest import decode, decode_adopted
-from bootseer_slurm.cache.survey import verify
+from bootseer_slurm.blob.manifest import decode, decode_unmanaged
+from bootseer_slurm.cache.admin import verify
 from bootseer_slurm.checkpoint import writer
 from bootseer_slurm.checkpoint.file import ParallelFile
 from bootseer_slurm.checkpoint.stripe import stripe_file
@@ -36,8 +36,8 @@ from bootseer_slurm.store import open_store
 writer.PREFERRED = sys.argv[3]
 file = Path(sys.argv[2])
 fingerprint = file_fingerprint(file.stat())
-stored = writer.store_file(
-    open_store(sys.argv[1]), file, kind="checkpoint", name=str(file), fingerprint=fingerprint, objects=3)
+original = writer.Original("checkpoint", str(file), fingerprint)
+stored = writer.BlobWriter(open_store(sys.argv[1]), objects=3).store_named(file, original)
 print(stored.folder)
 """
 
@@ -136,7 +136,7 @@ if not pathlib.Path({str(upgraded)!r}).exists():
         assert digest_of(served) == digest_of(model)
         node.ask("epilog", JOB_ID=1)
         node.events(1)
-        assert decode_adopted((in_cache(node) / "manifest").read_bytes()).digest == SHA256
+        assert decode_unmanaged((in_cache(node) / "manifest").read_bytes()).digest == SHA256
 
         assert digest_of(begin(node, 2, model)) == digest_of(model)
         said = end(node, 2)
@@ -147,7 +147,7 @@ if not pathlib.Path({str(upgraded)!r}).exists():
         before = in_cache(node)
         begin(node, 3, model)
         (after,) = set(before.parent.iterdir()) - {before}
-        assert decode_adopted((after / "manifest").read_bytes()).digest == BLAKE3
+        assert decode_unmanaged((after / "manifest").read_bytes()).digest == BLAKE3
         end(node, 3)
         assert verify(node.folder / "cache", node.run / "cache") == []
 

@@ -22,8 +22,9 @@ from bootseer_slurm.blob.manifest import BLOCK_BYTES, Manifest, decode
 from bootseer_slurm.blob.names import file_fingerprint, read_name, user_folder
 from bootseer_slurm.blob.ref import ArtifactRef
 from bootseer_slurm.blob.trace import Recorder
-from bootseer_slurm.blob.writer import store_file
-from bootseer_slurm.cache.cache import MISSING, UNCHECKED, Cache, CachedBlob
+from bootseer_slurm.blob.writer import BlobWriter, Original
+from bootseer_slurm.cache.cache import MISSING, UNCHECKED, Cache
+from bootseer_slurm.cache.datafile import DataFile
 from bootseer_slurm.cache.reader import Reader
 from bootseer_slurm.config import PrefetchConfig
 from bootseer_slurm.errors import BootseerError, InputError, StoreError
@@ -50,9 +51,8 @@ class Scene:
         self.file.write_bytes(self.content)
         os.utime(self.file, (1_700_000_000, 1_700_000_000))
         fingerprint = file_fingerprint(self.file.stat())
-        self.name = store_file(
-            self.store, self.file, kind="checkpoint", name=str(self.file), fingerprint=fingerprint, objects=3
-        )
+        original = Original("checkpoint", str(self.file), fingerprint)
+        self.name = BlobWriter(self.store, objects=3).store_named(self.file, original)
         self.blob_folder = self.store_folder / self.name.folder
         user = identity.User(os.getuid(), os.getgid(), ())
         self.process = start_user_process(user, f"file://{self.store_folder}", streams=4, timeout_s=5)
@@ -117,7 +117,7 @@ def test_prefetch_brings_every_byte_once(scene: Scene) -> None:
     for thread in threads:
         thread.join()
     assert reader.blob.complete
-    assert reader.blob.path.read_bytes() == scene.content
+    assert reader.blob.file.path.read_bytes() == scene.content
     assert reader.usage.store_bytes == SIZE_BYTES, "one fetch for each block, whoever asks"
     assert reader.usage.origin_bytes == 0 and scene.faults == []
 
@@ -135,14 +135,14 @@ def test_demand_reads_give_the_right_bytes(scene: Scene) -> None:
     for offset, size in ((0, 1), (262143, 2), (5_000_000, 1_000_000), (SIZE_BYTES - 10, 100)):
         assert reader.ready(offset, size) is None
         assert bytes(reader.fetch(offset, size)) == scene.content[offset : offset + size]
-    assert reader.ready(5_000_000, 1_000_000) == reader.blob.fd
+    assert reader.ready(5_000_000, 1_000_000) == reader.blob.file.fd
 
 
 def test_a_corrupt_stripe_is_never_shown(scene: Scene) -> None:
     corrupt(scene.blob_folder / "1", 77)
     reader = scene.reader()
     prefetch(reader)
-    assert reader.blob.path.read_bytes() == scene.content
+    assert reader.blob.file.path.read_bytes() == scene.content
     assert scene.faults == ["corrupt_block"]
     assert 0 < reader.usage.origin_bytes < SIZE_BYTES
 
@@ -223,10 +223,10 @@ def test_a_truncated_image_is_said(scene: Scene, tmp_path: Path) -> None:
 
 def test_a_full_disk_keeps_serving(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = scene.reader()
-    monkeypatch.setattr(CachedBlob, "write", lambda blob, offset, view: False)
+    monkeypatch.setattr(DataFile, "write", lambda file, offset, view: False)
     assert bytes(reader.fetch(262_000, 600_000)) == scene.content[262_000:862_000]
     assert scene.faults == ["cache_full"]
-    assert not reader.blob.has(0, 0)
+    assert not reader.blob.blocks.has(0, 0)
 
 
 def test_the_process_killed_fails_reads_and_nothing_hangs(scene: Scene) -> None:
@@ -244,7 +244,7 @@ def test_state_survives_a_restart(scene: Scene) -> None:
     scene.cache.release(reader.blob)
     again = scene.reader()
     assert again.ready(0, 2**20) is not None
-    assert os.pread(again.blob.fd, 2**20, 0) == scene.content[: 2**20]
+    assert os.pread(again.blob.file.fd, 2**20, 0) == scene.content[: 2**20]
     assert not again.blob.complete
 
 
@@ -252,7 +252,7 @@ def test_an_eviction_that_was_cut_off_leaves_no_wrong_bytes(scene: Scene) -> Non
     reader = scene.reader()
     prefetch(reader)
     scene.cache.release(reader.blob)
-    reader.blob.path.unlink()
+    reader.blob.file.path.unlink()
     again = scene.reader()
     assert again.blob.present_bytes == 0
     assert again.fetch(0, 100) == scene.content[:100]
@@ -291,7 +291,7 @@ def test_blocks_of_a_failed_read_are_prefetched_again(scene: Scene, mocker: Mock
 
 def unchecked(reader: Reader) -> None:
     """As after a reboot: the bytes are in the cache, and nobody compared them since."""
-    reader.blob.states[:] = bytes([UNCHECKED]) * reader.blob.layout.blocks
+    reader.blob.blocks.states[:] = bytes([UNCHECKED]) * reader.blob.layout.blocks
 
 
 def test_what_an_earlier_boot_left_is_compared_and_not_fetched(scene: Scene) -> None:
@@ -310,12 +310,12 @@ def test_what_changed_since_an_earlier_boot_is_fetched_again(scene: Scene) -> No
     reader = scene.reader()
     prefetch(reader)
     unchecked(reader)
-    os.pwrite(reader.blob.fd, b"wrong", 3 * BLOCK_BYTES)
-    reader.blob.states[4] = MISSING
+    os.pwrite(reader.blob.file.fd, b"wrong", 3 * BLOCK_BYTES)
+    reader.blob.blocks.states[4] = MISSING
     assert reader.fetch(3 * BLOCK_BYTES, 2 * BLOCK_BYTES) == scene.content[3 * BLOCK_BYTES : 5 * BLOCK_BYTES]
     assert scene.faults == ["corrupt_block"]
     prefetch(reader)
-    assert reader.blob.path.read_bytes() == scene.content
+    assert reader.blob.file.path.read_bytes() == scene.content
 
 
 def test_reads_are_recorded_whether_they_wait_or_not(scene: Scene) -> None:
@@ -354,7 +354,7 @@ def test_a_push_that_fails_costs_nothing(scene: Scene) -> None:
         raise OSError(2, "no such inode")
 
     reader.prefetch_blocks(0, 0, 2**20, push=push)
-    assert reader.blob.has(0, 0) and reader.usage.pushed_bytes == 0 and scene.faults == []
+    assert reader.blob.blocks.has(0, 0) and reader.usage.pushed_bytes == 0 and scene.faults == []
 
 
 def test_each_user_of_a_blob_is_told_of_a_fault_once(scene: Scene) -> None:
@@ -375,7 +375,7 @@ def test_a_file_changed_while_it_is_stored_is_refused(scene: Scene, tmp_path: Pa
         os.utime(path)
 
     with pytest.raises(BootseerError, match="changed while"):
-        store_file(scene.store, path, kind="image", name="n", fingerprint="f", progress=touch)
+        BlobWriter(scene.store, progress=touch).store_named(path, Original("image", "n", "f"))
     assert read_name(scene.store, os.getuid(), "n") is None
     assert scene.store.list(f"{user_folder(os.getuid())}/blobs") == [scene.name.folder.split("/")[-1]]
 
@@ -409,8 +409,8 @@ def test_digests_are_of_the_blocks(scene: Scene) -> None:
 def test_a_cache_that_takes_no_more_writes_serves_what_it_fetches(scene: Scene, tmp_path: Path) -> None:
     """As on a disk that failed: its file system is read-only from then on."""
     reader = scene.reader()
-    fd = os.open(reader.blob.path, os.O_RDONLY)
-    os.dup2(fd, reader.blob.fd)
+    fd = os.open(reader.blob.file.path, os.O_RDONLY)
+    os.dup2(fd, reader.blob.file.fd)
     os.close(fd)
     assert bytes(reader.fetch(262_000, 600_000)) == scene.content[262_000:862_000]
-    assert scene.faults == ["cache_full"] and reader.blob.full
+    assert scene.faults == ["cache_full"] and reader.blob.file.full

@@ -9,13 +9,11 @@ import os
 import random
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bootseer_slurm.artifacts.table import Quota
-from bootseer_slurm.blob.garbage import collect_garbage
 from bootseer_slurm.blob.jobclass import (
     RECORD_LIMIT_BYTES,
     REMEMBERED_LIMIT,
@@ -26,7 +24,6 @@ from bootseer_slurm.blob.jobclass import (
 )
 from bootseer_slurm.blob.trace import (
     MAGIC,
-    MAX_AGE_S,
     MAX_TOUCHES,
     NODES,
     STARTS,
@@ -38,10 +35,8 @@ from bootseer_slurm.blob.trace import (
     merge,
     surplus,
     trace_name,
-    traces_folder,
 )
 from bootseer_slurm.errors import InputError, IntegrityError
-from bootseer_slurm.store import FileStore
 
 NOW_NS = 1_800_000_000 * 10**9
 DAY_NS = 24 * 3600 * 10**9
@@ -427,16 +422,3 @@ def test_the_plans_of_one_job_are_bounded() -> None:
         with pytest.raises(InputError, match="plans of this job"):
             quota.allow_plan(1)
     quota.allow_plan(0)
-
-
-def test_traces_that_are_too_old_for_a_plan_are_garbage(tmp_path: Path) -> None:
-    store, root = FileStore(tmp_path), traces_folder(UID)
-    for path in ("old/a/1.0.n1", "old/b/2.0.n1", "young/a/3.0.n1", "young/b/4.0.n1", "young/b/5.0.n1"):
-        store.write(f"{root}/{path}", b"12345")
-    past_s = time.time() - MAX_AGE_S - 10
-    for path in ("old", "old/a", "old/a/1.0.n1", "old/b", "old/b/2.0.n1", "young/a", "young/a/3.0.n1", "young/b", "young/b/4.0.n1"):
-        os.utime(tmp_path / root / path, (past_s, past_s))
-    found = collect_garbage(store, UID)
-    assert sorted(found.removed) == [f"{root}/old", f"{root}/young/a"] and found.size_bytes == 15
-    assert {path.name for path in (tmp_path / root).rglob("*")} == {"young", "b", "4.0.n1", "5.0.n1"}
-    assert collect_garbage(store, UID).removed == []

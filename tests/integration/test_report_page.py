@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
 from bench.made_start import made_report, made_run
 
-from bootseer_slurm.report.analyse import analyse
-from bootseer_slurm.report.html import to_html
+from bootseer_slurm.report.render.html import to_html
+from bootseer_slurm.report.startup.analyse import analyse
 
 BROWSER = shutil.which("chromium-headless-shell")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not BROWSER, reason="no chromium-headless-shell")]

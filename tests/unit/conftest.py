@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bootseer_slurm.report.analyse import Report
+from bootseer_slurm.report.startup.figures import Report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 

@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.report.analyse import Report, analyse
-from bootseer_slurm.report.collect import NodeEvents, Run
-from bootseer_slurm.report.document import to_json
-from bootseer_slurm.report.render import to_terminal
+from bootseer_slurm.report.gather.run import NodeEvents, Run
+from bootseer_slurm.report.render.document import to_json
+from bootseer_slurm.report.render.terminal import to_terminal
+from bootseer_slurm.report.startup.analyse import analyse
+from bootseer_slurm.report.startup.figures import Report
 from bootseer_slurm.slurm.jobs import JobRecord
 from tests.unit.records import RECORD as BASE
 from tests.unit.records import SECOND, START

@@ -19,7 +19,7 @@ from bench.rows import Row
 from cluster.client import Cluster
 from cluster.layout import REPO, ClusterError
 
-from bootseer_slurm.report.html import to_html
+from bootseer_slurm.report.render.html import to_html
 
 RECORDS = 1_000_000
 STARTS = 10_000
@@ -40,9 +40,9 @@ sys.exit(done.returncode)
 """
 SCAN = """
 import sys, pyarrow.dataset as ds
-from bootseer_slurm.report.overhead import _COLUMNS
+from bootseer_slurm.report.totals.tables import COLUMNS
 dataset = ds.dataset(sys.argv[1], format="parquet")
-rows = sum(batch.num_rows for batch in dataset.to_batches(columns=list(_COLUMNS)))
+rows = sum(batch.num_rows for batch in dataset.to_batches(columns=list(COLUMNS)))
 assert rows == int(sys.argv[2]), rows
 """
 READ = """

@@ -1,4 +1,4 @@
-"""The events of the shared store, as collect wants them.
+"""The events in the shared store, as `gather` asks for them.
 
 Owns the paths of the event files (docs/events.md) on the reading side. What this person may not read is left
 out with a log line: of a job's report the rest is still true, and the nodes concerned show as silent.
@@ -13,11 +13,13 @@ import secrets
 from collections.abc import Iterator
 
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.report.collect import MAX_TEXT, Offset
+from bootseer_slurm.report.gather.run import Offset
 from bootseer_slurm.store import Store, clock_offset
 
 log = logging.getLogger(__name__)
 
+# A user may write the file; this bounds what a hostile one costs the person who asks for the report.
+MAX_TEXT = 32 << 20
 _RUN = re.compile(r"([0-9]{1,10})\.([0-9]{1,7})")
 _SUFFIX = ".jsonl"
 NO_UID = (1 << 32) - 1  # to setresuid(2) it means: stay who you are

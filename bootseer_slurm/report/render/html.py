@@ -18,12 +18,12 @@ from importlib import resources
 from statistics import median
 from typing import Any
 
-from bootseer_slurm.report.analyse import Report, StageRow
-from bootseer_slurm.report.document import node_names
-from bootseer_slurm.report.figures import figures, headline, nodes_text, waited_text
-from bootseer_slurm.report.stages import STAGES, NodeStart
-from bootseer_slurm.report.stragglers import NOTICEABLE_S, SLOW, figures_of
-from bootseer_slurm.report.transfers import Transfer
+from bootseer_slurm.report.render.document import node_names
+from bootseer_slurm.report.render.headline import figures, headline, nodes_text, waited_text
+from bootseer_slurm.report.startup.figures import Report, StageRow
+from bootseer_slurm.report.startup.stages import STAGES, NodeStart
+from bootseer_slurm.report.startup.stragglers import NOTICEABLE_S, SLOW, work_of
+from bootseer_slurm.report.startup.transfers import Transfer
 from bootseer_slurm.units import format_bytes, format_duration
 
 _VERY_SLOW = 2.0
@@ -59,7 +59,7 @@ def to_html(report: Report) -> str:
 
 
 def _page(name: str) -> str:
-    return (resources.files("bootseer_slurm.report") / "page" / name).read_text("utf-8")
+    return (resources.files(__package__) / "page" / name).read_text("utf-8")
 
 
 def _filled(name: str, **parts: str) -> _Html:
@@ -298,7 +298,7 @@ def _data(report: Report) -> dict[str, Any]:
 
 
 def _facts(start: NodeStart, sent: dict[str, Any], rows: Sequence[Transfer]) -> list[str]:
-    did = figures_of(sent[start.node])
+    did = work_of(sent[start.node])
     facts = []
     if did.fetched_bytes or did.cached_bytes:
         rate = f" at {format_bytes(did.rate)}/s a stream" if did.rate else ""

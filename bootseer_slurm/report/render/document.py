@@ -9,10 +9,10 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from bootseer_slurm.report.analyse import Report, StageRow
-from bootseer_slurm.report.stages import NodeStart
-from bootseer_slurm.report.transfers import Transfer
-from bootseer_slurm.report.verdict import Verdict
+from bootseer_slurm.report.startup.figures import Report, StageRow
+from bootseer_slurm.report.startup.stages import NodeStart
+from bootseer_slurm.report.startup.transfers import Transfer
+from bootseer_slurm.report.startup.verdict import Verdict
 
 SCHEMA = 3
 

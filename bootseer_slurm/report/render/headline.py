@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bootseer_slurm.errors import InputError
-from bootseer_slurm.report.analyse import Report
-from bootseer_slurm.report.document import node_names
-from bootseer_slurm.report.transfers import Transfer
+from bootseer_slurm.report.render.document import node_names
+from bootseer_slurm.report.startup.figures import Report
+from bootseer_slurm.report.startup.transfers import Transfer
 from bootseer_slurm.slurm.hostlist import fold
 from bootseer_slurm.units import format_bytes, format_duration, format_share
 

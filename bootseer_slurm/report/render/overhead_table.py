@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bootseer_slurm.report.overhead import EDGES_S, Group, Overhead
+from bootseer_slurm.report.totals.figures import EDGES_S, Group, Overhead
 from bootseer_slurm.units import format_duration
 
 JSON_SCHEMA = 1

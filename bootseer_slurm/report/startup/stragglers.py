@@ -1,9 +1,9 @@
-"""Which nodes held the start up, and why, as far as their own figures tell.
+"""The nodes that held the start up, and why, as far as their own figures tell.
 
 A node straggles when a stage took it noticeably longer than the median node. The cause is looked for in what
 its agent told at the end of the start (events `access start` and `load start`), set against the median node:
-what it had to fetch, how fast that came, how fast its cache's disk took it, and how long its tasks waited for
-a CPU. Pure functions.
+bytes fetched, the rate of a stream, the rate of the cache's disk, and how long tasks waited for a CPU. Pure
+functions.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from statistics import median
 
-from bootseer_slurm.report.collect import NodeEvents
-from bootseer_slurm.report.stages import NodeStart
+from bootseer_slurm.report.gather.run import NodeEvents
+from bootseer_slurm.report.startup.stages import NodeStart
 from bootseer_slurm.units import format_bytes
 
 # A stage is worth a word only when its slowest node waits noticeably longer than the others.
@@ -25,8 +25,8 @@ _EXPLAINS = 0.2  # of what a node lost, that a cause has to explain
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """What a node did during its start. fetch_s and disk_s: summed over streams that run side by side."""
+class NodeWork:
+    """The work of a node during its start. fetch_s and disk_s: summed over streams that run side by side."""
 
     fetched_bytes: float = 0.0
     cached_bytes: float = 0.0
@@ -56,7 +56,7 @@ class Straggler:
     detail: str
 
 
-def figures_of(sent: NodeEvents) -> Figures:
+def work_of(sent: NodeEvents) -> NodeWork:
     """The node's figures at the end of its start; zeros for what it did not tell."""
     access = [event for event in sent.events if (event.kind, event.name) == ("access", "start")]
     load = [event for event in sent.events if (event.kind, event.name) == ("load", "start")]
@@ -65,7 +65,7 @@ def figures_of(sent: NodeEvents) -> Figures:
         return sum(max(0.0, event.number(key)) for event in access for key in keys)
 
     lasted_s = load[0].dur_s if load else None
-    return Figures(
+    return NodeWork(
         fetched_bytes=total("store_bytes", "origin_bytes"),
         cached_bytes=total("cached_bytes"),
         fetch_s=total("fetch_s"),
@@ -74,7 +74,7 @@ def figures_of(sent: NodeEvents) -> Figures:
     )
 
 
-def find(starts: Sequence[NodeStart], nodes: Sequence[NodeEvents]) -> tuple[Straggler, ...]:
+def find_stragglers(starts: Sequence[NodeStart], nodes: Sequence[NodeEvents]) -> tuple[Straggler, ...]:
     """The stragglers among the nodes, the worst first."""
     if len(starts) < 2:
         return ()
@@ -97,7 +97,7 @@ def find(starts: Sequence[NodeStart], nodes: Sequence[NodeEvents]) -> tuple[Stra
             slow.append((node, worst, lost[worst]))
     if not slow:
         return ()
-    figures = {sent.node: figures_of(sent) for sent in nodes}
+    figures = {sent.node: work_of(sent) for sent in nodes}
     usual = _median(figures.values())
     found = [
         Straggler(node, stage, lost_s, *_cause(stage, lost_s, figures[node], usual))
@@ -106,12 +106,12 @@ def find(starts: Sequence[NodeStart], nodes: Sequence[NodeEvents]) -> tuple[Stra
     return tuple(sorted(found, key=lambda straggler: -straggler.lost_s))
 
 
-def _median(figures: Iterable[Figures]) -> Figures:
+def _median(figures: Iterable[NodeWork]) -> NodeWork:
     known = list(figures)
-    return Figures(*(median(getattr(each, name.name) for each in known) for name in fields(Figures)))
+    return NodeWork(*(median(getattr(each, name.name) for each in known) for name in fields(NodeWork)))
 
 
-def _cause(stage: str, lost_s: float, node: Figures, usual: Figures) -> tuple[str, str]:
+def _cause(stage: str, lost_s: float, node: NodeWork, usual: NodeWork) -> tuple[str, str]:
     """The likely cause and the figures that say so."""
     if stage == "allocation":
         return "late allocation", "its prolog began later than the others'"
@@ -124,13 +124,13 @@ def _cause(stage: str, lost_s: float, node: Figures, usual: Figures) -> tuple[st
         # Of streams that run side by side: one of them alone must have lost this.
         if explained_s >= _EXPLAINS * lost_s:
             return cause, detail
-    if node == Figures():
+    if node == NodeWork():
         return "not known", "its agent told no figures"
     return "not known", "what it fetched, and how fast, is as on the others"
 
 
-def _explained(node: Figures, usual: Figures) -> list[tuple[float, str, str]]:
-    """What a slow link, a slow disk and a cold cache cost this node, in seconds of streams."""
+def _explained(node: NodeWork, usual: NodeWork) -> list[tuple[float, str, str]]:
+    """The cost of a slow link, a slow disk and a cold cache to this node, in seconds of streams."""
     causes = []
     rate, usual_rate = node.rate, usual.rate
     if rate and usual_rate and usual_rate >= SLOW * rate:

@@ -10,8 +10,9 @@ import pytest
 
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.report.collect import Run, collect
-from bootseer_slurm.report.stored import StoredEvents
+from bootseer_slurm.report.gather.gather import gather
+from bootseer_slurm.report.gather.run import Run
+from bootseer_slurm.report.gather.stored import StoredEvents
 from bootseer_slurm.slurm.jobs import AccountingError, JobRecord
 from bootseer_slurm.store import FileStore
 from tests.unit.records import RECORD as BASE
@@ -33,7 +34,7 @@ def write(
     return path
 
 
-def gather(
+def run_of(
     root: Path, records: Sequence[JobRecord] | BootseerError = (RECORD,), job_id: str = "77", **more: int
 ) -> Run:
     def accounting(_: str) -> Sequence[JobRecord]:
@@ -41,13 +42,13 @@ def gather(
             raise records
         return records
 
-    return collect(job_id, store=StoredEvents(FileStore(root)), accounting=accounting, **more)
+    return gather(job_id, store=StoredEvents(FileStore(root)), accounting=accounting, **more)
 
 
 def test_events_and_accounting_are_joined(tmp_path: Path) -> None:
     for node in ("n2", "n1", "n10"):
         write(tmp_path, node)
-    run = gather(tmp_path)
+    run = run_of(tmp_path)
     assert (run.job, run.restart, run.uid, run.record) == (77, 0, 1000, RECORD)
     assert {sent.node: len(sent.events) for sent in run.nodes} == {"n1": 2, "n2": 2, "n10": 2}
     assert run.silent_nodes == ()
@@ -57,14 +58,14 @@ def test_events_and_accounting_are_joined(tmp_path: Path) -> None:
 def test_a_node_that_sent_nothing_is_named(tmp_path: Path) -> None:
     write(tmp_path, "n1")
     write(tmp_path, "n2").write_text("rubbish\n")
-    run = gather(tmp_path)
+    run = run_of(tmp_path)
     assert run.silent_nodes == ("n2", "n10")
     assert "lines left out because they are no events of this run: 1" in run.notes
 
 
 def test_without_accounting_the_events_still_give_a_run(tmp_path: Path) -> None:
     write(tmp_path, "n1")
-    run = gather(tmp_path, AccountingError("sacct is not installed here"))
+    run = run_of(tmp_path, AccountingError("sacct is not installed here"))
     assert run.record is None
     assert run.uid == 1000
     assert run.silent_nodes == ("n2", "n10")
@@ -73,20 +74,20 @@ def test_without_accounting_the_events_still_give_a_run(tmp_path: Path) -> None:
 
 def test_accounting_that_does_not_know_the_job_is_no_reason_to_give_up(tmp_path: Path) -> None:
     write(tmp_path, "n1")
-    assert gather(tmp_path, NotFound("accounting has no job 77")).nodes[0].node == "n1"
+    assert run_of(tmp_path, NotFound("accounting has no job 77")).nodes[0].node == "n1"
 
 
 def test_nothing_at_all_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFound) as caught:
-        gather(tmp_path, NotFound("accounting has no job 77"))
+        run_of(tmp_path, NotFound("accounting has no job 77"))
     assert "77" in caught.value.message
 
 
 def test_a_job_without_events_says_so(tmp_path: Path) -> None:
-    run = gather(tmp_path)
+    run = run_of(tmp_path)
     assert run.silent_nodes == ("n1", "n2", "n10")
     assert any("without --bootseer" in note for note in run.notes)
-    running = gather(tmp_path, [replace(RECORD, end_ns=None, state="RUNNING")])
+    running = run_of(tmp_path, [replace(RECORD, end_ns=None, state="RUNNING")])
     assert any("when the job ends" in note for note in running.notes)
 
 
@@ -94,32 +95,32 @@ def test_the_last_restart_is_the_default_and_others_can_be_asked_for(tmp_path: P
     again = replace(RECORD, restart=1, start_ns=START + 300 * SECOND, end_ns=START + 400 * SECOND)
     write(tmp_path, "n1", restart=0)
     write(tmp_path, "n1", restart=1, t_ns=START + 301 * SECOND)
-    last = gather(tmp_path, [RECORD, again])
+    last = run_of(tmp_path, [RECORD, again])
     assert (last.restart, last.restarts, last.record) == (1, (0, 1), again)
     assert "restart 1; this job also has restart 0" in last.notes
-    first = gather(tmp_path, [RECORD, again], restart=0)
+    first = run_of(tmp_path, [RECORD, again], restart=0)
     assert (first.restart, first.record) == (0, RECORD)
     with pytest.raises(NotFound, match="no restart 7"):
-        gather(tmp_path, [RECORD, again], restart=7)
+        run_of(tmp_path, [RECORD, again], restart=7)
 
 
 def test_a_restart_that_still_waits_in_the_queue_is_not_reported(tmp_path: Path) -> None:
     waiting = replace(RECORD, restart=1, state="PENDING", start_ns=None, end_ns=None, nodes=())
     write(tmp_path, "n1")
-    assert gather(tmp_path, [RECORD, waiting]).restart == 0
+    assert run_of(tmp_path, [RECORD, waiting]).restart == 0
 
 
 def test_a_restart_that_sent_nothing_is_reported_as_silent(tmp_path: Path) -> None:
     again = replace(RECORD, restart=1, start_ns=START + 300 * SECOND, end_ns=START + 400 * SECOND)
     write(tmp_path, "n1", restart=0)
-    run = gather(tmp_path, [RECORD, again])
+    run = run_of(tmp_path, [RECORD, again])
     assert (run.restart, run.nodes, run.silent_nodes) == (1, (), ("n1", "n2", "n10"))
 
 
 def test_purged_records_do_not_shift_the_restarts(tmp_path: Path) -> None:
     """Accounting knows only the third run, and numbers it 0."""
     write(tmp_path, "n1", restart=2)
-    run = gather(tmp_path)
+    run = run_of(tmp_path)
     assert (run.restart, run.restarts) == (2, (2,))
     assert run.record is not None
     assert run.record.start_ns == START
@@ -130,7 +131,7 @@ def test_the_record_is_the_one_in_whose_time_the_events_lie(tmp_path: Path) -> N
     old = replace(RECORD, start_ns=START - 10**6 * SECOND, end_ns=START - 10**6 * SECOND + SECOND)
     new = replace(RECORD, restart=1)
     write(tmp_path, "n1", restart=0)
-    run = gather(tmp_path, [old, new], restart=0)
+    run = run_of(tmp_path, [old, new], restart=0)
     assert run.record == new
     assert any("chosen by its time" in note for note in run.notes)
 
@@ -138,22 +139,22 @@ def test_the_record_is_the_one_in_whose_time_the_events_lie(tmp_path: Path) -> N
 def test_an_array_task_is_found_under_its_own_number(tmp_path: Path) -> None:
     tasks = [replace(RECORD, job=78 + task, shown_id=f"77_{task}", array_task=task) for task in (1, 2)]
     write(tmp_path, "n1", job=80)
-    run = gather(tmp_path, tasks, job_id="77_2")
+    run = run_of(tmp_path, tasks, job_id="77_2")
     assert (run.job, run.record, len(run.nodes)) == (80, tasks[1], 1)
     with pytest.raises(InputError) as caught:
-        gather(tmp_path, AccountingError("sacct is not installed here"), job_id="77_2")
+        run_of(tmp_path, AccountingError("sacct is not installed here"), job_id="77_2")
     assert "SLURM_JOB_ID" in (caught.value.hint or "")
 
 
 def test_another_users_events_of_this_job_are_not_believed(tmp_path: Path) -> None:
     write(tmp_path, "n1", uid=1000)
     write(tmp_path, "n2", uid=666)
-    run = gather(tmp_path)
+    run = run_of(tmp_path)
     assert [sent.node for sent in run.nodes] == ["n1"]
     off = AccountingError("accounting is off")
     with pytest.raises(InputError, match="users 666, 1000"):
-        gather(tmp_path, off)
-    assert [sent.node for sent in gather(tmp_path, off, uid=1000).nodes] == ["n1"]
+        run_of(tmp_path, off)
+    assert [sent.node for sent in run_of(tmp_path, off, uid=1000).nodes] == ["n1"]
 
 
 def test_lines_of_other_jobs_and_nodes_and_foreign_files_are_left_out(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_lines_of_other_jobs_and_nodes_and_foreign_files_are_left_out(tmp_path: 
     (mine.parent / "\x1b[2J.jsonl").write_text(mine.read_text())
     (mine.parent / "n2.jsonl").mkdir()
     (mine.parent / "notes.txt").write_text("not ours")
-    run = gather(tmp_path)
+    run = run_of(tmp_path)
     assert [(sent.node, len(sent.events), sent.bad_lines) for sent in run.nodes] == [("n1", 2, 2)]
     assert "files left out because the job did not have their nodes: 1" in run.notes
 
@@ -178,4 +179,4 @@ def test_lines_of_other_jobs_and_nodes_and_foreign_files_are_left_out(tmp_path: 
 )
 def test_what_is_no_job_id_is_refused(tmp_path: Path, job_id: str) -> None:
     with pytest.raises(InputError):
-        gather(tmp_path, job_id=job_id)
+        run_of(tmp_path, job_id=job_id)

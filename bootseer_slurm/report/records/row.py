@@ -1,7 +1,7 @@
-"""One row per start of a job: what the overhead of a cluster is counted from.
+"""The row of a start: the overhead of a cluster is counted from these.
 
-Owns the schema of the dataset (docs/overhead.md) and the line for AdminComment. Pure; a row is made of the
-same Report that `bootseer report` shows. Every column but the job's own may be null: not known.
+Owns the schema of the dataset (docs/overhead.md). Pure; a row is made of the same Report that `bootseer
+report` shows. Every column but the job's own may be null: not known.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from bootseer_slurm.report.analyse import Report
-from bootseer_slurm.report.stages import STAGES, NodeStart
+from bootseer_slurm.report.startup.figures import Report
+from bootseer_slurm.report.startup.stages import STAGES, NodeStart
 
-COMMENT_PREFIX = "bootseer: "
 _MAX_BYTES = (1 << 63) - 1  # events are the user's, and may say any number
 _MAX_TEXT = 256  # of names that users choose
 _TIME = pa.timestamp("ms", tz="UTC")
@@ -54,7 +53,7 @@ SCHEMA = pa.schema(
         pa.field("problems", pa.int32()),
     ]
 )
-# What tells one start from another: job ids may be begun anew. Not the restart count: users name folders as
+# These tell one start from another: job ids may be begun anew. Not the restart count: users name folders as
 # they like, and one start of a job would count as often as its user says.
 KEY = ("job", "start_time")
 
@@ -110,26 +109,6 @@ def table_of(rows: Iterable[Row]) -> pa.Table:
     return pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
 
 
-def comment_of(row: Row) -> str:
-    """The line for AdminComment, such as "bootseer: start 43s of 1h02m, 12 gpu-min, image 20s".
-
-    In small letters, for sacctmgr makes them small anyway.
-    """
-    waited_s, elapsed_s = row["start_to_training_s"], row["elapsed_s"]
-    if waited_s is None:
-        return f"{COMMENT_PREFIX}start not marked, ran {_short(elapsed_s)}"
-    parts = [f"start {_short(waited_s)} of {_short(elapsed_s)}"]
-    if row["lost_gpu_s"] is not None:
-        parts.append(f"{row['lost_gpu_s'] / 60:.0f} gpu-min")
-    elif row["lost_cpu_s"] is not None:
-        parts.append(f"{row['lost_cpu_s'] / 60:.0f} cpu-min")
-    known = [(row[f"{stage}_s"], stage) for stage in STAGES if row[f"{stage}_s"] is not None]
-    if known:
-        longest_s, stage = max(known)
-        parts.append(f"{stage} {_short(longest_s)}")
-    return COMMENT_PREFIX + ", ".join(parts)
-
-
 def _last_start(starts: Iterable[NodeStart]) -> NodeStart | None:
     """The node that began training last: the start took as long as there."""
     trained = [start for start in starts if start.training_ns is not None]
@@ -152,11 +131,3 @@ def _ms(time_ns: int | None) -> int | None:
 def _cut(text: str) -> str | None:
     clean = "".join(c if c.isprintable() else " " for c in text)
     return clean[:_MAX_TEXT] or None
-
-
-def _short(duration_s: float) -> str:
-    """Seconds in a few characters: "43s", "5m20s", "1h02m"."""
-    minutes, seconds = divmod(round(duration_s), 60)
-    if minutes < 60:
-        return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-    return f"{minutes // 60}h{minutes % 60:02d}m"

@@ -16,10 +16,10 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bootseer_slurm.report.analyse import Report
-from bootseer_slurm.report.document import to_json
-from bootseer_slurm.report.html import to_html
-from bootseer_slurm.report.stages import NodeStart
+from bootseer_slurm.report.render.document import to_json
+from bootseer_slurm.report.render.html import to_html
+from bootseer_slurm.report.startup.figures import Report
+from bootseer_slurm.report.startup.stages import NodeStart
 
 _TEXTS = ("shown_id", "user", "account", "partition", "job_name", "node", "stage")
 _NUMBERS = ("job", "restart", "begin_ns", "end_ns")

@@ -2,7 +2,7 @@
 
 Owns which stamp ends which stage (docs/report.md). A stage ends with the job's own mark where it makes one;
 else with what the node itself saw, and is then called derived. Pure functions over the events of one node,
-whose clock is taken to be right (report/clock.py).
+whose clock is taken to be right (clock.py).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bootseer_slurm.events import Event
-from bootseer_slurm.report.clock import Clock
-from bootseer_slurm.report.collect import NodeEvents
+from bootseer_slurm.report.gather.run import NodeEvents
+from bootseer_slurm.report.startup.clock import Clock
 
 STAGES = ("allocation", "prolog", "launch", "image", "environment", "checkpoint", "program")
 _MARKS = {"image": "image_loaded", "environment": "environment_loaded", "checkpoint": "checkpoint_loaded"}

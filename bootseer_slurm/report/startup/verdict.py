@@ -1,4 +1,4 @@
-"""Which artifact held the start up, in words. Pure functions.
+"""The artifact that held the start up, in words. Pure functions.
 
 The start took as long as on its slowest node. Nodes that wait for each other before they train are all as
 slow: so nodes whose start was up to 1 % shorter count as well, and of them the one whose reads waited most.
@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bootseer_slurm.events import BELOW_LAYER
-from bootseer_slurm.report.transfers import TOLERATED, Transfer
+from bootseer_slurm.report.startup.transfers import TOLERATED, Transfer
 from bootseer_slurm.units import format_duration, format_share
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What held the start up; without a name, nothing that was brought did.
+    """The artifact that held the start up; without a name, none that was brought did.
 
     share: of the node's start. at_most: reads of several blobs waited, perhaps at the same time.
     """

@@ -1,4 +1,4 @@
-"""What a job's start would have cost plain: the median of its class's own starts that were only observed.
+"""The cost of a job's start without Bootseer: the median of its class's own starts that were only observed.
 
 A class is the jobs of one user with the same account and name, as accounting has them. Without accounting, or
 without such starts whose events can be read, nothing is known. Reads events and accounting, writes nothing.
@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.report.analyse import PlainStarts, analyse
-from bootseer_slurm.report.collect import EventStore, Run, collect
+from bootseer_slurm.report.gather.gather import gather
+from bootseer_slurm.report.gather.run import EventStore, Run
+from bootseer_slurm.report.startup.analyse import analyse
+from bootseer_slurm.report.startup.figures import PlainStarts
 from bootseer_slurm.slurm import jobs
 from bootseer_slurm.slurm.jobs import JobRecord
 
@@ -52,7 +54,7 @@ def _waited_s(record: JobRecord, store: EventStore) -> float | None:
         first = next(iter(store.event_files(record.uid or 0, record.job, record.restart)), ("", ""))
         if '"mode":"observe"' not in first[1] or '"mode":"prefetch"' in first[1]:
             return None  # seen in one node's file: those of a thousand need not be read
-        run = collect(str(record.job), store=store, accounting=lambda _: (record,), restart=record.restart)
+        run = gather(str(record.job), store=store, accounting=lambda _: (record,), restart=record.restart)
     except BootseerError as error:
         log.debug("job=%d is left out: %s", record.job, error)
         return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from bootseer_slurm.report.collect import NodeEvents, Offset
+from bootseer_slurm.report.gather.run import NodeEvents, Offset
 
 _MAX_NS = (1 << 63) - 1
 

@@ -17,11 +17,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from bootseer_slurm.report.analyse import Problem, Report, StageRow
-from bootseer_slurm.report.document import node_names
-from bootseer_slurm.report.figures import TRAINING_SAID, nodes_text, waited_text
-from bootseer_slurm.report.stragglers import NOTICEABLE_S, SLOW
-from bootseer_slurm.report.transfers import Transfer
+from bootseer_slurm.report.render.document import node_names
+from bootseer_slurm.report.render.headline import TRAINING_SAID, nodes_text, waited_text
+from bootseer_slurm.report.startup.figures import Problem, Report, StageRow
+from bootseer_slurm.report.startup.stragglers import NOTICEABLE_S, SLOW
+from bootseer_slurm.report.startup.transfers import Transfer
 from bootseer_slurm.units import format_bytes, format_duration
 
 _VERY_SLOW = 2.0

@@ -1,4 +1,4 @@
-"""What each node fetched and read of each image, environment or checkpoint. Pure functions."""
+"""Bytes that each node fetched and read of each image, environment or checkpoint. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bootseer_slurm.events import Event
-from bootseer_slurm.report.collect import NodeEvents
-from bootseer_slurm.report.stages import first
+from bootseer_slurm.report.gather.run import NodeEvents
+from bootseer_slurm.report.startup.stages import first
 
 TOLERATED = 0.01  # of a node's start: who waits no longer for a thing has it in time
 _LEAST_S = 1e-6  # nothing is fetched in less
@@ -17,8 +17,8 @@ _WAITS = ("waited_s", "longest_wait_s")  # fields of the event
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
-    """What one node fetched and read of one thing. None: no event says so."""
+class Transfer:  # size: a row of the report, as docs/report.md lists it
+    """Bytes and waits of one thing on one node. None: no event says so."""
 
     node: str
     what: str
@@ -73,14 +73,14 @@ def transfers(sent: NodeEvents, start_s: float | None) -> list[Transfer]:
 
 
 class _Waits(NamedTuple):
-    """What reads of the start waited; None: not known."""
+    """How long reads of the start waited; None: not known."""
 
     waited_s: float | None = None
     longest_s: float | None = None
 
 
 def _waits(events: Sequence[Event], restarted_ns: int | None) -> _Waits:
-    """What the node told at the end of its start. Agents before this figure did not tell.
+    """The waits that the node told at the end of its start. Agents before this figure did not tell.
 
     An agent that is started again in a start does not know what reads had waited before.
     """

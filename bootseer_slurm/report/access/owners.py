@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterator
 
 from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.identity import User, close_to_tracers
-from bootseer_slurm.report.collect import MAX_TEXT
-from bootseer_slurm.report.frames import Frame, read_frames, write_all
-from bootseer_slurm.report.stored import NO_UID, StoredEvents, user_folders
+from bootseer_slurm.report.access.frames import Frame, read_frames, write_all
+from bootseer_slurm.report.gather.stored import MAX_TEXT, NO_UID, StoredEvents, user_folders
 from bootseer_slurm.store import Store, open_store
 
 _TIMEOUT_S = 60.0  # without a byte; a file system may be slow, and one that hangs holds up one user
@@ -42,7 +41,7 @@ def as_owner(
     timeout_s: float = _TIMEOUT_S,
     limit_s: float = math.inf,
 ) -> Iterator[Frame]:
-    """What `produce` gives of the store, in a process with the rights of user `uid`. For root.
+    """The frames that `produce` makes of the store, in a process with the rights of user `uid`. For root.
 
     timeout_s: how long to wait for the next byte; limit_s: in all, for a user can have a file system of his
     own, which has a byte now and then. Raises what `produce` raised, and StoreError when the

@@ -1,4 +1,4 @@
-"""Named pieces of bytes through a pipe or a socket: what processes of different users pass to one another.
+"""Named pieces of bytes through a pipe or a socket, between processes of different users.
 
 A frame is a line of JSON, whose "bytes" says how much content follows it. The last one has "end", or "error"
 where the writer failed; without it the stream was cut off. A reader believes no length without a limit.
@@ -18,7 +18,7 @@ _MESSAGE_LIMIT = 500
 
 
 class Frame(NamedTuple):
-    """One piece: what it is, and its bytes."""
+    """One piece: a header that says what it is, and its bytes."""
 
     header: dict[str, Any]
     content: bytes
@@ -31,7 +31,7 @@ def write_frame(file: BinaryIO, header: dict[str, Any], content: bytes | memoryv
 
 
 def write_all(file: BinaryIO, produce: Callable[[], Iterator[Frame]]) -> None:
-    """Write what `produce` gives, and the end; an error of it goes to the reader. Raises OSError."""
+    """Write the frames of `produce`, and the end; an error of it goes to the reader. Raises OSError."""
     try:
         for frame in produce():
             write_frame(file, frame.header, frame.content)

@@ -1,10 +1,10 @@
-"""The dataset of starts on disk: records.SCHEMA in Parquet, a file per user and month.
+"""The dataset of starts on disk: row.SCHEMA in Parquet, a file per user and month.
 
     <folder>/<YYYY-MM>/<uid>.parquet      the month (UTC) in which the starts were; root's alone
 
 A file is replaced whole, by a rename, with new rows taking the place of those of the same start. So to add
 rows twice is to add them once, a reader has the old file or the new one, and a process that is killed leaves
-at most a file that begins with a dot. One writer at a time (harvest.py has a lock); any number of readers.
+at most a file that begins with a dot. One writer at a time (done.py has a lock); any number of readers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.report.records import KEY, SCHEMA, Row, table_of
+from bootseer_slurm.report.records.row import KEY, SCHEMA, Row, table_of
 
 _MONTH = re.compile(r"[0-9]{4}-[0-9]{2}")
 _FILE = re.compile(r"([0-9]{1,10})\.parquet")

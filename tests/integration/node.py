@@ -19,6 +19,7 @@ import pytest
 
 from bootseer_slurm import mounts
 from bootseer_slurm.agentapi import protocol
+from bootseer_slurm.event_table import unlisted
 
 ALICE, BOB = 54321, 54322
 # What a test changes in the agent's process comes between these two.
@@ -133,7 +134,9 @@ class Node:
             return any('"session","name":"end"' in path.read_text() for path in folder.glob("*.jsonl"))
 
         wait_until(ended)
-        return [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+        events = [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+        assert [gap for each in events if (gap := unlisted(each["kind"], each["name"], each.keys() - {"v"}))] == []
+        return events
 
     def as_user(self, *command: str, uid: int = ALICE) -> str:
         """What a command of a user's prints."""

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
-from bootseer_slurm.events import NODE_NAME, read_events
+from bootseer_slurm.event_table import NODE_NAME
+from bootseer_slurm.events import read_events
 from bootseer_slurm.report.gather.run import EventStore, NodeEvents, Run
 from bootseer_slurm.report.gather.stored import MAX_TEXT
 from bootseer_slurm.slurm import jobs

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bootseer_slurm.report.render.document import to_json
-from bootseer_slurm.report.render.html import to_html
+from bootseer_slurm.report.render.headline import printable
 from bootseer_slurm.report.startup.figures import Report
 from bootseer_slurm.report.startup.stages import NodeStart
 
@@ -65,7 +65,7 @@ def to_csv(report: Report) -> bytes:
 
 
 def _cell(text: str) -> str:
-    clean = "".join(c if c.isprintable() else " " for c in text)
+    clean = printable(text)
     return f"'{clean}" if clean.lstrip().startswith(("=", "+", "-", "@")) else clean
 
 
@@ -118,10 +118,16 @@ def _slices(start: NodeStart, zero_ns: int, track: dict[str, int], cause: str) -
         yield {"ph": "i", "s": "t", **track, "name": "training", "cat": "start", "ts": ts}
 
 
+def _html(report: Report) -> bytes:
+    from bootseer_slurm.report.render.html import to_html  # with a library that no other format needs
+
+    return to_html(report).encode("utf-8", "replace")
+
+
 FORMATS: dict[str, Callable[[Report], bytes]] = {
     "json": lambda report: (to_json(report) + "\n").encode(),
     "csv": to_csv,
     "parquet": to_parquet,
-    "html": lambda report: to_html(report).encode("utf-8", "replace"),
+    "html": _html,
     "perfetto": to_perfetto,
 }

@@ -27,6 +27,11 @@ class Figure(NamedTuple):
     detail: str
 
 
+def printable(text: str) -> str:
+    """The text with blanks for control and format characters: these make a name look like another one."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def nodes_text(nodes: Sequence[str]) -> str:
     """These nodes in Slurm's short form; how many they are where a name is none."""
     try:
@@ -36,7 +41,7 @@ def nodes_text(nodes: Sequence[str]) -> str:
 
 
 def waited_text(rows: Sequence[Transfer]) -> str:
-    """What waiting for a thing cost on the node where that was longest, and how much of its start that is."""
+    """The longest wait for a thing on any node, and its share of that node's start."""
     known = [(row.waited_s, row) for row in rows if row.waited_s is not None]
     if not known:
         return "-"

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bootseer_slurm.report.render.document import node_names
-from bootseer_slurm.report.render.headline import TRAINING_SAID, nodes_text, waited_text
+from bootseer_slurm.report.render.headline import TRAINING_SAID, nodes_text, printable, waited_text
 from bootseer_slurm.report.startup.figures import Problem, Report, StageRow
 from bootseer_slurm.report.startup.stragglers import NOTICEABLE_S, SLOW
 from bootseer_slurm.report.startup.transfers import Transfer
@@ -110,7 +110,7 @@ def _header(report: Report, signs: _Signs) -> Panel:
     where = f"{_count(len(nodes), 'node')} {_short(nodes_text(nodes), 40)}".strip()
     if record:
         who = f"{record.user or run.uid} {signs.dot} account {record.account} {signs.dot} {record.partition}"
-        lines = [Text(_one_line(f"{who} {signs.dot} {where}"))]
+        lines = [Text(printable(f"{who} {signs.dot} {where}"))]
     else:
         lines = [Text(f"uid {run.uid} {signs.dot} {where}")]
     facts = [f"state {record.state}"] if record else []
@@ -130,16 +130,16 @@ def _header(report: Report, signs: _Signs) -> Panel:
         lines.append(Text.assemble(*waited, *_lost(report, signs)))
         lines.append(_training_line(report, signs))
     if report.verdict:
-        lines.append(Text(_one_line(report.verdict.text), style="bold" if report.verdict.names else ""))
+        lines.append(Text(printable(report.verdict.text), style="bold" if report.verdict.names else ""))
     name = f"{record.name}" if record else ""
     title = f"job {record.shown_id if record else run.job}"
     title += f" restart {run.restart}" if run.restart else ""
-    title += f" {signs.dot} {_short(_one_line(name), 40)}" if name else ""
+    title += f" {signs.dot} {_short(printable(name), 40)}" if name else ""
     return Panel(Group(*lines), title=Text(title, style="bold"), title_align="left", box=box.ROUNDED)
 
 
 def _lost(report: Report, signs: _Signs) -> list[tuple[str, str]]:
-    """What the waiting cost: in GPU time, or in CPU time where there is no GPU."""
+    """The cost of the waiting: in GPU time, or in CPU time where there is no GPU."""
     if report.lost_gpu_s is not None:
         count, unit, lost_s = report.gpus, "GPU", report.lost_gpu_s
     elif report.lost_cpu_s is not None:
@@ -152,7 +152,7 @@ def _lost(report: Report, signs: _Signs) -> list[tuple[str, str]]:
 
 
 def _training_line(report: Report, signs: _Signs) -> Text:
-    """What said that training began, and what a plain start of this job class takes."""
+    """How it is known that training began, and how long a plain start of this job class takes."""
     facts = [TRAINING_SAID[report.training_from or "mark"]]
     if report.mode != "observe":
         plain = report.plain
@@ -279,10 +279,6 @@ def _problem_text(problem: Problem) -> Text:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _short(text: str, width: int) -> str:

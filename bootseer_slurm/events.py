@@ -2,7 +2,7 @@
 
 Owns the format of a line (docs/events.md). The agent decides when an event is recorded, the report what it
 means. Events of a job lie in a folder that the job's user may write, so every line read is treated
-as hostile: `parse_line` checks types and ranges and removes what could disturb a terminal.
+as hostile: `parse_line` checks types and ranges and removes characters that could disturb a terminal.
 
 All stamps are CLOCK_REALTIME in ns since the epoch. Layout in the store, one file per node:
     users/<uid>/events/<job>.<restart>/<node>.jsonl

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from bootseer_slurm.report.render.formats import COLUMNS, FORMATS, rows
 from bootseer_slurm.report.startup.analyse import analyse
 from bootseer_slurm.report.startup.figures import Report
-from tests.unit.test_report_render import RECORD, make
+from tests.unit.test_report_terminal import RECORD, make
 
 
 def test_csv_has_one_row_for_each_node_and_stage() -> None:

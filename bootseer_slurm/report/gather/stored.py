@@ -1,7 +1,7 @@
 """The events in the shared store, as `gather` asks for them.
 
-Owns the paths of the event files (docs/events.md) on the reading side. What this person may not read is left
-out with a log line: of a job's report the rest is still true, and the nodes concerned show as silent.
+Owns the paths of the event files (docs/events.md) on the reading side. Files that this person may not read
+are left out with a log line: of a job's report the rest is still true, and their nodes show as silent.
 """
 
 from __future__ import annotations

@@ -112,11 +112,11 @@ def _histogram(total: Group, console: Console) -> Table:
     table.add_column("starts", justify="right")
     table.add_column("")
     counts = total.histogram()
-    used = [place for place, count in enumerate(counts) if count]
-    for place in range(used[0], used[-1] + 1):
-        low, high = EDGES_S[place], EDGES_S[place + 1]
+    used = [index for index, count in enumerate(counts) if count]
+    for index in range(used[0], used[-1] + 1):
+        low, high = EDGES_S[index], EDGES_S[index + 1]
         label = f"over {_edge(low)}" if math.isinf(high) else f"{_edge(low)} to {_edge(high)}"
-        table.add_row(label, f"{counts[place]}", _bar(counts[place] / max(counts), console))
+        table.add_row(label, f"{counts[index]}", _bar(counts[index] / max(counts), console))
     return table
 
 

@@ -93,7 +93,7 @@ def _starts_s(starts: Sequence[NodeStart], training_ns: int | None) -> dict[str,
 
 
 def _training(nodes: Sequence[NodeEvents]) -> tuple[str | None, dict[str, int | None]]:
-    """What tells when training began, and when that was on each node.
+    """The source of when training began ("mark", "gpu", "io" or None), and the stamp on each node.
 
     The job's own mark, where any task made one; else the use of the GPUs; else the end of the start's reads.
     """
@@ -147,7 +147,7 @@ def _row(stage: str, durations: Sequence[tuple[float | None, str]]) -> StageRow 
 
 
 def _mode(nodes: Sequence[NodeEvents]) -> str | None:
-    """What the nodes did; a job that was only observed at first may have asked for more in a step."""
+    """The mode of the nodes; a job that was only observed at first may have asked for more in a step."""
     modes = [event.extra.get("mode") for sent in nodes for event in sent.events if event.kind == "session"]
     known = {mode for mode in modes if mode in ("prefetch", "observe")}
     return "prefetch" if "prefetch" in known else min(known, default=None)

@@ -148,7 +148,7 @@ def _load(
         if stage not in reads or (stage == "image" and container is not None):
             continue
         first_ns, last_ns = reads[stage]
-        # What is read goes on being read a little: a stage ends where the next thing is begun.
+        # A file goes on being read a little after it is loaded: a stage ends where the next thing is begun.
         from_ns = max(first_ns, line.at_ns)
         later = [begin_ns for begin_ns, _ in reads.values() if from_ns < begin_ns < last_ns]
         end_ns = min([last_ns, *later])

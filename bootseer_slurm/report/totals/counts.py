@@ -72,7 +72,10 @@ class Counts:
 
 
 def derived(table: pa.Table, unit: str) -> pa.Table:
-    """The columns by which starts are counted, and what is summed."""
+    """The columns by which starts are counted, and those that are summed.
+
+    table: with tables.COLUMNS. unit: "day" or "week", the trend's.
+    """
     waited_s = table["start_to_training_s"]
     measured = pc.is_valid(waited_s)
     ratio = pc.divide(pc.max_element_wise(waited_s, LEAST_S, skip_nulls=False), LEAST_S)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -98,13 +97,9 @@ def report(
     ] = None,
 ) -> None:
     """Show what a job's start cost, stage by stage, joined with sacct."""
-    from bootseer_slurm.report import answer
-    from bootseer_slurm.report.analyse import analyse
-    from bootseer_slurm.report.collect import collect
-    from bootseer_slurm.report.formats import FORMATS
-    from bootseer_slurm.report.plain import plain_starts
-    from bootseer_slurm.report.render import to_terminal
-    from bootseer_slurm.report.stored import reader_clock
+    from bootseer_slurm.report.render.formats import FORMATS
+    from bootseer_slurm.report.render.terminal import to_terminal
+    from bootseer_slurm.report.report import report
 
     if format not in ("terminal", *FORMATS):
         raise InputError(f"format {format!r} is not known", hint=f"terminal, {', '.join(FORMATS)}")
@@ -112,10 +107,7 @@ def report(
         raise InputError("format parquet needs a file", hint="name it with --output")
     if format == "terminal" and output is not None:
         raise InputError("format terminal is for the screen", hint="choose another one with --format")
-    events = answer.events(settings.config())
-    run = collect(job_id, store=events, restart=restart)
-    run = replace(run, reader_clock=reader_clock(settings.store()))
-    result = analyse(run, plain=plain_starts(run, store=events))
+    result = report(job_id, settings.config(), restart=restart)
     if format == "terminal":
         to_terminal(result, Console())
     elif output is None:

@@ -1,4 +1,4 @@
-"""`bootseer collect`, `overhead` and `answer`: what the starts of a whole cluster cost."""
+"""`bootseer collect`, `overhead` and `answer`: the cost of all starts of a cluster."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def collect() -> None:
 
     Goes on where the last call ended, also one that was killed.
     """
-    from bootseer_slurm.report.harvest import harvest
+    from bootseer_slurm.report.collect import collect
 
     config = settings.config()
-    result = harvest(config.store.uri, config.records.path)
+    result = collect(config.store.uri, config.records.path)
     print(
         f"starts added: {result.starts}, waiting for their jobs' end: {result.waiting}, "
         f"not believed: {result.refused}, AdminComment written: {result.comments}, "
@@ -42,9 +42,8 @@ def overhead(
     format: Annotated[str, typer.Option(help="terminal or json.")] = "terminal",
 ) -> None:
     """Show what starts cost: all of them for operators, for others their own."""
-    from bootseer_slurm.report import answer
-    from bootseer_slurm.report.overhead import BY, overhead
-    from bootseer_slurm.report.overhead_table import to_json, to_terminal
+    from bootseer_slurm.report.overhead import BY, overhead, visible_records
+    from bootseer_slurm.report.render.overhead_table import to_json, to_terminal
 
     if by not in BY:
         raise InputError(f"--by {by!r} is not known", hint=", ".join(BY))
@@ -52,7 +51,7 @@ def overhead(
         raise InputError(f"format {format!r} is not known", hint="terminal or json")
     since_s = parse_duration(since)
     since_ms = max(0, int((time.time() - since_s) * 1000))
-    records = answer.records(settings.config(), since_ms=since_ms)
+    records = visible_records(settings.config(), since_ms=since_ms)
     result = overhead(records, since_ms=since_ms, by=by, days=since_s / 86400)
     if format == "json":
         print(to_json(result))

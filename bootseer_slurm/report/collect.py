@@ -1,244 +1,299 @@
-"""Gather what is known of one run of a job: the nodes' events and the accounting record.
+"""`bootseer collect`: from new events in the store to records and AdminComment.
 
-Owns the joining only: where events lie is the store's business, what they mean is analyse's. Reads, never
-writes; no threads. Either half may be missing, and the run then says so in its notes.
+Owns the order of things: access/owners.py reads, records/archive.py has the dataset, records/done.py the
+note of what was done. One at a time; root on one machine of the cluster. Killed at any moment it goes on at
+the next run: rows are put into the dataset before they are noted as done, and to put a row in twice is to put
+it in once. A comment waits in the note until accounting was seen to have it.
+
+A run of a job is looked at when its folder changed since, and its job is over. Whose job it is, accounting
+says: events in another user's folder are left out for good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
 
-from bootseer_slurm.errors import BootseerError, InputError, NotFound
-from bootseer_slurm.events import NODE_NAME, Event, read_events
-from bootseer_slurm.slurm import jobs
-from bootseer_slurm.slurm.hostlist import expand
+from bootseer_slurm.errors import BootseerError, InputError
+from bootseer_slurm.report.access.frames import Frame
+from bootseer_slurm.report.access.owners import OwnersEvents, as_owner, event_frames
+from bootseer_slurm.report.gather.gather import gather
+from bootseer_slurm.report.gather.stored import run_folders
+from bootseer_slurm.report.records.archive import Archive
+from bootseer_slurm.report.records.comments import comment_of, write_comments
+from bootseer_slurm.report.records.done import Comment, Done, RunFolder, open_done
+from bootseer_slurm.report.records.row import Row, row_of
+from bootseer_slurm.report.startup.analyse import analyse
+from bootseer_slurm.slurm.accounting import records_of
 from bootseer_slurm.slurm.jobs import AccountingError, JobRecord
+from bootseer_slurm.store import Store
 
-# A user may write the file; this bounds what a hostile one costs the person who asks for the report.
-MAX_TEXT = 32 << 20
-# Accounting rounds to seconds, and a node's first stamp may be a little before slurmctld's.
-_WINDOW_NS = 5_000_000_000
+_log = logging.getLogger(__name__)
 
+_GRACE_S = 30.0  # nodes send their events when the job ends; what comes later is seen by the folder's time
+_QUIET_S = 5.0  # times of folders may have whole seconds: one that just changed may change unseen
+_FORGET_S = 86400.0  # a job that accounting does not know by then is none
+_USER_LIMIT = 20_000  # runs of one user at a time, the newest
+_LIST_S = 300.0  # for listing one user's folder, which may have a million runs
+_USER_LIMIT_S = 600.0  # for reading one user's files: the rest is read by the next call
+_ACCOUNTING_TRIES = 3  # users in a row of whom accounting tells nothing, before it counts as down
+_BATCH = 1000  # rows in memory
 
-class EventStore(Protocol):
-    """Where collect finds events. Unknown users, jobs and restarts give empty answers, no errors."""
-
-    def users(self) -> Iterable[int]:
-        """The uids that have a folder."""
-
-    def restarts(self, uid: int, job: int) -> Iterable[int]:
-        """The restart counts under which this user's job has events."""
-
-    def event_files(self, uid: int, job: int, restart: int) -> Iterable[tuple[str, str]]:
-        """(node, text of its file) for each node that sent events."""
+Accounting = Mapping[int, tuple[JobRecord, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class NodeEvents:
-    """What one node sent: its events in order of time, and how many lines were not usable."""
+@dataclass(slots=True)
+class Collected:
+    """The outcome of one call, in numbers of starts."""
 
-    node: str
-    events: tuple[Event, ...]
-    bad_lines: int
-
-
-@dataclass(frozen=True, slots=True)
-class Offset:
-    """How far a clock is ahead of that of the store's server, and by how much that may be wrong."""
-
-    ahead_s: float
-    error_s: float
+    starts: int = 0  # put into the dataset
+    waiting: int = 0  # whose job is not over, or not known to accounting yet
+    refused: int = 0  # another user's job, or none
+    comments: int = 0  # that AdminComment has now
+    foreign_comments: int = 0  # left alone, for somebody else's is there
+    problems: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One run of a job with everything known of it."""
+def collect(store_uri: str, folder: Path, *, grace_s: float = _GRACE_S) -> Collected:
+    """Read new events in the store, add their starts to the records in `folder`, and write the comments.
 
-    job: int
-    restart: int
-    restarts: tuple[int, ...]  # all that events or accounting know of
-    uid: int | None
-    record: JobRecord | None
-    nodes: tuple[NodeEvents, ...]
-    silent_nodes: tuple[str, ...]  # belong to the job, but sent nothing
-    notes: tuple[str, ...]  # what a reader must know to trust the figures
-    reader_clock: Offset | None = None  # of the machine that gathers this
-
-
-def collect(
-    job_id: str,
-    *,
-    store: EventStore,
-    accounting: Callable[[str], Sequence[JobRecord]] = jobs.records,
-    restart: int | None = None,
-    uid: int | None = None,
-) -> Run:
-    """The events and the accounting record of one run of a job: the last, or the one with this restart count.
-
-    uid: whose job it is; needed only without accounting, when several users have events under this id.
-    Raises InputError (no job id), NotFound (neither events nor accounting know it).
+    grace_s: how long a job has to be over. Raises BootseerError; failures of one user or job are told in the
+    result's problems.
     """
-    text = jobs.check_job_id(job_id)
-    notes: list[str] = []
-    records, refusal = _records(text, accounting)
-    if refusal is not None:
-        notes.append(f"without accounting: {refusal.message}")
-    job = records[-1].job if records else _plain_id(text, refusal)
-    owner = records[-1].uid if records else None
-    owner = _owner(store, job, uid, owner)
-    sent = sorted(set(store.restarts(owner, job))) if owner is not None else []
-    if records and sent and sent[-1] > records[-1].restart:
-        # Accounting has purged the first runs and numbers the rest from 0 again.
-        shift = sent[-1] - records[-1].restart
-        records = tuple(replace(record, restart=record.restart + shift) for record in records)
-    known = sorted({*sent, *(record.restart for record in records if record.start_ns is not None)})
-    if not known and not records:
-        raise NotFound(
-            f"nothing is known of job {text}",
-            hint="was it submitted with --bootseer, and is this its cluster?",
+    if os.geteuid() != 0:
+        raise InputError("collect reads all users' events: it runs as root", hint="sudo bootseer collect")
+    result = Collected()
+    with open_done(folder) as done:
+        _Collector(store_uri, Archive(folder), done, grace_s, result).add_new()
+        _write_comments(done, result)
+    return result
+
+
+class _Collector:
+    """Puts new starts into the dataset, one user after the other."""
+
+    def __init__(
+        self, store_uri: str, archive: Archive, done: Done, grace_s: float, result: Collected
+    ) -> None:
+        self._uri = store_uri
+        self._archive = archive
+        self._done = done
+        self._grace_s = grace_s
+        self._result = result
+
+    def add_new(self) -> None:
+        """Put the starts whose jobs are over into the dataset, and note their comments."""
+        found: dict[int, list[RunFolder]] = {}
+        for uid in OwnersEvents(self._uri).users():
+            with self._for_user(uid):
+                found[uid] = self._new_runs(uid)
+        unanswered = 0
+        # Any user can name jobs without end: those who name few are not to wait for that.
+        for uid, runs in sorted(found.items(), key=lambda each: len(each[1])):
+            try:
+                accounting = records_of(run.job for run in runs)
+                unanswered = 0
+            except AccountingError as error:
+                self._result.problems.append(f"user {uid}: {error.message}")
+                unanswered += 1
+                if unanswered == _ACCOUNTING_TRIES:
+                    return
+                continue
+            with self._for_user(uid):
+                self._add_new_of(uid, runs, accounting)
+
+    def _new_runs(self, uid: int) -> list[RunFolder]:
+        """The runs whose folder changed since they were done, the newest first."""
+        done = self._done.runs_of(uid)
+
+        def produce(store: Store) -> Iterator[Frame]:
+            there = list(run_folders(store, uid))
+            new = [each for each in there if done.get(each[:2]) != each[2]]
+            new.sort(key=lambda each: each[2], reverse=True)
+            for job, restart, changed_s in new[:_USER_LIMIT]:
+                yield Frame({"job": job, "restart": restart, "changed_s": changed_s}, b"")
+            # Where there is none at all, the store may be away.
+            for job, restart in done.keys() - {each[:2] for each in there} if there else ():
+                yield Frame({"job": job, "restart": restart, "gone": 1}, b"")
+
+        found = [frame.header for frame in as_owner(uid, self._uri, produce, timeout_s=_LIST_S)]
+        # Else a user could have the note grow without end.
+        self._done.forget(uid, (_key(each) for each in found if "gone" in each))
+        return [RunFolder(*_key(each), each["changed_s"], uid) for each in found if "gone" not in each]
+
+    def _add_new_of(self, uid: int, runs: list[RunFolder], accounting: Accounting) -> None:
+        """Put one user's new starts into the dataset."""
+        ready: list[RunFolder] = []
+        refused: list[RunFolder] = []
+        for run in runs:
+            records = accounting.get(run.job, ())
+            if not _is_believed(run, records):
+                refused.append(run)
+            elif self._is_over(run, records):
+                ready.append(run)
+            else:
+                self._result.waiting += 1
+        self._done.add(refused)
+        self._result.refused += len(refused)
+        deadline_s = time.monotonic() + _USER_LIMIT_S
+        for start in range(0, len(ready), _BATCH):
+            self._add(uid, ready[start : start + _BATCH], accounting, deadline_s)
+
+    def _is_over(self, run: RunFolder, records: Sequence[JobRecord]) -> bool:
+        """Whether the job ended some time ago, and the folder is at rest."""
+        latest_ns = (time.time() - self._grace_s) * 1e9
+        if not any(record.end_ns is not None and record.end_ns <= latest_ns for record in records):
+            return False
+        return not 0 <= time.time() - run.changed_s < min(_QUIET_S, self._grace_s)
+
+    def _add(self, uid: int, runs: Sequence[RunFolder], accounting: Accounting, deadline_s: float) -> None:
+        """Put one user's starts into the dataset, then note them. Those read before a failure count."""
+
+        def produce(store: Store) -> Iterator[Frame]:
+            for run in runs:
+                yield from event_frames(store, uid, run.job, run.restart)
+
+        by_key = {(run.job, run.restart): run for run in runs}
+        rows: dict[tuple[int, int], Row | None] = {}
+        failure: BootseerError | None = None
+        limit_s = deadline_s - time.monotonic()
+        sent = groupby(as_owner(uid, self._uri, produce, limit_s=limit_s), lambda frame: _key(frame.header))
+        try:
+            for key, frames in sent:
+                rows[key] = self._checked_row(by_key[key], _texts(frames), accounting[key[0]])
+        except BootseerError as error:
+            failure = error
+        else:
+            for key in by_key.keys() - rows.keys():  # without a file
+                rows[key] = self._checked_row(by_key[key], [], accounting[key[0]])
+        self._put({by_key[key]: row for key, row in rows.items()}, accounting)
+        if failure is not None:
+            raise failure
+
+    def _checked_row(
+        self, run: RunFolder, files: list[tuple[str, str]], records: tuple[JobRecord, ...]
+    ) -> Row | None:
+        """The row of a run, or None while its end is not known. A fault in it costs no other."""
+        try:
+            return _row(run, files, records)
+        except Exception as error:
+            _log.exception("job=%d", run.job)
+            self._result.problems.append(
+                f"user {run.uid}, job {run.job}: {type(error).__name__}, see the log"
+            )
+            return None
+
+    def _put(self, rows: Mapping[RunFolder, Row | None], accounting: Accounting) -> None:
+        """Put rows into the dataset, then note their runs."""
+        added: dict[RunFolder, Row] = {}
+        over: list[RunFolder] = []
+        for run in sorted(rows):  # of two that claim to be one run of a job, the later one is believed
+            row = rows[run]
+            if row is not None:
+                added[run] = row
+            elif _is_old(run) and all(record.end_ns is not None for record in accounting[run.job]):
+                over.append(run)  # of a run that accounting has forgotten
+            else:
+                self._result.waiting += 1
+        self._archive.add(added.values())
+        comments = (
+            Comment(run.job, row["shown_id"], comment_of(row))
+            for run, row in added.items()
+            # "12_[3-5]" are tasks that never ran, whatever their user wrote.
+            if _is_last(accounting[run.job], row) and "[" not in row["shown_id"]
         )
-    chosen = _choose(text, restart, known)
-    had = {node for record in records for node in record.nodes}
-    nodes, foreign_count = _read(store, owner, job, chosen, had) if owner is not None else ((), 0)
-    record = _match(records, chosen, nodes)
-    if len(known) > 1:
-        others = ", ".join(str(number) for number in known if number != chosen)
-        notes.append(f"restart {chosen}; this job also has restart {others}")
-    if record is not None and record.nodes:
-        had = set(record.nodes)
-        foreign_count += sum(sent.node not in had for sent in nodes)
-        nodes = tuple(sent for sent in nodes if sent.node in had)
-    if foreign_count:
-        notes.append(f"files left out because the job did not have their nodes: {foreign_count}")
-    notes += _notes(nodes, record, chosen)
-    return Run(
-        job=job,
-        restart=chosen,
-        restarts=tuple(known) or (chosen,),
-        uid=owner,
-        record=record,
-        nodes=nodes,
-        silent_nodes=_silent(nodes, record),
-        notes=tuple(notes),
-    )
+        self._done.add([*added, *over], comments)
+        self._result.refused += len(over)
+        self._result.starts += len(added)
+
+    @contextlib.contextmanager
+    def _for_user(self, uid: int) -> Iterator[None]:
+        """One user's events that cannot be read hold up nobody else's."""
+        try:
+            yield
+        except BootseerError as error:
+            self._result.problems.append(f"user {uid}: {error.message}")
+        except Exception as error:  # one user's events must not keep others' starts from being counted
+            _log.exception("user %d", uid)
+            self._result.problems.append(f"user {uid}: {type(error).__name__}, see the log")
 
 
-def _records(
-    text: str, accounting: Callable[[str], Sequence[JobRecord]]
-) -> tuple[tuple[JobRecord, ...], BootseerError | None]:
+def _write_comments(done: Done, result: Collected) -> None:
+    """Write the comments that wait."""
+    comments = done.comments()
     try:
-        return jobs.runs_of(tuple(accounting(text)), text), None
-    except (AccountingError, NotFound) as error:
-        return (), error
+        for start in range(0, len(comments), _BATCH):
+            written = write_comments(done, comments[start : start + _BATCH])
+            result.comments += written.there
+            result.foreign_comments += written.foreign
+            if written.given_up:
+                result.problems.append(f"AdminComment not taken by accounting, jobs: {written.given_up}")
+    except AccountingError as error:
+        result.problems.append(f"comments wait: {error.message}")
 
 
-def _plain_id(text: str, refusal: BootseerError | None) -> int:
-    """The id under which events are kept, when accounting cannot translate it."""
-    if text.isdecimal():
-        return int(text)
-    raise InputError(
-        f"job {text} cannot be looked up: {refusal.message if refusal else 'accounting does not know it'}",
-        hint="use the job's own number, which it has as SLURM_JOB_ID",
-    )
+def _is_believed(run: RunFolder, records: Sequence[JobRecord]) -> bool:
+    """Whether the job is this user's, or may still turn out to be."""
+    if records:
+        return records[-1].uid in (None, run.uid)
+    return not _is_old(run)
 
 
-def _owner(store: EventStore, job: int, asked: int | None, accounted: int | None) -> int | None:
-    """Whose events to read. Any user can write events of any job into his own folder: accounting decides."""
-    if accounted is not None:
-        return accounted
-    if asked is not None:
-        return asked
-    found = sorted(uid for uid in store.users() if any(True for _ in store.restarts(uid, job)))
-    if len(found) > 1:
-        raise InputError(
-            f"users {', '.join(map(str, found))} all have events of job {job}",
-            hint="accounting would tell whose job it is; without it, name the user",
+def _is_old(run: RunFolder) -> bool:
+    """Whether its folder has not changed for a day. Folders in S3 have no time."""
+    return run.changed_s > 0 and time.time() - run.changed_s > _FORGET_S
+
+
+def _is_last(records: Iterable[JobRecord], row: Row) -> bool:
+    """Whether a row is of the job's last run, whose AdminComment sacct shows."""
+    last = [record.start_ns for record in records if record.start_ns is not None][-1:]
+    return bool(last) and last[0] // 1_000_000 == row["start_time"]
+
+
+def _key(header: Mapping[str, Any]) -> tuple[int, int]:
+    return header["job"], header["restart"]
+
+
+def _texts(frames: Iterable[Frame]) -> list[tuple[str, str]]:
+    """(node, text) of one run's files."""
+    return [(str(frame.header["node"]), frame.content.decode("utf-8", "replace")) for frame in frames]
+
+
+class _ReadEvents:
+    """The EventStore of one run whose files were read already."""
+
+    def __init__(self, run: RunFolder, files: list[tuple[str, str]]) -> None:
+        self._run = run
+        self._files = files
+
+    def users(self) -> list[int]:
+        return [self._run.uid]
+
+    def restarts(self, uid: int, job: int) -> list[int]:
+        return [self._run.restart]
+
+    def event_files(self, uid: int, job: int, restart: int) -> list[tuple[str, str]]:
+        return self._files
+
+
+def _row(run: RunFolder, files: list[tuple[str, str]], records: tuple[JobRecord, ...]) -> Row | None:
+    """The row of a run, or None while its end is not known."""
+    try:
+        gathered = gather(
+            str(run.job),
+            store=_ReadEvents(run, files),
+            accounting=lambda _: records,
+            restart=run.restart,
+            uid=run.uid,
         )
-    return found[0] if found else None
-
-
-def _choose(text: str, asked: int | None, known: Sequence[int]) -> int:
-    if asked is None:
-        return known[-1] if known else 0
-    if asked not in known:
-        listed = ", ".join(map(str, known)) or "none"
-        raise NotFound(f"job {text} has no restart {asked}; known are: {listed}")
-    return asked
-
-
-def _read(
-    store: EventStore, uid: int, job: int, restart: int, had: set[str]
-) -> tuple[tuple[NodeEvents, ...], int]:
-    """The events of each node, and how many files are of nodes that no run of the job had.
-
-    The user may put any file there, so its name is checked like its content. had: the nodes of all runs;
-    empty when they are not known.
-    """
-    nodes = []
-    foreign_count = 0
-    for node, text in store.event_files(uid, job, restart):
-        if not NODE_NAME.fullmatch(node):
-            continue
-        if had and node not in had:
-            foreign_count += 1
-            continue
-        events, bad_lines = read_events(text[:MAX_TEXT].split("\n"))
-        # The file's place says whose events these are; a line that says something else is not to be believed.
-        true = [event for event in events if (event.node, event.job, event.restart) == (node, job, restart)]
-        bad_lines += len(events) - len(true)
-        nodes.append(NodeEvents(node, tuple(sorted(true, key=lambda event: event.t_ns)), bad_lines))
-    return tuple(sorted(nodes, key=lambda sent: sent.node)), foreign_count
-
-
-def _match(records: Sequence[JobRecord], restart: int, nodes: Sequence[NodeEvents]) -> JobRecord | None:
-    """The record of this run: the one with its number, unless the events lie in the time of another one.
-
-    Numbers alone may mislead: where job ids were reset, one user's old job counts as a run of the new one.
-    """
-    stamps = [sent.events[0].t_ns for sent in nodes if sent.events]
-    same = [record for record in records if record.restart == restart]
-    if not stamps:
-        return same[0] if same else None
-    fitting = [record for record in [*records, *same] if _covers(record, min(stamps))]
-    matching = fitting or same
-    return matching[-1] if matching else None
-
-
-def _covers(record: JobRecord, stamp_ns: int) -> bool:
-    if record.start_ns is None or stamp_ns < record.start_ns - _WINDOW_NS:
-        return False
-    return record.end_ns is None or stamp_ns <= record.end_ns + _WINDOW_NS
-
-
-def _silent(nodes: Sequence[NodeEvents], record: JobRecord | None) -> tuple[str, ...]:
-    expected = list(record.nodes) if record else []
-    if not expected:
-        for event in (event for sent in nodes for event in sent.events):
-            nodelist = event.extra.get("nodelist")
-            if (event.kind, event.name) == ("session", "begin") and isinstance(nodelist, str):
-                try:
-                    expected = expand(nodelist)
-                except InputError:
-                    continue
-                break
-    heard = {sent.node for sent in nodes if sent.events}
-    return tuple(node for node in dict.fromkeys(expected) if node not in heard)
-
-
-def _notes(nodes: Sequence[NodeEvents], record: JobRecord | None, restart: int) -> list[str]:
-    notes = []
-    if not any(sent.events for sent in nodes):
-        running = record is not None and record.start_ns is not None and record.end_ns is None
-        notes.append(
-            "no events yet: nodes send them when the job ends"
-            if running
-            else "no events: the job ran without --bootseer, or its nodes could not reach the store"
-        )
-    bad_lines = sum(sent.bad_lines for sent in nodes)
-    if bad_lines:
-        notes.append(f"lines left out because they are no events of this run: {bad_lines}")
-    if record is not None and record.restart != restart:
-        notes.append("accounting numbers this job's restarts otherwise; the record was chosen by its time")
-    return notes
+        return row_of(analyse(gathered))
+    except BootseerError as error:
+        _log.warning("job=%d left out: %s", run.job, error)
+        return None

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm.agentapi import protocol
+from bootseer_slurm.event_table import unlisted
 from scripts.lib.cluster.layout import ClusterError, poll
 from scripts.lib.node import Node as _Node
 
@@ -75,7 +76,9 @@ class Node(_Node):
             return any('"session","name":"end"' in path.read_text() for path in folder.glob("*.jsonl"))
 
         wait_until(ended)
-        return [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+        events = [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+        assert [gap for each in events if (gap := unlisted(each["kind"], each["name"], each.keys() - {"v"}))] == []
+        return events
 
     def as_user(self, *command: str, uid: int = ALICE) -> str:
         """What a command of a user's prints."""

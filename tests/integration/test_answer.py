@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from bootseer_slurm.report.harvest import harvest
+from bootseer_slurm.report.collect import collect
 from tests.integration.node import ALICE, BOB
 from tests.integration.test_collect import Site
 
@@ -95,7 +95,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
 
 
 def test_users_see_their_own_starts_operators_and_root_all(service: Service) -> None:
-    harvest(service.site.uri, service.site.records)
+    collect(service.site.uri, service.site.records)
     assert (service.jobs_seen(ALICE), service.jobs_seen(BOB), service.jobs_seen(0)) == (1, 2, 3)
     service.site.accounting.set_level(alice="Operator")
     assert (service.jobs_seen(ALICE), service.jobs_seen(BOB)) == (3, 2)
@@ -104,13 +104,13 @@ def test_users_see_their_own_starts_operators_and_root_all(service: Service) -> 
 
 
 def test_the_records_themselves_are_closed(service: Service) -> None:
-    harvest(service.site.uri, service.site.records)
+    collect(service.site.uri, service.site.records)
     done = subprocess.run(["ls", service.site.records], user=ALICE, group=ALICE, extra_groups=[], capture_output=True, check=False)
     assert done.returncode != 0 and b"Permission denied" in done.stderr
 
 
 def test_when_accounting_does_not_answer_nobody_is_an_operator(service: Service) -> None:
-    harvest(service.site.uri, service.site.records)
+    collect(service.site.uri, service.site.records)
     service.site.accounting.set_level(alice="Operator")
     (service.site.accounting.folder / "sacctmgr").write_text("#!/bin/sh\necho 'alice|Operator'\nexit 1\n")
     assert service.jobs_seen(ALICE) == 1
@@ -153,7 +153,7 @@ def ask(service: Service, request: bytes, uid: int) -> bytes:
 
 
 def test_what_is_no_request_gets_one_line_and_nothing_else(service: Service) -> None:
-    harvest(service.site.uri, service.site.records)
+    collect(service.site.uri, service.site.records)
     for request_ in (
         b"\n", b"rubbish\n", b"[]\n", b"[" * 5000, b'{"op": "records"}\n', b'{"op": "records", "since_ms": -1}\n', b'{"op": "records", "since_ms": 281474976710655}\n',
         b'{"op": "records", "since_ms": "0"}\n', b'{"op": ["records"]}\n', b'{"op": "events", "uid": 0}\n',
@@ -170,7 +170,7 @@ def test_a_request_says_nothing_of_who_asks(service: Service) -> None:
 
 
 def test_one_who_says_nothing_and_one_who_hears_nothing_hold_up_no_other(service: Service) -> None:
-    harvest(service.site.uri, service.site.records)
+    collect(service.site.uri, service.site.records)
     with contextlib.ExitStack() as stack:
         for request in (b"", b'{"op": "records", "since_ms": 0}\n'):
             link = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))

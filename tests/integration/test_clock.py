@@ -14,7 +14,7 @@ from bootseer_slurm.errors import IntegrityError, StoreError
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.job.publishing import Publisher
 from bootseer_slurm.mounts import mount_of
-from bootseer_slurm.report.stored import reader_clock
+from bootseer_slurm.report.gather.stored import reader_clock
 from bootseer_slurm.slurm.allocation import Job
 from bootseer_slurm.store import FileStore, clock_offset, local
 

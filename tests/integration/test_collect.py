@@ -19,11 +19,12 @@ import pytest
 
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.report import harvest as module
-from bootseer_slurm.report.archive import Archive
-from bootseer_slurm.report.frames import Frame
-from bootseer_slurm.report.harvest import Harvest, harvest
-from bootseer_slurm.report.owners import OwnersEvents, as_owner
+from bootseer_slurm.report import collect as module
+from bootseer_slurm.report.access.frames import Frame
+from bootseer_slurm.report.access.owners import OwnersEvents, as_owner
+from bootseer_slurm.report.collect import Collected, collect
+from bootseer_slurm.report.records.archive import Archive
+from bootseer_slurm.report.records.done import open_done
 from tests.integration.accounting import Accounting
 from tests.integration.node import ALICE, BOB
 
@@ -68,8 +69,8 @@ class Site:
         self.put(uid, job, **more)
         self.accounting.add(job, uid, start_s=START_S, end_s=START_S + 1000)
 
-    def harvest(self) -> Harvest:
-        return harvest(self.uri, self.records)
+    def collect(self) -> Collected:
+        return collect(self.uri, self.records)
 
     def rows(self) -> list[dict[str, Any]]:
         files = Archive(self.records).files()
@@ -90,24 +91,24 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 def test_finished_jobs_get_a_row_and_a_comment_once(site: Site) -> None:
     site.run(ALICE, 7)
     site.run(BOB, 8, training_s=80)
-    first = site.harvest()
+    first = site.collect()
     assert (first.starts, first.comments, first.waiting, first.refused, first.problems) == (2, 2, 0, 0, [])
     assert [(row["job"], row["uid"], row["start_to_training_s"], row["lost_gpu_s"]) for row in site.rows()] == [
         (7, ALICE, 40.0, 320.0), (8, BOB, 80.0, 640.0)]  # fmt: skip
     assert site.accounting.comments["7"] == "bootseer: start 40s of 16m40s, 5 gpu-min, program 40s"
-    again = site.harvest()
+    again = site.collect()
     assert (again.starts, again.comments, site.accounting.writes) == (0, 0, 2)
 
 
 def test_a_job_that_runs_waits_and_one_whose_node_was_late_is_counted_again(site: Site) -> None:
     site.put(ALICE, 7)
     site.accounting.add(7, ALICE, start_s=START_S, end_s=None)
-    assert (site.harvest().waiting, site.rows()) == (1, [])
+    assert (site.collect().waiting, site.rows()) == (1, [])
     site.accounting.end(7, START_S + 1000)
-    assert site.harvest().starts == 1
+    assert site.collect().starts == 1
     path = site.put(ALICE, 7, training_s=100)
     os.utime(path.parent, (NOW_S - 600, NOW_S - 600))
-    assert site.harvest().starts == 1
+    assert site.collect().starts == 1
     assert [row["start_to_training_s"] for row in site.rows()] == [100.0]
     assert "start 1m40s" in site.accounting.comments["7"]
 
@@ -117,7 +118,7 @@ def test_a_job_that_has_just_ended_and_a_folder_that_has_just_changed_wait(site:
     site.accounting.add(7, ALICE, start_s=NOW_S - 100, end_s=int(time.time()))
     site.run(ALICE, 8)
     os.utime(site.store / f"users/{ALICE}/events/8.0")
-    assert (site.harvest().waiting, site.rows()) == (2, [])
+    assert (site.collect().waiting, site.rows()) == (2, [])
 
 
 def test_somebody_elses_comment_stays(site: Site) -> None:
@@ -125,7 +126,7 @@ def test_somebody_elses_comment_stays(site: Site) -> None:
     site.run(ALICE, 8)
     site.accounting.comment("7", "refunded, see ticket 12")
     site.accounting.comment("8", "bootseer: of an older version")
-    result = site.harvest()
+    result = site.collect()
     assert (result.comments, result.foreign_comments) == (1, 1)
     assert site.accounting.comments["7"] == "refunded, see ticket 12"
     assert site.accounting.comments["8"].startswith("bootseer: start 40s")
@@ -136,7 +137,7 @@ def test_only_the_last_run_of_a_requeued_job_is_commented(site: Site) -> None:
     site.put(ALICE, 7, restart=1, start_s=START_S + 2000, training_s=20)
     site.accounting.add(7, ALICE, start_s=START_S, end_s=START_S + 1000, State="REQUEUED")
     site.accounting.add(7, ALICE, start_s=START_S + 2000, end_s=START_S + 3000)
-    assert site.harvest().starts == 2
+    assert site.collect().starts == 2
     assert [(row["restart"], row["start_to_training_s"]) for row in site.rows()] == [(0, 500.0), (1, 20.0)]
     assert site.accounting.comments == {"7": "bootseer: start 20s of 16m40s, 3 gpu-min, program 20s"}
 
@@ -144,17 +145,17 @@ def test_only_the_last_run_of_a_requeued_job_is_commented(site: Site) -> None:
 def test_a_task_of_an_array_is_commented_by_its_own_name(site: Site) -> None:
     site.put(ALICE, 7)
     site.accounting.add(7, ALICE, start_s=START_S, end_s=START_S + 1000, shown_id="5_2")
-    site.harvest()
+    site.collect()
     assert list(site.accounting.comments) == ["5_2"]
 
 
 def test_events_of_another_users_job_are_not_believed(site: Site) -> None:
     site.put(ALICE, 8, training_s=900)  # Alice's folder, Bob's job
     site.run(BOB, 8)
-    result = site.harvest()
+    result = site.collect()
     assert (result.starts, result.refused) == (1, 1)
     assert [(row["uid"], row["start_to_training_s"]) for row in site.rows()] == [(BOB, 40.0)]
-    assert site.harvest().refused == 0  # and they are not looked at again
+    assert site.collect().refused == 0  # and they are not looked at again
 
 
 def test_a_folder_under_anothers_number_is_not_read(site: Site) -> None:
@@ -163,7 +164,7 @@ def test_a_folder_under_anothers_number_is_not_read(site: Site) -> None:
     path = site.put(BOB, 8, owner=ALICE)
     for each in (path, path.parent, path.parent.parent, path.parent.parent.parent):
         each.chmod(0o777)
-    result = site.harvest()
+    result = site.collect()
     assert (result.starts, site.rows(), site.accounting.comments) == (0, [], {})
     assert [f"user {BOB}" in problem and "another user" in problem for problem in result.problems] == [True]
     assert OwnersEvents(site.uri).restarts(BOB, 8) == []
@@ -201,7 +202,7 @@ def test_the_number_that_would_leave_it_root_is_no_user(site: Site) -> None:
     for uid in (nobody, nobody + 1, -1):
         with pytest.raises(BootseerError, match="no such user"):
             list(as_owner(uid, site.uri, produce))
-    assert (site.harvest().starts, site.rows()) == (0, [])
+    assert (site.collect().starts, site.rows()) == (0, [])
 
 
 @pytest.mark.parametrize("act", ["os.kill(os.getpid(), 9)", "time.sleep(60)", "os._exit(0)"])
@@ -232,7 +233,7 @@ def test_one_users_unreadable_folder_holds_up_nobody(site: Site) -> None:
     site.run(ALICE, 7)
     site.run(BOB, 8)
     (site.store / f"users/{ALICE}/events").chmod(0)
-    result = site.harvest()
+    result = site.collect()
     assert [row["job"] for row in site.rows()] == [8]
     assert len(result.problems) == 1 and f"user {ALICE}" in result.problems[0]
 
@@ -247,7 +248,7 @@ def test_rubbish_of_a_user_costs_his_own_figures_only(site: Site) -> None:
     (folder / "7").mkdir()
     os.mkfifo(folder / "7.0" / "n2.jsonl")
     os.utime(folder / "7.0", (NOW_S - 600, NOW_S - 600))
-    result = site.harvest()
+    result = site.collect()
     assert [(row["job"], row["start_to_training_s"]) for row in site.rows()] == [(7, None), (8, 40.0)]
     assert result.problems == []
 
@@ -260,7 +261,7 @@ def test_numbers_that_are_too_large_are_cut(site: Site) -> None:
     for target in "ab":
         log.emit("prefetch", "end", what="image", target=target, bytes=(1 << 63) - 1, bytes_cached=(1 << 63) - 1, dur_s=1e9)
     path.write_text(path.read_text() + log.to_jsonl())
-    assert site.harvest().problems == []
+    assert site.collect().problems == []
     assert [(row["job"], row["fetched_bytes"]) for row in site.rows()] == [(7, (1 << 63) - 1), (8, None)]
 
 
@@ -276,7 +277,7 @@ def test_a_fault_of_ours_with_one_job_holds_up_no_other(site: Site, monkeypatch:
         return real(report)
 
     monkeypatch.setattr(module, "row_of", fails)
-    assert site.harvest().problems == [f"user {ALICE}, job 7: ZeroDivisionError, see the log"]
+    assert site.collect().problems == [f"user {ALICE}, job 7: ZeroDivisionError, see the log"]
     assert [row["job"] for row in site.rows()] == [8, 9]
 
 
@@ -288,7 +289,7 @@ def test_one_users_jobs_of_which_sacct_cannot_tell_hold_up_nobody(site: Site) ->
     real.rename(real.with_name("real"))
     real.write_text('#!/bin/sh\ncase "$*" in *666*) echo "sacct: error: too many" >&2; exit 1;; esac\nexec "$(dirname "$0")/real" "$@"\n')
     real.chmod(0o755)
-    result = site.harvest()
+    result = site.collect()
     assert [row["job"] for row in site.rows()] == [8]
     assert result.problems == [f"user {ALICE}: sacct failed: too many"]
 
@@ -297,7 +298,7 @@ def test_a_job_counts_once_however_many_runs_its_user_makes_up(site: Site) -> No
     site.run(ALICE, 7)
     for restart in (3, 9):
         site.put(ALICE, 7, restart=restart)
-    site.harvest()
+    site.collect()
     assert [(row["job"], row["lost_gpu_s"]) for row in site.rows()] == [(7, 320.0)]
 
 
@@ -307,35 +308,35 @@ def test_a_run_that_goes_on_for_days_is_not_given_up(site: Site) -> None:
     site.put(ALICE, 7, restart=1, start_s=NOW_S - 200_000)
     site.accounting.add(7, ALICE, start_s=NOW_S - 300_000, end_s=NOW_S - 250_000, State="NODE_FAIL")
     site.accounting.add(7, ALICE, start_s=NOW_S - 200_000, end_s=None)
-    assert (site.harvest().starts, site.harvest().waiting) == (1, 1)
+    assert (site.collect().starts, site.collect().waiting) == (1, 1)
     site.accounting.end(7, NOW_S - 1000)
-    assert site.harvest().starts == 1
+    assert site.collect().starts == 1
     assert [row["restart"] for row in site.rows()] == [0, 1]
 
 
 def test_a_folder_without_a_time_waits_for_accounting(site: Site) -> None:
     """As those of S3."""
     os.utime(site.put(ALICE, 7).parent, (0, 0))
-    assert (site.harvest().waiting, site.harvest().refused) == (1, 0)
+    assert (site.collect().waiting, site.collect().refused) == (1, 0)
     site.accounting.add(7, ALICE, start_s=START_S, end_s=START_S + 1000)
-    assert site.harvest().starts == 1
+    assert site.collect().starts == 1
 
 
 def test_what_a_user_calls_the_tasks_that_never_ran_stops_no_comment(site: Site) -> None:
     site.put(ALICE, 7)
     site.accounting.add(7, ALICE, start_s=START_S, end_s=START_S + 1000, shown_id="7_[3-5%2]")
     site.run(BOB, 8)
-    assert site.harvest().problems == []
+    assert site.collect().problems == []
     assert list(site.accounting.comments) == ["8"]
 
 
 def test_a_store_that_cannot_be_listed_is_said(site: Site) -> None:
-    site.harvest()
+    site.collect()
     os.utime(site.records / "lock", (NOW_S - 9000, NOW_S - 9000))
     (site.store / "users").rmdir()
     (site.store / "users").touch()
     with pytest.raises(BootseerError, match="cannot be listed"):
-        site.harvest()
+        site.collect()
     assert (site.records / "lock").stat().st_mtime == NOW_S - 9000  # `bootseer doctor` shows it
 
 
@@ -346,13 +347,13 @@ def test_what_is_known_of_events_goes_with_them(site: Site) -> None:
 
     for job in (7, 8):
         site.run(ALICE, job)
-    site.harvest()
+    site.collect()
     shutil.rmtree(site.store / f"users/{ALICE}/events/7.0")
-    assert (site.harvest().starts, noted()) == (0, [(8,)])
+    assert (site.collect().starts, noted()) == (0, [(8,)])
     (site.store / f"users/{ALICE}").rename(site.store / "away")  # not all of them are gone at once
     (site.store / f"users/{ALICE}").mkdir()
     os.chown(site.store / f"users/{ALICE}", ALICE, 0)
-    assert (site.harvest().problems, noted()) == ([], [(8,)])
+    assert (site.collect().problems, noted()) == ([], [(8,)])
     assert [row["job"] for row in site.rows()] == [7, 8]
 
 
@@ -360,7 +361,7 @@ def test_numbers_that_are_no_jobs_are_not_asked_for(site: Site) -> None:
     site.run(ALICE, 7)
     for name in ("0.0", "4294967296.0", "9999999999.0"):
         (site.store / f"users/{ALICE}/events" / name).mkdir()
-    result = site.harvest()
+    result = site.collect()
     assert (result.starts, result.waiting, result.refused) == (1, 0, 0)
 
 
@@ -381,7 +382,7 @@ def test_a_user_whose_files_never_end_is_stopped_and_what_was_read_counts(
     site.run(ALICE, 7)
     os.utime(site.store / f"users/{ALICE}/events/7.0", (NOW_S - 60, NOW_S - 60))  # the newest is read first
     site.run(BOB, 9)
-    result = site.harvest()
+    result = site.collect()
     assert [row["job"] for row in site.rows()] == [7, 9]
     assert len(result.problems) == 1 and f"user {ALICE}" in result.problems[0] and "in 1 s" in result.problems[0]
 
@@ -389,34 +390,34 @@ def test_a_user_whose_files_never_end_is_stopped_and_what_was_read_counts(
 def test_of_one_run_no_more_is_read_than_it_may_cost(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         site.put(ALICE, 7, node=f"n{number}").write_bytes(b"x" * 1000)
-    monkeypatch.setattr("bootseer_slurm.report.owners._RUN_LIMIT_BYTES", 2500)
+    monkeypatch.setattr("bootseer_slurm.report.access.owners._RUN_LIMIT_BYTES", 2500)
     assert len(list(OwnersEvents(site.uri).event_files(ALICE, 7, 0))) == 2
 
 
 def test_a_job_that_accounting_never_knew_is_given_up_after_a_day(site: Site) -> None:
     site.put(ALICE, 7)
-    assert (site.harvest().waiting, site.harvest().refused) == (1, 0)
+    assert (site.collect().waiting, site.collect().refused) == (1, 0)
     os.utime(site.store / f"users/{ALICE}/events/7.0", (NOW_S - 90_000, NOW_S - 90_000))
-    assert (site.harvest().refused, site.harvest().refused) == (1, 0)
+    assert (site.collect().refused, site.collect().refused) == (1, 0)
 
 
 def test_comments_wait_while_accounting_does_not_take_them(site: Site) -> None:
     site.run(ALICE, 7)
     real = (site.accounting.folder / "sacctmgr").read_text()
     (site.accounting.folder / "sacctmgr").write_text("#!/bin/sh\necho slurmdbd is down >&2\nexit 2\n")
-    result = site.harvest()
+    result = site.collect()
     assert (result.starts, result.comments) == (1, 0)
     assert "slurmdbd is down" in result.problems[0]
     (site.accounting.folder / "sacctmgr").write_text("#!/bin/sh\nexit 0\n")  # says nothing, does nothing
-    assert (site.harvest().comments, site.harvest().comments) == (0, 0)
+    assert (site.collect().comments, site.collect().comments) == (0, 0)
     (site.accounting.folder / "sacctmgr").write_text(real)
-    assert site.harvest().comments == 1
+    assert site.collect().comments == 1
 
 
 def test_a_comment_that_is_never_taken_is_given_up(site: Site) -> None:
     site.run(ALICE, 7)
     (site.accounting.folder / "sacctmgr").write_text("#!/bin/sh\nexit 0\n")
-    told = [problem for _ in range(7) for problem in site.harvest().problems]
+    told = [problem for _ in range(7) for problem in site.collect().problems]
     assert told == ["AdminComment not taken by accounting, jobs: 1"]
 
 
@@ -429,9 +430,9 @@ def test_rows_that_were_written_but_not_noted_are_not_there_twice(site: Site, mo
     with monkeypatch.context() as patch:
         patch.setattr(module, "comment_of", interrupt)
         with pytest.raises(KeyboardInterrupt):  # after the dataset, before the note
-            site.harvest()
+            site.collect()
     assert len(site.rows()) == 1
-    assert site.harvest().starts == 1
+    assert site.collect().starts == 1
     assert (len(site.rows()), site.accounting.writes) == (1, 1)
 
 
@@ -461,20 +462,20 @@ def test_killed_again_and_again_it_loses_nothing_and_writes_nothing_twice(site: 
 
 def test_two_at_once_do_not_meet(site: Site) -> None:
     site.run(ALICE, 7)
-    results: list[Harvest | BootseerError] = []
+    results: list[Collected | BootseerError] = []
 
     def once() -> None:
         try:
-            results.append(site.harvest())
+            results.append(site.collect())
         except BootseerError as error:
             results.append(error)
 
-    with module._opened(site.records):
+    with open_done(site.records):
         thread = threading.Thread(target=once)
         thread.start()
         thread.join()
     assert isinstance(results[0], BootseerError) and "another collect" in results[0].message
-    assert site.harvest().starts == 1
+    assert site.collect().starts == 1
 
 
 def test_the_command_is_roots_and_says_what_it_did(site: Site) -> None:

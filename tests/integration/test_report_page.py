@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from bootseer_slurm.report.analyse import analyse
-from bootseer_slurm.report.html import to_html
+from bootseer_slurm.report.render.html import to_html
+from bootseer_slurm.report.startup.analyse import analyse
 from scripts.lib.bench.made_start import made_report, made_run
 
 BROWSER = shutil.which("chromium-headless-shell")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from bootseer_slurm.errors import NotFound
-from bootseer_slurm.report.analyse import analyse
-from bootseer_slurm.report.collect import collect
+from bootseer_slurm.report.gather.gather import gather
+from bootseer_slurm.report.startup.analyse import analyse
 from bootseer_slurm.slurm import jobs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm_conf")]
@@ -104,7 +104,7 @@ def test_a_requeued_job_has_two_runs_and_the_report_takes_the_last(cluster: Any)
     assert jobs.job(str(job_id), restart=0) == first
     with pytest.raises(NotFound):
         jobs.job(str(job_id), restart=2)
-    report = analyse(collect(str(job_id), store=NoEvents()))
+    report = analyse(gather(str(job_id), store=NoEvents()))
     assert (report.run.restart, report.run.record, report.queue_s) == (1, second, second.queue_s)
     assert report.run.silent_nodes == second.nodes
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from bootseer_slurm.report.analyse import Report
+from bootseer_slurm.report.startup.figures import Report
 
 
 @pytest.fixture

@@ -181,10 +181,10 @@ def test_mutated_lines_raise_nothing_but_bootseer_errors() -> None:
 
 def test_log_fills_in_job_node_and_time() -> None:
     log = EventLog(42, 1, "n3")
-    event = log.emit("prefetch", "begin", what="image", target="/a", bytes=10, blob="sha256", dur_s=None)
+    event = log.emit("prefetch", "end", what="image", target="/a", bytes=10, bytes_cached=5, dur_s=None)
     assert (event.job, event.restart, event.node) == (42, 1, "n3")
     assert event.t_ns > 1_700_000_000_000_000_000
-    assert event.extra == {"blob": "sha256"}
+    assert event.extra == {"bytes_cached": 5}
     assert log.emit("hook", "begin", t_ns=5).t_ns == 5
     assert read_events(log.to_jsonl().splitlines()) == (log.events(), 0)
 
@@ -238,7 +238,7 @@ def test_log_keeps_events_in_memory_when_its_file_cannot_grow(
     resource.setrlimit(resource.RLIMIT_FSIZE, (150, limits[1]))
     try:
         for number in range(5):
-            log.emit("hook", f"event{number}")
+            log.emit("mark", f"event{number}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(log.events()) == 5

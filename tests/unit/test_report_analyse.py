@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 from bootseer_slurm.events import Event, EventLog
-from bootseer_slurm.report.analyse import Report, Transfer, analyse
-from bootseer_slurm.report.collect import NodeEvents, Offset, Run
-from bootseer_slurm.report.stages import STAGES
+from bootseer_slurm.report.gather.run import NodeEvents, Offset, Run
+from bootseer_slurm.report.startup.analyse import analyse
+from bootseer_slurm.report.startup.figures import Report
+from bootseer_slurm.report.startup.stages import STAGES
+from bootseer_slurm.report.startup.transfers import Transfer
 from bootseer_slurm.slurm.jobs import JobRecord
 from tests.unit.records import RECORD, SECOND, START
 

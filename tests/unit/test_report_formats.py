@@ -12,9 +12,10 @@ from dataclasses import replace
 import pytest
 from pyarrow import parquet
 
-from bootseer_slurm.report.analyse import Report, analyse
-from bootseer_slurm.report.formats import COLUMNS, FORMATS, rows
-from tests.unit.test_report_render import RECORD, make
+from bootseer_slurm.report.render.formats import COLUMNS, FORMATS, rows
+from bootseer_slurm.report.startup.analyse import analyse
+from bootseer_slurm.report.startup.figures import Report
+from tests.unit.test_report_terminal import RECORD, make
 
 
 def test_csv_has_one_row_for_each_node_and_stage() -> None:
@@ -59,7 +60,7 @@ def test_a_trace_for_perfetto_has_a_track_for_each_node() -> None:
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_a_run_without_events_is_no_error(name: str) -> None:
-    from bootseer_slurm.report.collect import Run
+    from bootseer_slurm.report.gather.run import Run
 
     empty: Report = analyse(Run(9, 0, (0,), None, None, (), (), ()))
     assert FORMATS[name](empty)

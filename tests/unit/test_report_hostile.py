@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bootseer_slurm.report.analyse import Report, analyse
-from bootseer_slurm.report.collect import collect
-from bootseer_slurm.report.formats import FORMATS
-from bootseer_slurm.report.render import to_terminal
+from bootseer_slurm.report.gather.gather import gather
+from bootseer_slurm.report.render.formats import FORMATS
+from bootseer_slurm.report.render.terminal import to_terminal
+from bootseer_slurm.report.startup.analyse import analyse
+from bootseer_slurm.report.startup.figures import Report
 from bootseer_slurm.slurm.jobs import JobRecord
 from tests.unit.records import RECORD, SECOND, START
 
@@ -45,7 +46,7 @@ def line(kind: str, name: str, t_ns: int = START + SECOND, **more: Any) -> str:
 def report_of(*lines: str, record: JobRecord = RECORD) -> Report:
     begin = line("hook", "begin", START), line("session", "begin", START + 1, mode="prefetch")
     files = Files([("n1", "\n".join([*begin, *lines]))])
-    return analyse(collect("5", store=files, accounting=lambda _: (record,)))
+    return analyse(gather("5", store=files, accounting=lambda _: (record,)))
 
 
 def access(**more: Any) -> str:
@@ -88,7 +89,7 @@ def test_no_stage_is_longer_than_the_job(name: str) -> None:
 def test_a_mode_that_we_do_not_know_is_none() -> None:
     assert report_of(line("session", "mode", mode="a" * 9999)).mode == "prefetch"
     begun = Files([("n1", line("session", "begin", mode="a" * 9999))])
-    assert analyse(collect("5", store=begun, accounting=lambda _: (RECORD,))).mode is None
+    assert analyse(gather("5", store=begun, accounting=lambda _: (RECORD,))).mode is None
 
 
 def test_a_table_for_spreadsheets_leaves_the_terminal_alone() -> None:
@@ -128,6 +129,6 @@ class Unread(str):
 
 def test_files_of_nodes_that_the_job_did_not_have_are_not_parsed() -> None:
     files = Files([*((f"x{number}", Unread()) for number in range(100)), ("n1", line("hook", "begin", START))])
-    run = collect("5", store=files, accounting=lambda _: (RECORD,))
+    run = gather("5", store=files, accounting=lambda _: (RECORD,))
     assert [sent.node for sent in run.nodes] == ["n1"]
     assert "files left out because the job did not have their nodes: 100" in run.notes

@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import pytest
 
-from bootseer_slurm.report.analyse import PlainStarts, analyse
-from bootseer_slurm.report.collect import Run
-from bootseer_slurm.report.html import to_html
-from tests.unit.test_report_render import RECORD, make, node_events
+from bootseer_slurm.report.gather.run import Run
+from bootseer_slurm.report.render.html import to_html
+from bootseer_slurm.report.startup.analyse import analyse
+from bootseer_slurm.report.startup.figures import PlainStarts
+from tests.unit.test_report_terminal import RECORD, make, node_events
 
 ATTACK = '</script><script>alert(1)</script><img src=x onerror=alert(2)>"\'&{{data}}{{script}}\u202e'
 

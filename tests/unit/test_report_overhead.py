@@ -15,10 +15,11 @@ import pytest
 from rich.console import Console
 
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.report import overhead as module
-from bootseer_slurm.report.overhead import Overhead, overhead
-from bootseer_slurm.report.overhead_table import to_json, to_terminal
-from bootseer_slurm.report.records import SCHEMA, table_of
+from bootseer_slurm.report.overhead import BY, overhead
+from bootseer_slurm.report.records.row import SCHEMA, table_of
+from bootseer_slurm.report.render.overhead_table import to_json, to_terminal
+from bootseer_slurm.report.totals import counts, tables
+from bootseer_slurm.report.totals.figures import Overhead
 
 DAY_MS = 86_400_000
 START_MS = 1_800_000_000_000 // DAY_MS * DAY_MS
@@ -58,8 +59,8 @@ def many(count: int) -> list[dict[str, Any]]:
 
 
 def test_the_figures_are_those_of_a_plain_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MERGE_ROWS", 50)  # parts are put together on the way too
-    monkeypatch.setattr(module, "_BATCH_ROWS", 64)
+    monkeypatch.setattr(counts, "_MERGE_ROWS", 50)  # parts are put together on the way too
+    monkeypatch.setattr(tables, "_BATCH_ROWS", 64)
     rows = many(600)
     result = overhead(write(tmp_path, rows), since_ms=START_MS, by="user", days=30)
     known = [each for each in rows if each["start_to_training_s"] is not None]
@@ -83,7 +84,7 @@ def test_the_figures_are_those_of_a_plain_count(tmp_path: Path, monkeypatch: pyt
     assert [each.lost_s for each in result.dearest] == pytest.approx(dear)
 
 
-@pytest.mark.parametrize("by", module.BY)
+@pytest.mark.parametrize("by", BY)
 def test_each_way_to_group(tmp_path: Path, by: str) -> None:
     result = overhead(write(tmp_path, [row(1), row(2), row(3, nodes=5, user="bob")]), since_ms=0, by=by, days=7)
     names = {"user": ["alice", "bob"], "size": ["1", "5-8"], "account": ["ml"], "partition": ["gpu"], "image": ["a"]}

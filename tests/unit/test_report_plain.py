@@ -9,9 +9,9 @@ import pytest
 
 from bootseer_slurm.errors import StoreError
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.report.analyse import PlainStarts
-from bootseer_slurm.report.collect import Run
-from bootseer_slurm.report.plain import plain_starts
+from bootseer_slurm.report.gather.run import Run
+from bootseer_slurm.report.startup.figures import PlainStarts
+from bootseer_slurm.report.startup.plain import plain_starts
 from bootseer_slurm.slurm.jobs import AccountingError, JobRecord
 from tests.unit.records import RECORD, SECOND, START
 

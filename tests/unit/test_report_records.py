@@ -12,11 +12,13 @@ import pytest
 
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.report.analyse import Report, analyse
-from bootseer_slurm.report.archive import Archive
-from bootseer_slurm.report.collect import collect
-from bootseer_slurm.report.records import SCHEMA, comment_of, row_of, table_of
-from bootseer_slurm.report.stored import StoredEvents
+from bootseer_slurm.report.gather.gather import gather
+from bootseer_slurm.report.gather.stored import StoredEvents
+from bootseer_slurm.report.records.archive import Archive
+from bootseer_slurm.report.records.comments import comment_of
+from bootseer_slurm.report.records.row import SCHEMA, row_of, table_of
+from bootseer_slurm.report.startup.analyse import analyse
+from bootseer_slurm.report.startup.figures import Report
 from bootseer_slurm.slurm.jobs import JobRecord
 from bootseer_slurm.store import FileStore
 from tests.unit.records import RECORD, SECOND, START
@@ -41,7 +43,7 @@ def report(root: Path, record: JobRecord = RECORD, *, training_s: float | None =
         path = root / "users" / "1000" / "events" / f"{record.job}.0" / f"{node}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(log.to_jsonl())
-    return analyse(collect(record.shown_id, store=StoredEvents(FileStore(root)), accounting=lambda _: (record,)))
+    return analyse(gather(record.shown_id, store=StoredEvents(FileStore(root)), accounting=lambda _: (record,)))
 
 
 def row(root: Path, record: JobRecord = RECORD, **more: Any) -> dict[str, Any]:

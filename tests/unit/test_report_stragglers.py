@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.report.analyse import Report, analyse
-from bootseer_slurm.report.collect import NodeEvents, Run
+from bootseer_slurm.report.gather.run import NodeEvents, Run
+from bootseer_slurm.report.startup.analyse import analyse
+from bootseer_slurm.report.startup.figures import Report
 from tests.unit.records import RECORD, SECOND, START
 
 MIB = 1 << 20

@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 
 from bootseer_slurm.events import BELOW_LAYER, EventLog
-from bootseer_slurm.report.analyse import Report, analyse
-from bootseer_slurm.report.collect import NodeEvents, Run
-from bootseer_slurm.report.html import to_html
-from bootseer_slurm.report.render import to_terminal
+from bootseer_slurm.report.gather.run import NodeEvents, Run
+from bootseer_slurm.report.render.html import to_html
+from bootseer_slurm.report.render.terminal import to_terminal
+from bootseer_slurm.report.startup.analyse import analyse
+from bootseer_slurm.report.startup.figures import Report
 from tests.unit.records import RECORD, SECOND, START
 
 VENV, IMAGE, CKPT = "/home/alice/venv", "/lustre/img/train.sqsh", "/ckpt/step_9000"

@@ -10,8 +10,9 @@ from __future__ import annotations
 import random
 
 from bootseer_slurm.events import EventLog
-from bootseer_slurm.report.analyse import PlainStarts, Report, analyse
-from bootseer_slurm.report.collect import NodeEvents, Run
+from bootseer_slurm.report.gather.run import NodeEvents, Run
+from bootseer_slurm.report.startup.analyse import analyse
+from bootseer_slurm.report.startup.figures import PlainStarts, Report
 from bootseer_slurm.slurm.jobs import JobRecord
 
 START_NS = 1_800_000_000_000_000_000
@@ -116,6 +117,6 @@ def _fault(number: int) -> str:
 if __name__ == "__main__":
     import sys
 
-    from bootseer_slurm.report.html import to_html
+    from bootseer_slurm.report.render.html import to_html
 
     print(to_html(made_report(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)), end="")

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from bootseer_slurm.report.html import to_html
+from bootseer_slurm.report.render.html import to_html
 from scripts.lib.bench import report_inputs
 from scripts.lib.bench.made_start import made_report
 from scripts.lib.bench.rows import Row
@@ -37,9 +37,9 @@ sys.exit(done.returncode)
 """
 SCAN = """
 import sys, pyarrow.dataset as ds
-from bootseer_slurm.report.overhead import _COLUMNS
+from bootseer_slurm.report.totals.tables import COLUMNS
 dataset = ds.dataset(sys.argv[1], format="parquet")
-rows = sum(batch.num_rows for batch in dataset.to_batches(columns=list(_COLUMNS)))
+rows = sum(batch.num_rows for batch in dataset.to_batches(columns=list(COLUMNS)))
 assert rows == int(sys.argv[2]), rows
 """
 READ = """

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bootseer_slurm.report.archive import write_rows
-from bootseer_slurm.report.records import SCHEMA
+from bootseer_slurm.report.records.archive import write_rows
+from bootseer_slurm.report.records.row import SCHEMA
 
 USERS, ACCOUNTS, PARTITIONS, IMAGES = 200, 20, 4, 40
 DAYS = 90

@@ -1,0 +1,1 @@
+"""One run of a job: its nodes' events, joined with its accounting record."""

@@ -1,0 +1,1 @@
+"""Reports and totals for people and for programs: terminal, HTML, JSON, CSV, Parquet, Perfetto."""

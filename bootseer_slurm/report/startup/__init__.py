@@ -1,0 +1,1 @@
+"""The figures of one start: stages, transfers, stragglers, problems, and the verdict."""

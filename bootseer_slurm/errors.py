@@ -21,6 +21,14 @@ class BootseerError(Exception):
         self.hint = hint
 
 
+    @staticmethod
+    def of_class(name: str, message: str, *, hint: str | None = None) -> BootseerError:
+        """The error of this class, as another process named it; a StoreError where there is no such class."""
+        ours = (each for each in BootseerError.__subclasses__() if each.__module__ == __name__)
+        classes = {each.__name__: each for each in ours}
+        return classes.get(name, StoreError)(message, hint=hint)
+
+
 class InputError(BootseerError):
     """A value that a person gave is not usable."""
 

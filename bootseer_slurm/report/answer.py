@@ -23,11 +23,11 @@ from bootseer_slurm.agentapi.protocol import peer
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import BootseerError, InputError
 from bootseer_slurm.report.access import protocol
-from bootseer_slurm.report.access.frames import Frame, write_all
 from bootseer_slurm.report.access.owners import OwnersEvents
 from bootseer_slurm.report.access.protocol import RecordsRequest, RestartsRequest, UsersRequest
 from bootseer_slurm.report.records.archive import Archive
 from bootseer_slurm.slurm.sacctmgr import is_operator
+from bootseer_slurm.userproc.frames import Frame, write_all
 
 _LIMIT_S = 120
 

@@ -19,13 +19,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from bootseer_slurm.errors import BootseerError, InputError
-from bootseer_slurm.report.access.frames import Frame
-from bootseer_slurm.report.access.owners import OwnersEvents, as_owner, event_frames
+from bootseer_slurm.report.access.owners import OwnersEvents
 from bootseer_slurm.report.gather.gather import gather
-from bootseer_slurm.report.gather.stored import run_folders
+from bootseer_slurm.report.gather.stored import MAX_TEXT
 from bootseer_slurm.report.records.archive import Archive
 from bootseer_slurm.report.records.comments import comment_of, write_comments
 from bootseer_slurm.report.records.done import Comment, Done, RunFolder, open_done
@@ -33,7 +31,7 @@ from bootseer_slurm.report.records.row import Row, row_of
 from bootseer_slurm.report.startup.analyse import analyse
 from bootseer_slurm.slurm.accounting import records_of
 from bootseer_slurm.slurm.jobs import AccountingError, JobRecord
-from bootseer_slurm.store import Store
+from bootseer_slurm.userproc.forked import Limits
 
 _log = logging.getLogger(__name__)
 
@@ -111,22 +109,12 @@ class _Collector:
 
     def _new_runs(self, uid: int) -> list[RunFolder]:
         """The runs whose folder changed since they were done, the newest first."""
-        done = self._done.runs_of(uid)
-
-        def produce(store: Store) -> Iterator[Frame]:
-            there = list(run_folders(store, uid))
-            new = [each for each in there if done.get(each[:2]) != each[2]]
-            new.sort(key=lambda each: each[2], reverse=True)
-            for job, restart, changed_s in new[:_USER_LIMIT]:
-                yield Frame({"job": job, "restart": restart, "changed_s": changed_s}, b"")
-            # Where there is none at all, the store may be away.
-            for job, restart in done.keys() - {each[:2] for each in there} if there else ():
-                yield Frame({"job": job, "restart": restart, "gone": 1}, b"")
-
-        found = [frame.header for frame in as_owner(uid, self._uri, produce, timeout_s=_LIST_S)]
+        new, gone = OwnersEvents(self._uri).changed_runs(
+            uid, self._done.runs_of(uid), Limits(silent_s=_LIST_S), most=_USER_LIMIT
+        )
         # Else a user could have the note grow without end.
-        self._done.forget(uid, (_key(each) for each in found if "gone" in each))
-        return [RunFolder(*_key(each), each["changed_s"], uid) for each in found if "gone" not in each]
+        self._done.forget(uid, ((each.job, each.restart) for each in gone))
+        return [RunFolder(each.job, each.restart, each.changed_s, uid) for each in new]
 
     def _add_new_of(self, uid: int, runs: list[RunFolder], accounting: Accounting) -> None:
         """Put one user's new starts into the dataset."""
@@ -156,18 +144,15 @@ class _Collector:
     def _add(self, uid: int, runs: Sequence[RunFolder], accounting: Accounting, deadline_s: float) -> None:
         """Put one user's starts into the dataset, then note them. Those read before a failure count."""
 
-        def produce(store: Store) -> Iterator[Frame]:
-            for run in runs:
-                yield from event_frames(store, uid, run.job, run.restart)
-
         by_key = {(run.job, run.restart): run for run in runs}
         rows: dict[tuple[int, int], Row | None] = {}
         failure: BootseerError | None = None
-        limit_s = deadline_s - time.monotonic()
-        sent = groupby(as_owner(uid, self._uri, produce, limit_s=limit_s), lambda frame: _key(frame.header))
+        limits = Limits(total_s=deadline_s - time.monotonic(), content_bytes=MAX_TEXT)
+        sent = OwnersEvents(self._uri).files_of_runs(uid, list(by_key), limits)
         try:
-            for key, frames in sent:
-                rows[key] = self._checked_row(by_key[key], _texts(frames), accounting[key[0]])
+            for key, files in groupby(sent, lambda each: (each[0].job, each[0].restart)):
+                texts = [(file.node, text) for file, text in files]
+                rows[key] = self._checked_row(by_key[key], texts, accounting[key[0]])
         except BootseerError as error:
             failure = error
         else:
@@ -255,15 +240,6 @@ def _is_last(records: Iterable[JobRecord], row: Row) -> bool:
     """Whether a row is of the job's last run, whose AdminComment sacct shows."""
     last = [record.start_ns for record in records if record.start_ns is not None][-1:]
     return bool(last) and last[0] // 1_000_000 == row["start_time"]
-
-
-def _key(header: Mapping[str, Any]) -> tuple[int, int]:
-    return header["job"], header["restart"]
-
-
-def _texts(frames: Iterable[Frame]) -> list[tuple[str, str]]:
-    """(node, text) of one run's files."""
-    return [(str(frame.header["node"]), frame.content.decode("utf-8", "replace")) for frame in frames]
 
 
 class _ReadEvents:

@@ -19,7 +19,6 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from bootseer_slurm import errors
 from bootseer_slurm.blob.jobclass import REMEMBERED_LIMIT, Remembered, usable
 from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
 
@@ -291,7 +290,8 @@ def decode_answer(message: bytes) -> tuple[int, dict[str, Any] | BootseerError]:
     """
     fields = json.loads(message)
     if "error" in fields:
-        return fields["id"], _error(str(fields.get("class")), str(fields["error"])[:_ERROR_LIMIT])
+        text = str(fields["error"])[:_ERROR_LIMIT]
+        return fields["id"], BootseerError.of_class(str(fields.get("class")), text)
     reply = fields["reply"]
     if not isinstance(reply, dict):
         raise TypeError("the reply has no fields")
@@ -307,13 +307,6 @@ def decode_reply(fields: dict[str, Any], *types: type[_AnyStruct]) -> _AnyStruct
             except msgspec.ValidationError as error:
                 raise IntegrityError(f"the user's process answered what cannot be: {error}") from error
     raise IntegrityError(f"the user's process answered {str(fields.get('of'))[:40]!r}")
-
-
-def _error(name: str, message: str) -> BootseerError:
-    cls = getattr(errors, name, StoreError)
-    if not (isinstance(cls, type) and issubclass(cls, BootseerError)):
-        cls = StoreError
-    return cls(message)
 
 
 def _dump(fields: dict[str, Any]) -> bytes:

@@ -16,15 +16,17 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from msgspec import Struct
 
-from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.errors import BootseerError, IntegrityError
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.report import collect as module
-from bootseer_slurm.report.access.frames import Frame
-from bootseer_slurm.report.access.owners import OwnersEvents, as_owner
+from bootseer_slurm.report.access import owners
+from bootseer_slurm.report.access.owners import EventFile, OwnersEvents
 from bootseer_slurm.report.collect import Collected, collect
 from bootseer_slurm.report.records.archive import Archive
 from bootseer_slurm.report.records.done import open_done
+from bootseer_slurm.userproc.forked import Limits, read_as_user
 from tests.integration.accounting import Accounting
 from tests.integration.node import ALICE, BOB
 
@@ -179,15 +181,34 @@ def test_a_link_in_a_users_folder_leads_to_nothing_that_he_may_not_read(site: Si
 
 
 def test_reading_is_done_as_the_owner_for_good(site: Site) -> None:
-    def produce(_: object) -> Iterator[Frame]:
-        yield Frame({"ids": [*os.getresuid(), *os.getresgid(), *os.getgroups()], "fds": os.listdir("/proc/self/fd")}, b"")
+    def produce(_: object) -> Iterator[tuple[Struct, bytes]]:
+        yield Rights([*os.getresuid(), *os.getresgid(), *os.getgroups()], os.listdir("/proc/self/fd")), b""
         with pytest.raises(PermissionError):
             os.setuid(0)
 
     with (site.records.parent / "secret").open("w"):
-        (frame,) = as_owner(ALICE, site.uri, produce)
-    assert frame.header["ids"] == [ALICE] * 3 + [65534] * 3
-    assert len(frame.header["fds"]) == 4  # three, and the listing's own
+        ((rights, _),) = read_as_user(ALICE, site.uri, produce, Rights)
+    assert rights.ids == [ALICE] * 3 + [65534] * 3
+    assert len(rights.fds) == 4  # three, and the listing's own
+
+
+class Rights(Struct):
+    """The ids and descriptors of the process that reads."""
+
+    ids: list[int]
+    fds: list[str]
+
+
+class Number(Struct):
+    n: int
+
+
+def test_a_piece_of_another_kind_is_refused(site: Site) -> None:
+    def produce(_: object) -> Iterator[tuple[Struct, bytes]]:
+        yield Rights([1], []), b""
+
+    with pytest.raises(IntegrityError, match="cannot be"):
+        list(read_as_user(ALICE, site.uri, produce, Number))
 
 
 def test_the_number_that_would_leave_it_root_is_no_user(site: Site) -> None:
@@ -196,37 +217,37 @@ def test_the_number_that_would_leave_it_root_is_no_user(site: Site) -> None:
     site.put(nobody, 7, owner=ALICE)
     site.accounting.add(7, nobody, start_s=START_S, end_s=START_S + 1000)
 
-    def produce(_: object) -> Iterator[Frame]:
-        yield Frame({"uid": os.geteuid()}, b"")
+    def produce(_: object) -> Iterator[tuple[Struct, bytes]]:
+        yield Number(os.geteuid()), b""
 
     for uid in (nobody, nobody + 1, -1):
         with pytest.raises(BootseerError, match="no such user"):
-            list(as_owner(uid, site.uri, produce))
+            list(read_as_user(uid, site.uri, produce, Number))
     assert (site.collect().starts, site.rows()) == (0, [])
 
 
 @pytest.mark.parametrize("act", ["os.kill(os.getpid(), 9)", "time.sleep(60)", "os._exit(0)"])
 def test_a_reader_that_dies_or_hangs_is_an_error_of_one_user(site: Site, act: str) -> None:
-    def produce(_: object) -> Iterator[Frame]:
-        yield Frame({"n": 1}, b"x" * 2_000_000)
+    def produce(_: object) -> Iterator[tuple[Struct, bytes]]:
+        yield Number(1), b"x" * 2_000_000
         exec(act)
-        yield Frame({"n": 2}, b"")
+        yield Number(2), b""
 
     before = {path.name for path in Path("/proc/self/fd").iterdir()}
     with pytest.raises(BootseerError):
-        list(as_owner(ALICE, site.uri, produce, timeout_s=0.5))
+        list(read_as_user(ALICE, site.uri, produce, Number, Limits(silent_s=0.5)))
     assert len({path.name for path in Path("/proc/self/fd").iterdir()} - before) <= 1
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
 
 def test_a_slow_file_system_is_not_taken_for_one_that_hangs(site: Site) -> None:
-    def produce(_: object) -> Iterator[Frame]:
+    def produce(_: object) -> Iterator[tuple[Struct, bytes]]:
         for number in range(4):
             time.sleep(0.5)
-            yield Frame({"n": number}, b"")
+            yield Number(number), b""
 
-    assert len(list(as_owner(ALICE, site.uri, produce, timeout_s=1.5))) == 4
+    assert len(list(read_as_user(ALICE, site.uri, produce, Number, Limits(silent_s=1.5)))) == 4
 
 
 def test_one_users_unreadable_folder_holds_up_nobody(site: Site) -> None:
@@ -368,15 +389,15 @@ def test_numbers_that_are_no_jobs_are_not_asked_for(site: Site) -> None:
 def test_a_user_whose_files_never_end_is_stopped_and_what_was_read_counts(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = module.event_frames
+    real = owners.event_pieces
 
-    def endless(store: Any, uid: int, job: int, restart: int) -> Iterator[Frame]:
+    def endless(store: Any, uid: int, job: int, restart: int) -> Iterator[tuple[EventFile, bytes]]:
         yield from real(store, uid, job, restart)
         while job == 8:
-            yield Frame({"job": job, "restart": restart, "node": "n1"}, b"")
+            yield EventFile(job, restart, "n1"), b""
             time.sleep(0.01)
 
-    monkeypatch.setattr(module, "event_frames", endless)
+    monkeypatch.setattr(owners, "event_pieces", endless)
     monkeypatch.setattr(module, "_USER_LIMIT_S", 1.0)
     site.run(ALICE, 8)
     site.run(ALICE, 7)

@@ -16,12 +16,12 @@ from typing import Any, BinaryIO, cast
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import BootseerError, InputError
 from bootseer_slurm.report.access import protocol
-from bootseer_slurm.report.access.frames import Frame, read_frames
 from bootseer_slurm.report.access.owners import OwnersEvents
 from bootseer_slurm.report.access.protocol import EventsRequest, Request, RestartsRequest, UsersRequest
 from bootseer_slurm.report.gather.run import EventStore
 from bootseer_slurm.report.gather.stored import StoredEvents
 from bootseer_slurm.store import open_store
+from bootseer_slurm.userproc.frames import Frame, read_frames
 
 
 def visible_events(config: Config) -> EventStore:

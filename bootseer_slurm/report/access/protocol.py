@@ -1,7 +1,7 @@
 """The requests to the service behind `bootseer-answer.socket`, and its limits.
 
-A request is a line of JSON, the answer a stream of frames (access/frames.py). The request names no asker: the
-service knows him from the socket.
+A request is a line of JSON, the answer a stream of frames (userproc/frames.py). The request names no asker:
+the service knows him from the socket.
 
     {"op": "records", "since_ms": 0}                       frames: the Parquet files that hold such starts
     {"op": "users"}                                        frames: "uid"

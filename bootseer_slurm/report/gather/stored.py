@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.report.gather.run import Offset
 from bootseer_slurm.store import Store, clock_offset
+from bootseer_slurm.userproc.forked import NO_UID
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 MAX_TEXT = 32 << 20
 _RUN = re.compile(r"([0-9]{1,10})\.([0-9]{1,7})")
 _SUFFIX = ".jsonl"
-NO_UID = (1 << 32) - 1  # to setresuid(2) it means: stay who you are
 _JOBS = range(1, 1 << 32)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from bootseer_slurm.errors import BootseerError, InputError, StoreError
-from bootseer_slurm.report.access.frames import Frame, read_frames, write_all
+from bootseer_slurm.userproc.frames import Frame, read_frames, write_all
 
 
 def written(*frames: Frame, error: BootseerError | None = None) -> bytes:

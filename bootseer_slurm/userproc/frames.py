@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from bootseer_slurm import errors
 from bootseer_slurm.errors import BootseerError, StoreError
 
 HEADER_LIMIT_BYTES = 64 * 1024
@@ -69,11 +68,9 @@ def read_frames(file: BinaryIO, *, limit_bytes: int) -> Iterator[Frame]:
 
 
 def _error(header: dict[str, Any]) -> BootseerError:
-    cls = getattr(errors, str(header.get("class")), StoreError)
-    if not (isinstance(cls, type) and issubclass(cls, BootseerError)):
-        cls = StoreError
     hint = header.get("hint")
-    return cls(_printable(header["error"]), hint=_printable(hint) if hint else None)
+    message, hint = _printable(header["error"]), _printable(hint) if hint else None
+    return BootseerError.of_class(str(header.get("class")), message, hint=hint)
 
 
 def _printable(value: object) -> str:

@@ -13,7 +13,7 @@ from enum import Enum
 
 
 class Phase(Enum):
-    """What a job does."""
+    """One of the three."""
 
     STARTING = "starting"
     TRAINING = "training"

@@ -1,4 +1,4 @@
-"""What may be asked of the node agent: one row for each operation.
+"""The operations of the node agent: one row for each.
 
 The agent answers from this table and refuses what is not in it; docs/protocol.md shows it, which a test
 compares. Hook, plugin and the stand-in of squashfuse write their messages themselves: tests compare keys.

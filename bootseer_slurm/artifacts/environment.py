@@ -23,7 +23,7 @@ from bootseer_slurm.image.signing import Key
 
 
 class View(NamedTuple):
-    """What a job sees in the place of a folder: the descriptor of a mount; the folder's device and inode."""
+    """A folder as a job sees it: the descriptor of a mount; the folder's device and inode."""
 
     fd: int
     device: int

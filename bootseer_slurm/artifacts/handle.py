@@ -108,7 +108,7 @@ class BlobHandle:
 
     @property
     def usage(self) -> Usage:
-        """What was done with the blob since it was opened, by the user's other jobs too.
+        """The use of the blob since it was opened, by the user's other jobs too.
 
         `first_ns` and `last_ns` are points in time.
         """

@@ -48,7 +48,7 @@ class Layer:
 
     @property
     def found(self) -> Found:
-        """What an agent after this one needs to serve the blob again."""
+        """The record by which an agent after this one serves the blob again."""
         folder = self.description.folder
         return Found(self.description.id, self.ref.kind, "" if folder else self.path, folder)
 
@@ -87,7 +87,7 @@ class Layer:
 
 
 def trace_key(description: BlobDescription, *, role: str, path: str, fingerprint: str) -> str:
-    """What a blob's traces are kept under: the same on all nodes, unlike the id of an unmanaged file.
+    """The key that a blob's traces are kept under: the same on all nodes, unlike the id of an unmanaged file.
 
     role: of a checkpoint's file, for which each start has a new one, and each node its own part of it.
     """
@@ -130,7 +130,7 @@ def _use_plan(layer: Layer, plan: Plan, allow: Callable[[int], None]) -> None:
 
 
 def summary(layer: Layer, waited: Waited | None = None) -> dict[str, Any]:
-    """What was read of a layer since it was opened, as the event tells it.
+    """The reads of a layer since it was opened, as the event tells them.
 
     waited: how long reads waited, where that is not until now.
     """

@@ -123,7 +123,7 @@ class OpenBlobs:
         return handle
 
     def describe(self, blob_id: str, uid: int) -> BlobDescription:
-        """What the cache says of a blob that an agent before this one had; without sources.
+        """The cache's description of a blob that an agent before this one had; without sources.
 
         Raises BootseerError or OSError when the cache does not have it.
         """
@@ -188,7 +188,7 @@ class OpenBlobs:
                     idle.mount.close()
 
     def usage(self) -> Usage:
-        """What was read and fetched of all blobs since the agent started."""
+        """The reads and fetches of all blobs since the agent started."""
         total = Usage()
         with self._lock:
             for usage in (self._past, *(blob.reader.usage for blob in self._open.values())):

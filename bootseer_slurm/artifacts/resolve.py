@@ -31,7 +31,7 @@ _HUGE_BYTES = 64 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What artifacts of one job are resolved with.
+    """The surroundings in which artifacts of one job are resolved.
 
     roots: below which originals may be shown. allow: asked before so many bytes of digests are kept in
     memory; raises InputError when they are too many.
@@ -71,7 +71,7 @@ def resolve_artifact(
 
 @dataclass(slots=True)
 class _Opening:
-    """What is opened of an artifact so far."""
+    """An artifact that is being opened."""
 
     ref: ArtifactRef
     found: Found

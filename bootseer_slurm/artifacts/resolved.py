@@ -40,7 +40,7 @@ class Bind(NamedTuple):
 
 
 class Original:
-    """What a user named, where it lies: a file or folder, held open. path: as the kernel has it."""
+    """The file or folder that a user named, where it lies, held open. path: as the kernel has it."""
 
     def __init__(self, fd: int) -> None:
         """Takes the descriptor. What the user's process says of the path is not believed."""
@@ -59,9 +59,9 @@ class Original:
 
 @dataclass(slots=True, eq=False)
 class ResolvedArtifact:
-    """What stands for an artifact until the job ends. reply: as the user's process gave it.
+    """The layers and mounts that stand for an artifact until the job ends.
 
-    layers: the topmost first. original: None where it has no path. environment: its mount, if it is one.
+    reply: as the user's process gave it. layers: the topmost first. original: None where it has no path. environment: its mount, if it is one.
     """
 
     ref: ArtifactRef

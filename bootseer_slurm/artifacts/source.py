@@ -36,7 +36,7 @@ class ObjectSource:
 
 @dataclass(frozen=True, slots=True)
 class BlobDescription:
-    """What a blob is, and where its bytes come from. folder: in the store, "" of an unmanaged file."""
+    """A blob's identity, and where its bytes come from. folder: in the store, "" of an unmanaged file."""
 
     id: str
     layout: Layout

@@ -155,7 +155,7 @@ class Artifacts:
 
 
 def remembered(artifacts: Artifacts) -> list[Remembered]:
-    """What the next start of the class learns: what this one asked for, or had learned and could use."""
+    """All that the next start of the class learns: this one asked for it, or learned and used it."""
     return [
         Remembered(each.ref.kind, each.ref.name, each.owner)
         for each in artifacts.all()

@@ -29,7 +29,7 @@ RECORD_LIMIT_BYTES = 16 * 1024
 
 
 class Remembered(NamedTuple):
-    """What a start asked for. name: a path or URI. owner: whose it was, by user id; None: not known."""
+    """One thing that a start asked for. name: a path or URI. owner: its user id, None where not known."""
 
     kind: str
     name: str
@@ -63,7 +63,7 @@ def encode_record(remembered: Iterable[Remembered]) -> bytes:
 
 
 def decode_record(content: bytes) -> list[Remembered]:
-    """What a record names; what no request may ask for is left out.
+    """The things that a record names; names that no request may have are left out.
 
     Raises IntegrityError when it is no record.
     """

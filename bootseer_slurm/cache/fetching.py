@@ -26,7 +26,7 @@ Push = Callable[[int, memoryview], None]
 
 @dataclass(slots=True)
 class Usage:  # size: one counter for each figure of a report
-    """What readers did with a blob, and where its bytes came from."""
+    """The use that readers made of a blob, and where its bytes came from."""
 
     reads: int = 0
     reads_blocked: int = 0  # of these, how many had to wait
@@ -58,7 +58,7 @@ class Claim:
 
 
 class _CacheFile:
-    """What is in the blob's own file since an earlier boot (a Source)."""
+    """The blob's own file, as an earlier boot left it (a Source)."""
 
     name = "cache"
 

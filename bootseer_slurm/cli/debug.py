@@ -1,4 +1,4 @@
-"""`bootseer debug`: what the agent of this node does for a job, while it does it."""
+"""`bootseer debug`: the work of this node's agent for a job, while it goes on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.table import Table
 from bootseer_slurm.cli import settings
 from bootseer_slurm.units import format_bytes
 
-app = typer.Typer(no_args_is_help=True, help="What the agent of this node does for a job.")
+app = typer.Typer(no_args_is_help=True, help="The work of this node's agent for a job.")
 
 
 @app.callback()
 def _group() -> None:
-    """What the agent of this node does for a job."""
+    """The work of this node's agent for a job."""
 
 
 @app.command("job")

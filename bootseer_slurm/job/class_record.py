@@ -26,7 +26,7 @@ class ClassRecord:
         self._found: list[Remembered] | None = None  # in the store, where it could be read
 
     def read(self) -> list[tuple[ArtifactRef, int | None]]:
-        """What the last start asked for, with its owners then, images first; [] where it is not known."""
+        """All that the last start asked for, with its owners then, images first; [] where not known."""
         try:
             learned = learned_refs(self._process().recall(self._context.job_class))
         except BootseerError as error:

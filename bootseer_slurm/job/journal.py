@@ -106,7 +106,7 @@ class Journal:
                 _log.error("%s: does not say what began the job's session", path, extra={"job": path.name})
 
     def endings(self) -> list[Began]:
-        """What began each session that was just ending."""
+        """The record that began each session that was just ending."""
         found = (_records(path)[:1] for path in sorted(self._ending.iterdir()))
         return [record for records in found for record in records if isinstance(record, Began)]
 

@@ -134,7 +134,7 @@ class Recording:
         self.step()  # there may have been one
 
     def mounted(self, layer: Layer) -> None:
-        """What was read of this layer until now was for mounting it."""
+        """All reads of this layer until now were for mounting it."""
         for each in self._recorded:
             if each.layer is layer:
                 each.mounted_s = time.monotonic()

@@ -122,7 +122,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         self.intake.begin(request)
 
     def attach(self, step: str, memory_bytes: int = 0) -> tuple[list[Bind], dict[str, str]]:
-        """What a step shall see: mounts over its originals (the caller closes them), and its environment.
+        """The view of a step: mounts over its originals (the caller closes them), and its environment.
 
         memory_bytes: that the job has on this node, 0 when that is not known.
         """

@@ -32,7 +32,7 @@ _AnyReply = TypeVar("_AnyReply", bound=Reply)
 
 @dataclass(slots=True)
 class Found:
-    """What Resolve found, and its descriptors: `close` closes those that nobody took."""
+    """The answer to Resolve, with its descriptors: `close` closes those that nobody took."""
 
     reply: Resolved
     _fds: list[int] = field(default_factory=list)
@@ -93,7 +93,7 @@ class UserProcess:
         return decode_plan(content, blocks=request.blocks), reply.warning
 
     def recall(self, job_class: str) -> list[Remembered]:
-        """What the last start of a class asked for. Raises BootseerError."""
+        """The things that the last start of a class asked for. Raises BootseerError."""
         return self._ask(protocol.Recall(job_class), protocol.Recalled)[0].usable()
 
     def clock(self, path: str, *, timeout_s: float) -> tuple[float, float]:

@@ -120,7 +120,7 @@ class Link:
 
     @property
     def step_bytes(self) -> int:
-        """What the user's process reads with one call."""
+        """The bytes that the user's process reads with one call."""
         steps = self._limit_bytes() // _STEPS // _LEAST_STEP_BYTES
         return min(max(1, steps) * _LEAST_STEP_BYTES, CHUNK_BYTES)
 

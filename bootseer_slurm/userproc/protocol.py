@@ -90,7 +90,7 @@ class StoredBlob(Struct, frozen=True):
 
 
 class Resolved(Reply, frozen=True):
-    """What Resolve found. Descriptors: the original's, where there is one, then each blob's manifest.
+    """The answer to Resolve. Descriptors: the original's, where there is one, then each blob's manifest.
 
     original_handle: of the file where it lies. identity: of one without a path. first: the ranges (offset,
     bytes) that a mount of an image reads first. image: the digest that an environment's snapshot is for.
@@ -132,7 +132,7 @@ class CheckpointFile(Struct, frozen=True):
 
 
 class CheckpointFolder(Reply, frozen=True):
-    """What Resolve found of a checkpoint that is a folder. count: of all files. message: why it was taken."""
+    """The answer to Resolve for a checkpoint that is a folder. count: of all files. message: why this one."""
 
     files: Annotated[tuple[CheckpointFile, ...], Meta(max_length=FILES_LIMIT)]
     count: _Natural

@@ -40,7 +40,7 @@ class _Work:
 
 
 class Repacking:
-    """What one job has packed again on this node. Thread-safe."""
+    """The layers that one job has packed again on this node. Thread-safe."""
 
     def __init__(self, background: Background, log: EventLog, phase: JobPhase, job_class: str) -> None:
         self._background = background

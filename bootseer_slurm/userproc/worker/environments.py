@@ -62,7 +62,7 @@ class Environments:
         return read_published(self._store.open(), os.getuid(), name)
 
     def _image_digest(self, name: str) -> str:
-        """What tells the image that an environment is used in; of one that the store has not, its name."""
+        """The fingerprint of the image that an environment is used in; its name where the store has none."""
         if not name:
             return ""
         if name.startswith("/"):

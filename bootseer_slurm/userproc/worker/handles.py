@@ -1,4 +1,4 @@
-"""What a user's process has open: the store, and objects that the agent reads by a number. Thread-safe."""
+"""The store and the objects that a user's process has open; the agent reads them by number. Thread-safe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user named, opened with that user's rights: files and environments as they lie."""
+"""Originals, opened with their user's rights: files and environments as they lie."""
 
 from __future__ import annotations
 

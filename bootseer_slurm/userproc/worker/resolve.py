@@ -54,7 +54,7 @@ class _OpenBlob:
 
 @dataclass(slots=True)
 class _Found:
-    """What is known of an artifact so far. readable: its bytes, from the store or where it lies."""
+    """An artifact as far as it is known. readable: its bytes, from the store or where it lies."""
 
     name: str
     fds: list[int] = field(default_factory=list)
@@ -175,7 +175,7 @@ class Resolver:
         return Resolved(original_handle=handle, size_bytes=size_bytes, identity=identity), []
 
     def _record(self, name: str, digest: str) -> Name | None:
-        """What the store has under a name, or of an image under the digest that its tag stands for now."""
+        """The record of a name in the store, or of an image under the digest that its tag stands for now."""
         store, uid = self._store.open(), os.getuid()
         record = read_published(store, uid, name)
         if digest and name.startswith("docker://") and not (record and record.fingerprint == digest):
@@ -184,7 +184,7 @@ class Resolver:
         return record
 
     def _open_blobs(self, record: Name, *, or_fail: bool = False) -> list[_OpenBlob]:
-        """What a name stands for, and what that lies over; nothing where one is not there any more."""
+        """The blob that a name stands for, and the one below it; none where one of them is gone."""
         try:
             return [self._open_blob(blob) for blob in (record, record.base) if blob]
         except BootseerError:

@@ -61,7 +61,8 @@ class Original:
 class ResolvedArtifact:
     """The layers and mounts that stand for an artifact until the job ends.
 
-    reply: as the user's process gave it. layers: the topmost first. original: None where it has no path. environment: its mount, if it is one.
+    reply: as the user's process gave it. layers: the topmost first. original: None where it has no path.
+    environment: its mount, if it is one.
     """
 
     ref: ArtifactRef

@@ -93,7 +93,7 @@ def image_make_key() -> None:
 
 
 def _push_file(source: Path) -> None:
-    from bootseer_slurm.blob.squashfs import check_squashfs
+    from bootseer_slurm.blob.squashfs.superblock import check_squashfs
     from bootseer_slurm.store import FileReader
 
     real = settings.real_path(source)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
-from bootseer_slurm.blob import mksquashfs
+from bootseer_slurm.blob.squashfs import mksquashfs
 from bootseer_slurm.env.tree import FileState, Tree, changed, state_of
 from bootseer_slurm.errors import BootseerError
 

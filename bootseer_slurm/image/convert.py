@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bootseer_slurm import scratch as scratches
-from bootseer_slurm.blob import mksquashfs
+from bootseer_slurm.blob.squashfs import mksquashfs
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.image import registry
 from bootseer_slurm.image.reference import Folder, Reference

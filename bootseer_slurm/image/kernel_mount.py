@@ -36,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bootseer_slurm import mounts
-from bootseer_slurm.blob import mksquashfs
+from bootseer_slurm.blob.squashfs import mksquashfs
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.identity import User
 

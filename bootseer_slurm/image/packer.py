@@ -34,11 +34,11 @@ from typing import BinaryIO
 
 import psutil
 
-from bootseer_slurm.blob import mksquashfs
-from bootseer_slurm.blob.compression import COMPRESSIONS
 from bootseer_slurm.blob.digest import PREFERRED
 from bootseer_slurm.blob.manifest import SQUASHFS_BLOCK_BYTES, Layout, Manifest
-from bootseer_slurm.blob.squashfs import check_squashfs
+from bootseer_slurm.blob.squashfs import mksquashfs
+from bootseer_slurm.blob.squashfs.compression import COMPRESSIONS
+from bootseer_slurm.blob.squashfs.superblock import check_squashfs
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.identity import without_rights
 

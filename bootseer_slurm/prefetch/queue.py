@@ -1,6 +1,6 @@
 """The queues of one job's prefetch. The first that has work goes on:
 
-    ahead   of images and environments without a plan: what lies behind the job's reads (cache/ahead.py)
+    ahead   of images and environments without a plan: what lies behind the job's reads (prefetch/ahead.py)
     hot     what a start touches: the tables of images, then the blocks of all plans by the time of touch, and
             both ends of checkpoints, where their headers are
     whole   checkpoints without a plan: all of them

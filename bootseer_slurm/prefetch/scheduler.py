@@ -13,11 +13,11 @@ import time
 from collections.abc import Sequence
 
 from bootseer_slurm.artifacts.layer import Layer
-from bootseer_slurm.cache.ahead import Ahead
 from bootseer_slurm.cache.sources import OnFault
 from bootseer_slurm.config import PrefetchConfig
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.phase import JobPhase
+from bootseer_slurm.prefetch.ahead import Ahead
 from bootseer_slurm.prefetch.budget import MemoryBudget
 from bootseer_slurm.prefetch.order import hot_times, runs
 from bootseer_slurm.prefetch.queue import Queue, tell_bytes

@@ -22,13 +22,13 @@ from pathlib import Path
 
 from bootseer_slurm import config as configuration
 from bootseer_slurm import scratch
-from bootseer_slurm.blob.compression import measure
 from bootseer_slurm.blob.lease import make_once
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, SQUASHFS_BLOCK_BYTES, Layout, decode
 from bootseer_slurm.blob.names import Name, list_names, write_name
 from bootseer_slurm.blob.plans import Shape, keep_trace, plan_of
-from bootseer_slurm.blob.squashfs import head_and_tables
-from bootseer_slurm.blob.squashfs_files import Squashfs, StoredFile, read_files
+from bootseer_slurm.blob.squashfs.compression import measure
+from bootseer_slurm.blob.squashfs.files import Squashfs, StoredFile, read_files
+from bootseer_slurm.blob.squashfs.superblock import head_and_tables
 from bootseer_slurm.blob.trace import Plan, Trace
 from bootseer_slurm.blob.writer import BlobWriter
 from bootseer_slurm.env.archive import squash, write_tar

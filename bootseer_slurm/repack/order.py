@@ -1,6 +1,6 @@
 """The order of touch: which files of an image a start touches, in which order, and what a plan of it costs.
 
-Pure functions over what the image's tables say (blob/squashfs_files.py) and what starts touched.
+Pure functions over what the image's tables say (blob/squashfs/files.py) and what starts touched.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 from bootseer_slurm.blob.manifest import Layout
-from bootseer_slurm.blob.squashfs_files import Extent, Squashfs, StoredFile
+from bootseer_slurm.blob.squashfs.files import Extent, Squashfs, StoredFile
 from bootseer_slurm.blob.trace import Plan
 
 _File = TypeVar("_File")

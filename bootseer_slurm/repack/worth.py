@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bootseer_slurm.blob.compression import COMPRESSIONS, Measured
+from bootseer_slurm.blob.squashfs.compression import COMPRESSIONS, Measured
 
 _WORTH = 0.9  # of what a start fetches now, or takes: what is left must be less, or the layout stays
 _LEAST_SAVED_BYTES = 4 * 2**20

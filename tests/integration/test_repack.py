@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bootseer_slurm.blob.squashfs_files import read_files
+from bootseer_slurm.blob.squashfs.files import read_files
 from bootseer_slurm.image.signing import make_key
 from bootseer_slurm.store import FileReader
 from tests.integration.node import ALICE, Node, node_of, wait_until

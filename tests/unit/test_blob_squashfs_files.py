@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from bootseer_slurm.blob.squashfs import read_superblock
-from bootseer_slurm.blob.squashfs_files import Squashfs, read_files
+from bootseer_slurm.blob.squashfs.files import Squashfs, read_files
+from bootseer_slurm.blob.squashfs.superblock import read_superblock
 from bootseer_slurm.errors import InputError
 from bootseer_slurm.store import FileReader
 

@@ -1,4 +1,4 @@
-"""The layers of pyproject.toml, which import-linter checks, name every module of the package."""
+"""The layers of pyproject.toml, which import-linter checks, name every module; and no room is too full."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def test_every_module_is_in_a_layer() -> None:
     assert named <= modules, "a layer of a module that is gone"
     left_out = [each for each in modules - {"bootseer_slurm"} if not any(each == name or each.startswith(f"{name}.") for name in named)]
     assert left_out == []
+
+
+def test_a_room_holds_at_most_a_dozen_modules() -> None:
+    for folder in (REPO / "bootseer_slurm").glob("*/**/"):
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= 12, folder.name

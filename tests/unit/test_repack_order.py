@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, Layout
-from bootseer_slurm.blob.squashfs_files import Extent, Squashfs, StoredFile
+from bootseer_slurm.blob.squashfs.files import Extent, Squashfs, StoredFile
 from bootseer_slurm.blob.trace import Plan
 from bootseer_slurm.repack.order import (
     HotFile,

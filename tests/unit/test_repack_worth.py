@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bootseer_slurm.blob.compression import Measured
+from bootseer_slurm.blob.squashfs.compression import Measured
 from bootseer_slurm.repack.worth import Scene, Start, best, is_worth_it
 
 MB = 10**6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from bootseer_slurm.blob.names import file_fingerprint
-from bootseer_slurm.blob.squashfs import check_squashfs
+from bootseer_slurm.blob.squashfs.superblock import check_squashfs
 from bootseer_slurm.env.key import package_folders
 from bootseer_slurm.errors import InputError
 from bootseer_slurm.store import FileReader

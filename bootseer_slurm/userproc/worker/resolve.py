@@ -15,7 +15,7 @@ import msgspec
 
 from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, decode
 from bootseer_slurm.blob.names import Base, Name, read_published
-from bootseer_slurm.blob.squashfs import head_and_tables
+from bootseer_slurm.blob.squashfs.superblock import head_and_tables
 from bootseer_slurm.blob.stripes import Stripes, open_stripes
 from bootseer_slurm.checkpoint.locate import named_files, share_of
 from bootseer_slurm.checkpoint.striped import MANIFEST, identity_of, open_file

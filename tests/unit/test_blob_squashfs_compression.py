@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from bootseer_slurm.blob.compression import COMPRESSIONS, measure
+from bootseer_slurm.blob.squashfs.compression import COMPRESSIONS, measure
 
 TEXT = b"".join(b"line %d of a module that is imported, %d\n" % (number, number**2) for number in range(4000))
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from bootseer_slurm.blob.squashfs import NO_TABLE, Superblock, read_superblock
+from bootseer_slurm.blob.squashfs.superblock import NO_TABLE, Superblock, read_superblock
 from bootseer_slurm.errors import InputError
 from bootseer_slurm.store import ObjectReader
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from bootseer_slurm.cache.ahead import Ahead
+from bootseer_slurm.prefetch.ahead import Ahead
 
 
 def test_a_touch_brings_the_next_block() -> None:

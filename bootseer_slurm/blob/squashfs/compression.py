@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from bootseer_slurm.blob.mksquashfs import THOROUGH_LEVEL
+from bootseer_slurm.blob.squashfs.mksquashfs import THOROUGH_LEVEL
 
 _LZ4_LEVEL = 9  # -Xhc
 COMPRESSIONS = ("zstd", "lz4")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bootseer_slurm.blob.compression import COMPRESSIONS
-from bootseer_slurm.blob.mksquashfs import compression_options
+from bootseer_slurm.blob.squashfs.compression import COMPRESSIONS
+from bootseer_slurm.blob.squashfs.mksquashfs import compression_options
 
 TEXT = b"".join(b"line %d of a module that is imported, %d\n" % (number, number**2) for number in range(4000))
 

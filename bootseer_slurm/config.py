@@ -102,8 +102,8 @@ class AgentConfig:
     socket: Path = _setting(
         "/run/bootseer/agent.sock", _absolute, "where prolog, plugin and `bootseer mark` find it"
     )
-    blobs: Path = _setting(
-        "/run/bootseer/blobs", _absolute, "where images and environments are mounted; checkpoints beside it"
+    mounts: Path = _setting(
+        "/run/bootseer", _absolute, "the folder of all mounts: blobs, checkpoints, images, environments"
     )
     log_level: str = _setting(
         "info", _choice("debug", "info", "warning", "error"), "debug, info, warning or error"

@@ -60,7 +60,7 @@ class Loader:
         self._rank = job.rank(context.node)
         no_key = Key(b"", "kernel_mount is off")
         self._key = no_key if config.image.kernel_mount == "off" else read_key(config.image.site_key)
-        self.folder = config.agent.blobs.parent / "env" / job.folder_name
+        self.folder = config.agent.mounts / "env" / job.folder_name
         self.disk = unpacked_folder(config.cache.path) / job.folder_name
         self.writable = False  # environments get a layer to write to
 

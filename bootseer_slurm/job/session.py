@@ -73,7 +73,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         self._telemetry = Telemetry(
             job, log, context.phase, self.artifacts.layers, limit_s=config.prefetch.start_cap_s
         )
-        folders = CheckpointFolders(config.agent.blobs.parent / "named" / job.folder_name)
+        folders = CheckpointFolders(config.agent.mounts / "named" / job.folder_name)
         self._view = StepView(self.artifacts, folders, log)
         self._loader = Loader(context, self.artifacts, self._process, blobs, self._recording, journal)
         record = ClassRecord(context, self._process)

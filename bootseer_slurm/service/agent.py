@@ -55,7 +55,7 @@ class Agent:
         self._fuse = {
             name: FuseServer(mount, home / f"{name}.nodes") for name, mount in resources.mounts.items()
         }
-        self._blobs = OpenBlobs(self._cache, self._fuse, config.agent.blobs.parent / "images")
+        self._blobs = OpenBlobs(self._cache, self._fuse, config.agent.mounts / "images")
         self._packer = Packer(
             config.cache.path / ".packing",
             max_bytes=config.cache.max_bytes,

@@ -97,11 +97,11 @@ class Supervisor:
         """Keep until told to stop; gives the exit status. Raises BootseerError when it cannot mount."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         if not self._resources.mounts:
-            _clear_left(self._config.agent.blobs.parent, self._home)
+            _clear_left(self._config.agent.mounts, self._home)
         try:
             for name, read_ahead_kb in _READ_AHEAD_KB.items():
                 if name not in self._resources.mounts:
-                    point = self._config.agent.blobs.parent / name
+                    point = self._config.agent.mounts / name
                     self._resources.mounts[name] = Mount.open(point, read_ahead_kb=read_ahead_kb)
             self._open_sockets()
             return self._keep()

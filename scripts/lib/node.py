@@ -35,7 +35,7 @@ class Node:
         self.config.write_text(
             f'[store]\nuri = "file://{folder}/store"\n'
             f'[cache]\npath = "{folder}/cache"\nmin_free = "1MiB"\n'
-            f'[agent]\nsocket = "{self.socket}"\nblobs = "{self.run}/blobs"\n'
+            f'[agent]\nsocket = "{self.socket}"\nmounts = "{self.run}"\n'
             f'[shadow]\nroots = ["{folder}/data"]\n'
             f'[image]\nsite_key = "{folder}/site.key"\n{settings}'
         )

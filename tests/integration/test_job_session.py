@@ -58,7 +58,7 @@ class Scene:
         settings = folder / "bootseer.toml"
         settings.write_text(
             f'[store]\nuri = "file://{folder}/store"\n[cache]\npath = "{folder}/cache"\n'
-            f'[agent]\nblobs = "{folder}/run/blobs"\n[shadow]\nroots = ["{folder}"]\n'
+            f'[agent]\nmounts = "{folder}/run"\n[shadow]\nroots = ["{folder}"]\n'
         )
         self.settings = config.load(settings, environ={})
         for name in ("run", "store", "home"):

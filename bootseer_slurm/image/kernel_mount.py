@@ -1,6 +1,6 @@
 """Kernel mounts: a trusted image through the kernel's squashfs driver, as its user's own files.
 
-squashfuse costs a start more than the link does (DESIGN.md, section 5); the kernel's driver little.
+squashfuse costs a start more than the link does (docs/facts.md); the kernel's driver little.
 It may only be given what passed `signing`. Owns: the loop device, the squashfs, and the idmapped mount that
 steps get clones of. Does not own: whether an image is trusted, and who may have a clone.
 

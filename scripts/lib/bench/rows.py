@@ -1,4 +1,4 @@
-"""The rows that every benchmark gives: see DESIGN.md, section 7."""
+"""The rows that every benchmark gives: a metric, its value, target and limit, and how it was measured."""
 
 from __future__ import annotations
 

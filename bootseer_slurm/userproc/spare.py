@@ -2,7 +2,7 @@
 
 Python takes 60 ms to load such a process, and a job's first step would wait for that. So one is kept that has
 loaded everything. It waits for its user as root, reads nothing but the agent's first message, and becomes
-that user before it does anything else (worker.py). No process serves two jobs.
+that user before it does anything else (worker/). No process serves two jobs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the commands in scripts/ are made of. It is not installed: a clone's root is where it runs.
+"""The parts of the commands in scripts/. They are not installed: they run from a clone's root.
 
-What each part owns:
+Each part owns:
 
     cluster   a Slurm cluster in namespaces (scripts/cluster), and how tests and benchmarks use one (client)
     hdfs      an HDFS in namespaces (scripts/hdfs)

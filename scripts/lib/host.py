@@ -18,7 +18,7 @@ def run(*command: str, env: Mapping[str, str] | None = None, check: bool = True)
 
 
 def output_of(*command: str, env: Mapping[str, str] | None = None) -> str:
-    """What a command prints, without the end of its last line. Raises ClusterError when it fails."""
+    """The output of a command, without the end of its last line. Raises ClusterError when it fails."""
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ClusterError(f"{' '.join(command)} failed: {done.stderr.strip()}")

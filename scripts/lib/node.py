@@ -61,7 +61,7 @@ class Node:
 
     @property
     def log(self) -> str:
-        """What all its processes have logged."""
+        """The log of all its processes."""
         return (self.folder / "log").read_text()
 
     def connect(self) -> socket.socket:

@@ -26,7 +26,7 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def findings(source: str, name: str) -> list[str]:
-    """What is too large in a module and does not say why, as `name:line: what`, in the order of lines."""
+    """The parts that are too large and give no reason, as `name:line: part`, in the order of lines."""
     lines = source.splitlines()
     alone = {number for number, line in enumerate(lines, 1) if _ALONE.match(line)}
     found: list[tuple[int, str]] = []

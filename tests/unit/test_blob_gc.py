@@ -1,4 +1,4 @@
-"""The garbage of the store (its blobs: tests/integration/test_images.py)."""
+"""The garbage of the store (its blobs: tests/integration/test_image_library.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job does with a file of safetensors: ARM PATH [SOURCE]. Its Python has torch and the peers.
+"""The job that loads a file of safetensors: ARM PATH [SOURCE]. Its Python has torch and the peers.
 
 First there is a model of its shapes, in memory that was touched. It says "ready", and at a line on stdin
 loads the file into the model and prints the seconds. With SOURCE the model must be what that file holds.

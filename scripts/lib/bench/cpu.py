@@ -49,7 +49,7 @@ def run(cluster: Cluster) -> list[Row]:
 
 
 def save(cluster: Cluster, inputs: Inputs) -> None:
-    """What alice has in the store: her image, signed by the site, and a snapshot of the environment."""
+    """Put alice's image into the store, signed by the site, and a snapshot of the environment."""
     shutil.rmtree(cluster.shared / f"bootseer/users/{ALICE}", ignore_errors=True)
     cluster.script("drop-caches", "--bootseer", "--shared")  # they were removed behind the node
     key = f"umask 077; [ -s /etc/bootseer/site.key ] || {BOOTSEER} image make-key"

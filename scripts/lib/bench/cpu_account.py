@@ -23,13 +23,13 @@ Account = dict[str, dict[int, float]]  # of each group: its processes, and the s
 
 
 def account(groups: dict[str, Iterable[int]]) -> Account:
-    """What these processes have used until now, and each kernel thread of this machine."""
+    """The CPU seconds that these processes and each kernel thread of this machine have used until now."""
     seconds = {name: {pid: process_s(pid) for pid in pids} for name, pids in groups.items()}
     return seconds | {KERNEL: kernel_threads_s()}
 
 
 def growth(before: Account, after: Account) -> dict[str, float]:
-    """What each group used in between; what was not there before began with nothing."""
+    """The seconds that each group used in between; a process that was not there before began with none."""
     return {
         name: sum(used_s - before.get(name, {}).get(pid, 0.0) for pid, used_s in each.items())
         for name, each in after.items()

@@ -1,4 +1,4 @@
-"""What the jobs of `bench cpu` read: a checkpoint, an environment, and an image that has the same packages.
+"""The inputs of `bench cpu`'s jobs: a checkpoint, an environment, and an image that has the same packages.
 
 Image and environment take minutes, so they are kept below CACHE, in a folder named by the recipe's digest. On
 the cluster's shared storage all lie in alice's folder, and go with the cluster.

@@ -43,7 +43,7 @@ class Start:
 
     @property
     def total_s(self) -> float:
-        """What the node paid for the bytes; commands are paid for a start, whatever it reads."""
+        """The node's CPU seconds for the bytes, without commands: a start needs these, whatever it reads."""
         return sum(used_s for name, used_s in self.cpu_s.items() if name != COMMANDS)
 
 
@@ -120,7 +120,7 @@ class ClusterNode:
         return Start(used_s, told["bytes"], told["files"], sent_bytes, sha256)
 
     def _begin(self, arm: Arm) -> str:
-        """What comes before the job; gives the image's path where one is asked for."""
+        """Do the work before the job; gives the image's path where one is asked for."""
         self.hook(arm, "prolog_slurmd")
         if arm.before:
             self.run(*arm.before)
@@ -167,7 +167,7 @@ def _touch_memory() -> None:
 
 
 def _line(job: subprocess.Popen[str]) -> dict[str, Any]:
-    """What the job says when it has read all. Raises ClusterError."""
+    """The job's line when it has read all. Raises ClusterError."""
     assert job.stdout is not None and job.stderr is not None
     line = job.stdout.readline()
     if not line:

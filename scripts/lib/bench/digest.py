@@ -1,4 +1,4 @@
-"""What a digest of each block costs the processor: candidates beside the speed at which memory is read.
+"""The processor's cost of a digest of each block: candidates beside the speed at which memory is read.
 
 Needs no cluster. Blocks of 256 KiB, one after the other from a buffer that no cache holds. The candidates
 take turns, since others use the machine too; CPU time counts, and medians of the rounds. Two threads at once
@@ -92,7 +92,7 @@ def rows_of(size_bytes: int, cpu_s: dict[str, float], gains: dict[str, float]) -
 
 
 def reading_rows(step: Callable[[str], None]) -> list[Row]:
-    """What it costs to read a striped file whole."""
+    """The cost of reading a striped file whole."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         source = Path(folder, "source")
         source.write_bytes(os.urandom(_FILE_BYTES))

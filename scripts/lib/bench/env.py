@@ -76,7 +76,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Saved:
-    """What the first start made: the seconds that it took, and the bytes of the blob."""
+    """A snapshot that the first start made: the seconds that it took, and the bytes of the blob."""
 
     dur_s: float
     size_bytes: int
@@ -232,7 +232,7 @@ def start(cluster: Cluster, environment: Environment, arm: Arm) -> Result:
 
 
 def _told(cluster: Cluster, job: int) -> Result:
-    """What the node told of a job, and when its step had the environment."""
+    """The node's figures of a job, and the time at which its step had the environment."""
     events = events_of(cluster, job)
     begin_ns = next(event["t_ns"] for event in events if (event["kind"], event["name"]) == ("hook", "begin"))
     attached_ns = int(cluster.exec(NODE, "cat", STAMP).stdout)
@@ -281,7 +281,7 @@ def _words(env: dict[str, str]) -> list[str]:
 
 
 def rows_of(environment: Environment, results: dict[str, list[Result]], saved: list[Saved]) -> list[Row]:
-    """What follows from all rounds. saved: two snapshots, and a layer over the second."""
+    """The rows of all rounds. saved: two snapshots, and a layer over the second."""
     rate = median(each["bytes_per_s"] for each in results["dd"])
     local_s = _seconds(results[LOCAL])
     cold, warm = results[COLD], results[WARM]

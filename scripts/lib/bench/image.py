@@ -69,7 +69,7 @@ def run(cluster: Cluster) -> list[Row]:
 
 
 def local_rows(results: Results) -> list[Row]:
-    """What the mounts cost when the image lies on the node."""
+    """The cost of the mounts when the image lies on the node."""
     tree_s = seconds(results["ext4 tree"])
     how = f"imports in a container until the last is done, cold page cache, median of {REPEATS}, interleaved"
     return [
@@ -87,7 +87,7 @@ def local_rows(results: Results) -> list[Row]:
 
 
 def node_rows(link: str, results: Results, touched_bytes: int, squashfuse_s: float) -> list[Row]:
-    """What one link's rounds say of the node. squashfuse_s: a start of squashfuse on a local file."""
+    """The node's rows of one link's rounds. squashfuse_s: a start of squashfuse on a local file."""
     hot_bytes = median(each["hot_bytes"] for each in results["with Bootseer"])
     how = f"hot blocks {hot_bytes / 1e6:.0f} MB; blocks of 64 KiB {touched_bytes / 1e6:.0f} MB, from a "
     how += "kernel mount of a file without readahead, when the last import was done"
@@ -117,7 +117,7 @@ def node_rows(link: str, results: Results, touched_bytes: int, squashfuse_s: flo
 
 
 def link_rows(inputs: Inputs, link: str, results: Results) -> list[Row]:
-    """What follows from one link's rounds."""
+    """The link's rows of one link's rounds."""
     rates = [result["bytes_per_s"] for result in results["dd"]]
     link_bytes_per_s = median(rates)
     local_s = seconds(results["local, kernel"])

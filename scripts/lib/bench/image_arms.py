@@ -63,7 +63,7 @@ class Arm:
     enter: list[str] = field(default_factory=list)
 
     def plan(self) -> Result:
-        """What image_node.py is told."""
+        """The steps that image_node.py is given."""
         job = ["python3", "-W", "ignore", "/tmp/job.py", *IMPORTS]
         if self.heavy:
             job += ["--", *(f"/usr/local/lib/python{PYTHON}/dist-packages/{name}" for name in HEAVY)]
@@ -127,7 +127,7 @@ def far(inputs: Inputs) -> list[Arm]:
 
 
 def stock(registry: str) -> Arm:
-    """What `enroot import` and `enroot create` do, with Debian's tools and enroot's default compression."""
+    """Do as `enroot import` and `enroot create`, with Debian's tools and enroot's default compression."""
     layout, bundle, image, tree = (f"{STOCK}/{name}" for name in ("oci", "bundle", "image.sqsh", "tree"))
 
     def alice(name: str, *argv: str) -> Step:
@@ -175,7 +175,7 @@ def make_cold(cluster: Cluster, *, empty: bool) -> None:
 
 
 def measure_dd(cluster: Cluster, inputs: Inputs, size_bytes: int) -> float:
-    """What the link gives: bytes/s of dd from the node's shared folder, cold."""
+    """The rate of the link: bytes/s of dd from the node's shared folder, cold."""
     make_cold(cluster, empty=False)
     count = size_bytes // 2**22
     path = cluster.shared / inputs.shared.removeprefix("/shared/")

@@ -61,7 +61,7 @@ RECIPE = [SUITE, *PACKAGES, *PLATFORMS, *SQUASHFS, "1"]  # the last counts chang
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was made: the tree, the image, the registry's storage, and sizes in bytes."""
+    """The inputs that were made: the tree, the image, the registry's storage, and sizes in bytes."""
 
     tree: Path
     image: Path

@@ -29,7 +29,7 @@ def read_folder(folder: str) -> tuple[int, int]:
 
 
 def digest(crcs: list[int]) -> str:
-    """What was read, as one sha256."""
+    """All that was read, as one sha256."""
     whole = hashlib.sha256(repr(crcs).encode())
     modules = [module for name, module in sorted(sys.modules.items()) if name != "__main__"]
     paths = {getattr(module, "__file__", None) for module in modules}

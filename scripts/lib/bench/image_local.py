@@ -1,4 +1,4 @@
-"""What `bench image` measures on this machine, without a cluster's link.
+"""The part of `bench image` that measures this machine, without a cluster's link.
 
 64 KiB blocks   which of them a start touches, of a file whose readahead is off: what no block size can beat
 recording       the calls of one start's recorder, timed
@@ -60,7 +60,7 @@ def _without_readahead(path: Path) -> Iterator[None]:
 
 
 def recording_row(hot_bytes: float, start_s: float) -> Row:
-    """What the recorder's calls of one start take, as a share of that start."""
+    """The time of the recorder's calls of one start, as a share of that start."""
     blocks, reads = int(hot_bytes) // BLOCK_BYTES, int(hot_bytes) // READ_BYTES
     took_s = []
     for _ in range(5):

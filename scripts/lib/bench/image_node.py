@@ -113,7 +113,7 @@ def fill(word: str, words: dict[str, str]) -> str:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """What stayed ends; its mount was taken away before."""
+    """End a process that stayed; its mount was taken away before."""
     if process.poll() is None:
         process.terminate()
     process.wait()

@@ -29,7 +29,7 @@ def made_report(node_count: int = 1000, *, seed: int = 1) -> Report:
 
 
 def made_run(node_count: int = 1000, *, seed: int = 1) -> Run:
-    """What collect would give of such a start; the last node of more than a hundred has sent nothing."""
+    """The run that collect would give of this start; of over a hundred nodes the last has sent nothing."""
     names = [f"gpu-{number:04d}" for number in range(1, node_count + 1)]
     chance = random.Random(seed)
     silent = names[-1:] if node_count > 100 else []
@@ -106,7 +106,7 @@ def _node(name: str, chance: random.Random, number: int) -> NodeEvents:
 
 
 def _fault(number: int) -> str:
-    """What is wrong with a node."""
+    """The fault of a node; "" of a sound one."""
     if number % 100 == 41:
         return "link"
     if number % 100 == 67:

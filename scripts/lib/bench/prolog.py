@@ -1,4 +1,4 @@
-"""What the prolog costs: the hook, in each state of the agent, and what --bootseer adds to a trivial job."""
+"""The cost of the prolog: the hook, in each state of the agent, and --bootseer in a trivial job."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def hook_parts(wishes: dict[str, str]) -> list[dict[str, object]]:
 
 
 def job_rows(cluster: Cluster) -> list[Row]:
-    """What --bootseer adds to `srun true`, against the same without it."""
+    """The time that --bootseer adds to `srun true`, against the same without it."""
     srun = ["srun", "--quiet", "-w", "n1"]
     options = [f"--bootseer-{key.lower()}={value}" for key, value in WISHES.items()]
     arms = {

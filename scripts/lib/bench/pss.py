@@ -37,7 +37,7 @@ def most_memory(supervisor_pid: int) -> Iterator[dict[str, int]]:
 
 
 def _sizes(supervisor_pid: int) -> dict[str, int]:
-    """What they take now, in bytes; "userproc": all that the agent has started."""
+    """The memory that they take now, in bytes; "userproc": all processes that the agent has started."""
     supervisor = psutil.Process(supervisor_pid)
     sizes = {"supervisor": 0, "agent": 0, "userproc": 0}
     for process in [supervisor, *supervisor.children(recursive=True)]:

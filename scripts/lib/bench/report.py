@@ -1,4 +1,4 @@
-"""What reports cost: `overhead` of 1,000,000 records, `collect` of 10,000 starts, a page of 1,000 nodes."""
+"""The cost of reports: `overhead` of 1,000,000 records, `collect` of 10,000 starts, a page of 1,000 nodes."""
 
 from __future__ import annotations
 

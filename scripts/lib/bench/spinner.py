@@ -1,4 +1,4 @@
-"""What a benchmark is at, on the terminal. Seldom drawn: the cores are for what is measured."""
+"""The present step of a benchmark, on the terminal. Seldom drawn: the cores are for the measurement."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured at once. measure: is told whom to tell what happens, and that a step is done."""
+    """A part that is measured at once. measure: takes two functions, to tell of work and of a step done."""
 
     name: str
     steps: int

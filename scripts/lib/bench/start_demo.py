@@ -26,7 +26,7 @@ def measure(cluster: Cluster, link: str, tell: Tell, done: Callable[[], None]) -
 
 
 def rows_of(result: Result) -> list[Row]:
-    """What follows from one cell's starts."""
+    """The rows of one cell's starts."""
     seconds = {name: arm["median_s"] for name, arm in result["arms"].items()}
     plain_s, floor_s = seconds["plain"], result["floor_s"]
     title = f"{result['nodes']} × {result['store_link']}"

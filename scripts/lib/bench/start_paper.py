@@ -46,7 +46,7 @@ srun --kill-on-bad-exit=1 ./{stock} {registry}/{reference} {index}simple/ {work}
 
 @dataclass(frozen=True)
 class Sources:
-    """What the store server offers beside /shared: the storage of a registry, and an index's root."""
+    """The offers of the store server beside /shared: the storage of a registry, and an index's root."""
 
     registry: Path
     index: Path
@@ -67,7 +67,7 @@ def measure(cluster: Cluster, link: str, tell: Tell, done: Callable[[], None]) -
 
 
 def rows_of(result: Result, parts: str) -> list[Row]:
-    """What follows from one link's starts. parts: how long those of stock took, in words."""
+    """The rows of one link's starts. parts: how long those of stock took, in words."""
     seconds = {name: arm["median_s"] for name, arm in result["arms"].items()}
     title = f"paper, {result['store_link']}"
     limit = 1 - limit_s(result) / seconds["stock"]
@@ -161,7 +161,7 @@ def _preparing(sources: Sources) -> Callable[[Cluster], None]:
 
 
 def _parts(folder: Path, starts: list[Start]) -> str:
-    """What start_stock.sh stamped in the last of its starts, as seconds of each part."""
+    """The seconds of each part, by the stamps of start_stock.sh in the last of its starts."""
     lines = (folder / f"{starts[-1].job_id}.out").read_text().splitlines()
     stamps = [line.split()[2:] for line in lines if " reached " in line]
     spans = [

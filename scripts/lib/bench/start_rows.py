@@ -1,4 +1,4 @@
-"""What the parts of `bench start` have in common: rows of one result of the demo's arms (demo/arms.py).
+"""The common rows of the parts of `bench start`: those of one result of the demo's arms (demo/arms.py).
 
 The floor, against which targets are set, is the time of the link plus that of a local start. The two overlap,
 so a start can be faster than it; the rows' limit is the longer of the two, which no start can beat.
@@ -17,7 +17,7 @@ Result = dict[str, Any]
 
 
 def limit_s(result: Result) -> float:
-    """What no start can beat: the bytes over the link, or a start with all on the nodes."""
+    """The time that no start can beat: the bytes over the link, or a start with all on the nodes."""
     return max(float(result["floor_bytes"] / result["link_bytes_per_s"]), float(result["local_s"]))
 
 
@@ -43,7 +43,7 @@ def seconds_rows(title: str, result: Result) -> list[Row]:
 
 
 def describe(result: Result) -> str:
-    """What was run, the floor, and what each arm cost."""
+    """The starts that were run, the floor, and the cost of each arm."""
     rounds = len(next(iter(result["arms"].values()))["runs_s"])
     node_count = result["nodes"]
     how = f"{node_count} node{'s' if node_count > 1 else ''}, the store's link at {result['store_link']} "

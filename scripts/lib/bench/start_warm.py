@@ -1,4 +1,4 @@
-"""What --bootseer costs a job that has nothing to gain: all that it starts from is on its node and in memory.
+"""The cost of --bootseer for a job that has nothing to gain: its artifacts are on its node and in memory.
 
 Two jobs on one node, no link limited, each with and without --bootseer, in rotating order. A run counts from
 the allocation, as slurmctld logs it, until the job says that it is there. The value is the median of the
@@ -98,7 +98,7 @@ def measure(cluster: Cluster, tell: Tell, done: Callable[[], None]) -> list[Row]
 
 
 def rows_of(title: str, until: str, runs: Runs) -> list[Row]:
-    """What each arm adds to plain until a mark; limit: what a second plain arm adds, which is noise."""
+    """The seconds that each arm adds to plain until a mark; limit: those of a second plain arm, noise."""
     seconds = {name: [each[until] for each in results] for name, results in runs.items()}
     added = {name: _added_s(seconds["plain"], theirs) for name, theirs in seconds.items()}
     how = f"one node, no link limited, warm, from the allocation until {until}, {ROUNDS} rounds; "

@@ -1,4 +1,4 @@
-"""What the benchmarks of starts share: a job's hook as slurmd calls it, and what its node told of it."""
+"""The common parts of the benchmarks of starts: a job's hook as slurmd calls it, and its node's events."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Cluster:
 
     @property
     def store_sent_bytes(self) -> int:
-        """What the store server has sent over its link until now."""
+        """The bytes that the store server has sent over its link until now."""
         return network.sent_bytes(live(Layout(self.state_dir)), STORE)
 
     def script(

@@ -1,4 +1,4 @@
-"""What the command lines of scripts/cluster and scripts/hdfs share: progress, subcommands, exit status."""
+"""The command lines of scripts/cluster and scripts/hdfs: their progress, subcommands and exit status."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Measured:
 
     @property
     def bytes_per_s(self) -> float:
-        """What the store's link gives."""
+        """The rate of the store's link, in bytes/s."""
         return median(self.rates)
 
 
@@ -131,7 +131,7 @@ def count(arms: Sequence[Arm], rounds: int) -> int:
 
 
 def measure_link(cluster: Cluster) -> float:
-    """What the store's link gives, in bytes/s: all nodes read the checkpoint at once, cold, with dd."""
+    """The rate of the store's link, in bytes/s: all nodes read the checkpoint at once, cold, with dd."""
     cluster.script("drop-caches")
     path = f"{inputs.FOLDER}/model.safetensors"
     size_bytes = len((cluster.shared / path).read_bytes())  # and into the server's memory
@@ -145,7 +145,7 @@ def measure_link(cluster: Cluster) -> float:
 
 
 def result(cluster: Cluster, measured: Measured, store_link: str) -> dict[str, Any]:
-    """What --json writes."""
+    """The object that --json writes."""
     rate = measured.bytes_per_s
     medians = {name: median(each.total_s for each in starts) for name, starts in measured.arms.items()}
     checkpoint_bytes = (cluster.shared / inputs.FOLDER / "model.safetensors").stat().st_size

@@ -1,4 +1,4 @@
-"""What the demo's job starts from: an image, an environment and a checkpoint, all real.
+"""The artifacts that the demo's job starts from: an image, an environment and a checkpoint, all real.
 
 They lie in alice's folder on the cluster's shared storage and go with the cluster. The environment is made
 for the image's Python: its packages are downloaded on this machine, which has the network.

@@ -1,4 +1,4 @@
-"""What a start costs the machine and the store's link, as curves over time.
+"""The cost of a start for the machine and the store's link, as curves over time.
 
 A thread looks at both counters some times a second. When the report has said when training began, the curves
 tell what had been used by then: whoever measures need not be there at that moment.

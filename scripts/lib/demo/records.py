@@ -1,4 +1,4 @@
-"""What the store knows of alice's starts: names, traces and job classes, small files beside the blobs.
+"""The store's records of alice's starts: names, traces and job classes, small files beside the blobs.
 
 They are what makes one arm differ from another, so each arm begins with the records that it is meant to have.
 Blobs never change: records that were set aside still lead to theirs.

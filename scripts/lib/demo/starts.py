@@ -176,7 +176,7 @@ def _stage_s(report: dict[str, Any], stage: str) -> float:
 
 
 def _hot_bytes(cluster: Cluster, job_id: int) -> int:
-    """What the plans of image and environment held, over all nodes."""
+    """The bytes in the plans of image and environment, over all nodes."""
     lines: list[str] = []
     for path in (records.folder(cluster) / "events" / f"{job_id}.0").glob("*.jsonl"):
         lines += path.read_text().splitlines()

@@ -58,13 +58,17 @@ class JobPhase:
             self._is_announced = True
             return True
 
+    def take_announcement(self) -> None:
+        """All that follows from the announced training is done: a later mark is announced again."""
+        with self._changed:
+            self._is_announced = False
+
     def train(self, *, marked: bool) -> None:
         """The start is over. marked: the job says so. Nothing changes for a job that has ended."""
         with self._changed:
             if self._phase is Phase.ENDED:
                 return
-            if marked:
-                self._is_marked, self._is_announced = True, False
+            self._is_marked = self._is_marked or marked
             if self._phase is Phase.STARTING:
                 self._phase = Phase.TRAINING
             self._changed.notify_all()

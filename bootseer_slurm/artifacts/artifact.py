@@ -1,11 +1,11 @@
 """One thing that a job starts from, from its request to the job's end.
 
     REQUESTED → RESOLVING → READY → CLOSED
-                    ↓ ↑       ↓
-                  FAILED ← ← ←
+                   ↓ ↑        ↓
+                  FAILED   RESOLVING
 
-An image that an importer just made is resolved once more. Thread-safe: who resolves an artifact changes its
-state, others look and wait.
+An image that an importer just made is resolved once more; where that fails, it stays what it was.
+Thread-safe: who resolves an artifact changes its state, others look and wait.
 """
 
 from __future__ import annotations

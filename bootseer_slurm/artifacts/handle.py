@@ -92,7 +92,7 @@ class BlobHandle:
         self.cached_bytes = 0  # when it was opened
         self.push: Push | None = None  # where what is prefetched is given to the kernel
         self._node = node
-        self._warm = warm
+        self.warm = warm
         self._before = Usage()
         self._waits_from = self.reader.waits.baseline()
 
@@ -128,7 +128,7 @@ class BlobHandle:
     def is_seen(self) -> bool:
         """Whether all reads of it come to the reader, and none is answered by the kernel alone."""
         pushed = self.reader.usage.pushed_bytes > self._before.pushed_bytes
-        return not (self._warm or pushed or self.blob.bypassed)
+        return not (self.warm or pushed or self.blob.bypassed)
 
     def push_prefetched(self) -> None:
         """Have what is prefetched given to the kernel, which must know the file for that. Raises OSError."""

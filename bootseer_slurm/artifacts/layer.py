@@ -31,7 +31,8 @@ class Layer:
 
     label: what events call it. trace_key: what its traces are kept under. path: of the original, or URI.
     is_layered: it is one of two. is_watched: a checkpoint of which it is not known yet what this node reads.
-    is_settled: the plan says all that a start touches. mounted: where, if it is an image or an environment.
+    is_shown: a step can read it. is_settled: the plan says all that a start touches.
+    mounted: where, if it is an image or an environment.
     """
 
     ref: ArtifactRef
@@ -42,6 +43,7 @@ class Layer:
     path: str
     is_layered: bool = False
     is_watched: bool = False
+    is_shown: bool = False
     plan: Plan = field(default_factory=Plan)
     is_settled: bool = False
     mounted: Path | None = None

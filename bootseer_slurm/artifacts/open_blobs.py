@@ -112,14 +112,15 @@ class OpenBlobs:
         name, folder = name_of(reader), self._images / str(reader.uid) / reader.blob.id
         warm = server.known(name)
         blob = OpenBlob(reader, server, folder)
+        handle = BlobHandle(self, blob, sources, on_fault, warm=warm)
+        reader.sources.add(handle)  # first: where an agent was killed, reads wait for `server.add`
+        blob.path = server.add(name, reader)
         idle = self._idle.pop((reader.uid, reader.blob.id), None)
         if idle is not None and idle.gone:
             idle.mount.close()
         blob.mount = KernelMount.reattach(folder)  # of a job, or an agent, before this one
         blob.mount_reads_cache = idle is not None and blob.mount is not None
-        handle = BlobHandle(self, blob, sources, on_fault, warm=warm or blob.mount is not None)
-        reader.sources.add(handle)  # first: where an agent was killed, reads wait for `server.add`
-        blob.path = server.add(name, reader)
+        handle.warm = warm or blob.mount is not None
         return handle
 
     def describe(self, blob_id: str, uid: int) -> BlobDescription:

@@ -56,6 +56,8 @@ def resolve_artifact(
     """
     found = context.process.resolve(request)
     if isinstance(found, CheckpointFolder):
+        if not request.nodes:
+            raise IntegrityError(f"{request.kind} {request.name}: the user's process says it is a folder")
         return found
     ref = ArtifactRef(request.kind, request.name)
     opening = _Opening(ref, found, context, on_fault, role or found.reply.role)

@@ -5,6 +5,7 @@ Owns the original's descriptor. All reading is done by the process of the job's 
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import dataclass, field
@@ -46,7 +47,11 @@ class Original:
         """Takes the descriptor. What the user's process says of the path is not believed."""
         self._fd = fd
         self.path = os.readlink(f"/proc/self/fd/{fd}")
-        self.status = os.fstat(fd)
+
+    @functools.cached_property
+    def status(self) -> os.stat_result:
+        """Its status when first asked: a user's own file system may never answer, so after `is_below`."""
+        return os.fstat(self._fd)
 
     def is_below(self, roots: tuple[Path, ...]) -> bool:
         """Whether it lies below one of these folders, and is none of them."""
@@ -113,17 +118,17 @@ class ResolvedArtifact:
         Raises InputError when the original changed, NoAnswer when nobody says whether it did, BootseerError
         or OSError when the mount cannot be made.
         """
-        served = self.served_path
-        if self.original is None:
+        served, original, environment = self.served_path, self.original, self.environment
+        if original is None:
             path = self.layers[0].bind_path
             if self.ref.kind != "checkpoint" or path == served:
                 return None
             status = os.stat(served)
             return Bind(mounts.bind_clone(path), status.st_dev, status.st_ino, str(served))
         if not (is_first and time.monotonic() - self._resolved_s < _FRESH_S):
-            self._check_same(self.original)
-        fd = self.environment.clone() if self.environment else mounts.bind_clone(self.layers[0].bind_path)
-        return Bind(fd, self.original.status.st_dev, self.original.status.st_ino, self.path)
+            self._check_same(original)
+        fd = environment.clone() if environment else mounts.bind_clone(self.layers[0].bind_path)
+        return Bind(fd, original.status.st_dev, original.status.st_ino, original.path)
 
     def _check_same(self, original: Original) -> None:
         is_recent = time.monotonic() - self._resolved_s < _RECENT_S
@@ -144,10 +149,10 @@ class ResolvedArtifact:
 
         Raises NotFound when it is closed, OSError when it cannot be made. The caller closes its descriptor.
         """
-        overlay = self.environment.overlay if self.environment else None
-        if overlay is None or self.original is None:
+        overlay, original = self.environment.overlay if self.environment else None, self.original
+        if overlay is None or original is None:
             raise NotFound(f"{self.ref.name}: the job is over")
-        status = self.original.status
+        status = original.status
         return View(mounts.bind_clone(overlay.path), status.st_dev, status.st_ino)
 
     def close(self) -> None:

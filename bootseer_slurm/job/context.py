@@ -46,11 +46,13 @@ class Threads:
                 return False
             name = f"job-{self._context.job.job_id}"
             thread = threading.Thread(target=work, args=args, name=name, daemon=True)  # type: ignore[arg-type]
+            thread.start()
             self._threads.append(thread)
-        thread.start()
         return True
 
     def join(self, timeout_s: float) -> None:
-        """Wait for them, for each at most `timeout_s`."""
-        for thread in self._threads:
+        """Wait for them, for each at most `timeout_s`; once the job is over, when no more are started."""
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join(timeout_s)

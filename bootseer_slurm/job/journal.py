@@ -125,5 +125,8 @@ def _records(path: Path) -> list[Record]:
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):
                 ((name, fields),) = json.loads(line).items()
+                request = fields.get("request") or {}
+                if "wishes" in request:  # as an agent before these rooms wrote it
+                    request["wanted"] = request.pop("wishes")
                 records.append(msgspec.convert(fields, _TYPES[name]))
     return records

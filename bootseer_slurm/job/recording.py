@@ -28,7 +28,7 @@ _LOOK_EVERY_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class _Recorded:
-    """A layer that is recorded. mounted_s: what was read before was for mounting it. shown: to a step.
+    """A layer that is recorded. mounted_s: what was read before was for mounting it.
 
     unread: nothing of it was read, as far as is known; when the job ends it is.
     """
@@ -36,7 +36,6 @@ class _Recorded:
     layer: Layer
     recorder: Recorder
     mounted_s: float = 0.0
-    shown: bool = False
     unread: bool = False
 
     @property
@@ -122,11 +121,9 @@ class Recording:
         self._step_s = min(self._step_s, time.monotonic())
 
     def shown(self, layers: Iterable[Layer]) -> None:
-        """A step can read these from now on."""
-        shown = set(layers)
-        with self._lock:
-            for each in self._recorded:
-                each.shown = each.shown or each.layer in shown
+        """A step can read these from now on; some may not be recorded yet."""
+        for layer in layers:
+            layer.is_shown = True
 
     def resume(self) -> None:
         """An agent before this one was killed, and what it saw is lost: traces are partial."""
@@ -172,7 +169,7 @@ class Recording:
         began_ms = min((each.began_ms(self._step_s, self._begin_s) for each in used), default=0)
         for each in self._recorded:
             is_partial = self._resumed or not each.layer.handle.is_seen
-            unread = each not in used and each.shown and not is_partial
+            unread = each not in used and each.layer.is_shown and not is_partial
             # This node may read of a checkpoint, and nothing of this file of it.
             passed_over = each.is_checkpoint and read_checkpoint
             if unread and ended in ("quiet", "cap") and not passed_over:

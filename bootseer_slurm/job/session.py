@@ -229,6 +229,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
     def _end_start_later(self) -> None:
         if not self.context.phase.wait_end(_PUBLISH_DELAY_S):  # else the end does all this
             self._end_start("mark")
+            self.context.phase.take_announcement()
 
     def _end_start(self, why: str) -> None:
         """The job trains: what it touched until now was its start, and the rest can wait."""

@@ -45,6 +45,7 @@ class Queue:
         self._cold_rate_bytes = cold_rate_bytes
         self._hot: list[Run] = []  # a heap
         self._numbers = itertools.count()
+        self._is_cold = False  # the phase changes a moment before the queue does, which its lock guards
         self._cold_busy = False
         self._cold_from_s = 0.0
         self._more = threading.Condition(self.lock)  # there is something to do
@@ -72,7 +73,7 @@ class Queue:
                     if run.is_needed:
                         run.work.in_flight += 1
                         return Chosen(run.work, run, False, 0.0)
-                cold = not self._phase.is_starting
+                cold = self._is_cold
                 work = next((each for each in self.works if self._wants_more(each)), None)
                 pause_s = self._cold_from_s - time.monotonic() if cold else 0.0
                 if work is not None and pause_s <= 0:
@@ -108,6 +109,7 @@ class Queue:
     def start_over(self) -> None:
         """The job trains: all that is left is cold."""
         with self.lock:
+            self._is_cold = True
             self._hot = [run for run in self._hot if not run.ahead]
             for work in self.works:
                 if not work.hot_over:
@@ -143,7 +145,7 @@ class Queue:
         """See whether a work is done: all is there, or nothing more will be brought; with the lock held."""
         kind, blob = work.layer.ref.kind, work.layer.handle.reader.blob
         never = work.planned and kind == "checkpoint"
-        never = never or (not self._cold_rate_bytes and (work.planned or not self._phase.is_starting))
+        never = never or (not self._cold_rate_bytes and (work.planned or self._is_cold))
         if work.hot_over and (never or (work.planned and blob.complete)):
             work.exhausted = True
         if work.hot_over and work.exhausted and not (work.in_flight or work.ended or self._phase.has_ended):
@@ -152,7 +154,7 @@ class Queue:
 
     def _wants_more(self, work: Work) -> bool:
         """Whether a work has something to do beside its hot blocks."""
-        if not self._phase.is_starting:
+        if self._is_cold:
             return not (work.exhausted or self._cold_busy) and self._cold_rate_bytes > 0
         return not (work.exhausted or work.planned) and work.layer.ref.kind == "checkpoint"
 

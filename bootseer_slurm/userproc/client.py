@@ -68,7 +68,9 @@ class UserProcess:
 
     def resolve(self, request: Resolve) -> Found | CheckpointFolder:
         """Look an artifact up; the caller closes it. Raises BootseerError."""
-        reply, fds = self._ask(request, Resolved, CheckpointFolder)
+        # Of a checkpoint that may be a folder the newest is found first, in which a slow store takes as long.
+        timeout_s = 2 * _TIMEOUT_S if request.nodes else _TIMEOUT_S
+        reply, fds = self._ask(request, Resolved, CheckpointFolder, timeout_s=timeout_s)
         if isinstance(reply, CheckpointFolder):
             return reply
         assert isinstance(reply, Resolved)

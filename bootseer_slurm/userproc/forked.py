@@ -79,7 +79,7 @@ def read_as_user(
 def _piece(frame: Frame, kind: Any) -> Any:
     try:
         return msgspec.convert(frame.header, kind)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:  # a lone surrogate where none can be
         raise IntegrityError(f"the user's process sent what cannot be: {error}") from error
 
 

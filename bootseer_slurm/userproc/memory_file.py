@@ -11,7 +11,11 @@ from bootseer_slurm.errors import IntegrityError
 def make_memory_file(content: bytes) -> int:
     """A descriptor of a file in memory that holds this; the caller closes it. Raises OSError."""
     fd = os.memfd_create("bootseer-content", os.MFD_CLOEXEC)
-    os.write(fd, content)
+    try:
+        os.write(fd, content)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 

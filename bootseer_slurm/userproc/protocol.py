@@ -126,9 +126,9 @@ class Resolved(Reply, frozen=True):
 class CheckpointFile(Struct, frozen=True):
     """A file of a checkpoint that is a folder. role: its name without the step. within: its path in it."""
 
-    name: _Path
-    role: _Path
-    within: _Path
+    name: _Text
+    role: _Text
+    within: _Text
 
 
 class CheckpointFolder(Reply, frozen=True):
@@ -304,7 +304,7 @@ def decode_reply(fields: dict[str, Any], *types: type[_AnyStruct]) -> _AnyStruct
         if fields.get("of") == each.__name__:
             try:
                 return msgspec.convert(fields, each)
-            except msgspec.ValidationError as error:
+            except (msgspec.ValidationError, UnicodeError) as error:  # a lone surrogate where none can be
                 raise IntegrityError(f"the user's process answered what cannot be: {error}") from error
     raise IntegrityError(f"the user's process answered {str(fields.get('of'))[:40]!r}")
 

@@ -254,3 +254,15 @@ def test_a_job_that_ends_while_its_traces_are_written_waits_for_them(mocker: Moc
     for thread in threads:
         thread.join(10)
         assert not thread.is_alive()
+
+
+def test_what_a_step_was_shown_before_it_was_recorded_counts(mocker: MockerFixture) -> None:
+    """A step may look at an artifact the moment that it is ready; its second layer is recorded later."""
+    kept: list[KeepTrace] = []
+    layer, recording = recorded(mocker, lambda request, _: kept.append(request) is None)
+    layer.is_shown = False
+    recording.step()
+    recording.shown([layer])
+    recording.add(layer)
+    recording.finish("mark")
+    assert [request.blob for request in kept] == ["place-1"], "a trace without touches: it was not read"

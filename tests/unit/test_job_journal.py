@@ -37,6 +37,11 @@ def test_what_was_kept_is_read_again(journal: Journal) -> None:
     assert list(journal.jobs()) == [] and journal.endings() == [BEGAN]
 
 
+def test_what_an_earlier_version_kept_is_read(journal: Journal, tmp_path: Path) -> None:
+    (tmp_path / "jobs" / "7").write_text("\n".join(lines(tmp_path)).replace('"wanted"', '"wishes"'))
+    assert list(journal.jobs()) == [(7, BEGAN, OTHERS)]
+
+
 def test_a_job_that_is_only_observed(tmp_path: Path) -> None:
     made, began = Journal(tmp_path), Began(JOB, "", None)
     made.begin(began)

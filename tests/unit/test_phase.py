@@ -43,6 +43,8 @@ def test_the_marks_of_several_tasks_are_announced_once_until_they_are_taken() ->
     phase = JobPhase()
     assert phase.announce() and not phase.announce() and phase.is_announced
     phase.train(marked=True)
+    assert phase.is_announced, "what follows from it is not done yet"
+    phase.take_announcement()
     assert not phase.is_announced and phase.announce()
 
 

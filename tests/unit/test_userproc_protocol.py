@@ -135,6 +135,8 @@ def decode(expected: type[Reply], **fields: Any) -> Reply:
         (Same, {"same": 1}),
         (Opened, {"handle": None}),
         (Count, {"count": -1}),
+        (Count, {"\udc80": 1, "count": 5}),
+        (Count, {"count": "\udc80"}),
         (Clock, {"offset_s": "x", "error_s": 1}),
         (Clock, {"offset_s": None, "error_s": 1}),
         (Clock, {"offset_s": 10**400, "error_s": 1}),

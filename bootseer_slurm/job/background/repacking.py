@@ -48,6 +48,7 @@ class Repacking:
         self._phase = phase
         self._class = job_class
         self._begun = False
+        self._lock = threading.Lock()
 
     def begin(self, fetched_bytes: dict[Layer, int], *, link_bytes_per_s: float, whole_comes: bool) -> None:
         """Have layers packed again, one after the other; a second call does nothing.
@@ -55,9 +56,10 @@ class Repacking:
         fetched_bytes: of all layers, what came of each during the start. link_bytes_per_s: that this node got
         of the store. whole_comes: all of each is going to be there.
         """
-        if self._begun:
-            return
-        self._begun = True
+        with self._lock:
+            if self._begun:
+                return
+            self._begun = True
         own = f"{user_folder(self._background.job.uid)}/"
         all_bytes = sum(fetched_bytes.values())
         works = [

@@ -13,6 +13,7 @@ from bootseer_slurm.userproc.forked import Limits, read_as_user
 
 _RUN_LIMIT_BYTES = 128 << 20  # of one run's files, which its user wrote; in memory they are six times that
 
+NODE_LIMIT = 255
 _Number = Annotated[int, Meta(ge=0, lt=1 << 32)]
 _Piece = tuple[Struct, bytes]
 
@@ -43,7 +44,7 @@ class EventFile(Struct, frozen=True):
 
     job: _Number
     restart: _Number
-    node: Annotated[str, Meta(max_length=255)]
+    node: Annotated[str, Meta(max_length=NODE_LIMIT)]
 
 
 class OwnersEvents:
@@ -113,6 +114,8 @@ def event_pieces(store: Store, uid: int, job: int, restart: int) -> Iterator[tup
     """Each node's file of one run; those beyond what a run may cost are not read."""
     left_bytes = _RUN_LIMIT_BYTES
     for node, text in StoredEvents(store).event_files(uid, job, restart):
+        if len(node) > NODE_LIMIT:  # objects may have longer names than nodes
+            continue
         content = text.encode("utf-8", "replace")[:MAX_TEXT]
         left_bytes -= len(content)
         if left_bytes < 0:

@@ -14,6 +14,8 @@ from bootseer_slurm.userproc.memory_file import make_memory_file
 from bootseer_slurm.userproc.protocol import Reply
 from bootseer_slurm.userproc.worker.handles import StoreOfUser
 
+_WARNING_LIMIT = 4096
+
 
 class Records:
     """Reads and writes them; each method is one operation of the protocol."""
@@ -42,7 +44,7 @@ class Records:
             Shape(request.blocks, request.block_bytes),
             any_class=request.any_class,
         )
-        return protocol.Planned(warning or ""), [make_memory_file(plan.encode())]
+        return protocol.Planned((warning or "")[:_WARNING_LIMIT]), [make_memory_file(plan.encode())]
 
     def recall(self, request: protocol.Recall, _: bytes) -> tuple[Reply, list[int]]:
         path = class_path(os.getuid(), request.job_class)

@@ -40,6 +40,7 @@ from bootseer_slurm.userproc.worker.environments import Environments
 from bootseer_slurm.userproc.worker.handles import Handles, StoreOfUser
 from bootseer_slurm.userproc.worker.original import fingerprint_now, open_original
 
+_WARNING_LIMIT = 4096
 _SNAPSHOTS = ("docker://", "dir:/")  # names of images that stand for what was there when they were made
 
 
@@ -111,7 +112,7 @@ class Resolver:
             if not self._open_stored(request, found):
                 return self._remote(name)
         except BootseerError as error:
-            found.said["warning"] = error.message
+            found.said["warning"] = error.message[:_WARNING_LIMIT]
         if kind == "image" and found.readable is not None:
             with contextlib.suppress(BootseerError):  # without them a mount reads them itself
                 ranges = head_and_tables(found.readable, found.name)

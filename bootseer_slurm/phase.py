@@ -21,11 +21,12 @@ class Phase(Enum):
 
 
 class JobPhase:
-    """The phase of one job."""
+    """The phase of one job; its attributes are for looking at."""
 
     def __init__(self) -> None:
         self._phase = Phase.STARTING
-        self._is_marked = self._is_announced = False
+        self.is_marked = False  # the job itself said that it trains
+        self.is_announced = False  # a task said so, and the others' marks are waited for
         self._changed = threading.Condition()
 
     @property
@@ -40,35 +41,25 @@ class JobPhase:
     def has_ended(self) -> bool:
         return self._phase is Phase.ENDED
 
-    @property
-    def is_marked(self) -> bool:
-        """Whether the job itself said that it trains."""
-        return self._is_marked
-
-    @property
-    def is_announced(self) -> bool:
-        """Whether a task said that it trains, and the others' marks are waited for."""
-        return self._is_announced
-
     def announce(self) -> bool:
         """A task says that it trains; False where that is known, or the job has ended."""
         with self._changed:
-            if self._is_announced or self._phase is Phase.ENDED:
+            if self.is_announced or self._phase is Phase.ENDED:
                 return False
-            self._is_announced = True
+            self.is_announced = True
             return True
 
     def take_announcement(self) -> None:
         """All that follows from the announced training is done: a later mark is announced again."""
         with self._changed:
-            self._is_announced = False
+            self.is_announced = False
 
     def train(self, *, marked: bool) -> None:
         """The start is over. marked: the job says so. Nothing changes for a job that has ended."""
         with self._changed:
             if self._phase is Phase.ENDED:
                 return
-            self._is_marked = self._is_marked or marked
+            self.is_marked = self.is_marked or marked
             if self._phase is Phase.STARTING:
                 self._phase = Phase.TRAINING
             self._changed.notify_all()
@@ -90,7 +81,7 @@ class JobPhase:
     def wait_marked(self, timeout_s: float) -> bool:
         """Wait until the job says that it trains, or has ended; whether one of the two is so."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._is_marked or self.has_ended, timeout_s)
+            return self._changed.wait_for(lambda: self.is_marked or self.has_ended, timeout_s)
 
     def wait_end(self, timeout_s: float) -> bool:
         """Wait until the job has ended, `timeout_s` at most; whether it has."""

@@ -46,7 +46,7 @@ class OpenBlob:
     @property
     def name(self) -> str:
         """Its path below the FUSE file system."""
-        return name_of(self.reader)
+        return f"{self.reader.uid}/{self.reader.blob.id}"
 
     def bind_path(self) -> Path:
         """Where it can be bound from: its cache file once it is complete, before that the FUSE file."""
@@ -112,12 +112,9 @@ class BlobHandle:
 
         `first_ns` and `last_ns` are points in time.
         """
-        since = {
-            each.name: getattr(self.reader.usage, each.name)
-            - (0 if each.name.endswith("_ns") else getattr(self._before, each.name))
-            for each in dataclasses.fields(Usage)
-        }
-        return Usage(**since)
+        since = dataclasses.replace(self.reader.usage)
+        since.add(self._before, times=-1)
+        return since
 
     @property
     def waited(self) -> Waited:
@@ -140,8 +137,3 @@ class BlobHandle:
         self.push = None
         self.reader.waits.forget(self._waits_from)
         self._node.close(self)
-
-
-def name_of(reader: Reader) -> str:
-    """The path of a blob's file below the FUSE file system."""
-    return f"{reader.uid}/{reader.blob.id}"

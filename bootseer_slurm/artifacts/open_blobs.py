@@ -15,10 +15,10 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from bootseer_slurm.artifacts.handle import BlobHandle, OpenBlob, name_of
+from bootseer_slurm.artifacts.handle import BlobHandle, OpenBlob
 from bootseer_slurm.artifacts.source import BlobDescription
 from bootseer_slurm.cache.cache import Cache
 from bootseer_slurm.cache.fetching import Usage
@@ -109,12 +109,12 @@ class OpenBlobs:
     def _serve(self, reader: Reader, kind: str, sources: Sequence[Source], on_fault: OnFault) -> BlobHandle:
         """Make a blob's file, and use the mount that is there of it; with the lock held."""
         server = self._servers["checkpoints" if kind == "checkpoint" else "blobs"]
-        name, folder = name_of(reader), self._images / str(reader.uid) / reader.blob.id
-        warm = server.known(name)
+        folder = self._images / str(reader.uid) / reader.blob.id
         blob = OpenBlob(reader, server, folder)
+        warm = server.known(blob.name)
         handle = BlobHandle(self, blob, sources, on_fault, warm=warm)
         reader.sources.add(handle)  # first: where an agent was killed, reads wait for `server.add`
-        blob.path = server.add(name, reader)
+        blob.path = server.add(blob.name, reader)
         idle = self._idle.pop((reader.uid, reader.blob.id), None)
         if idle is not None and idle.gone:
             idle.mount.close()
@@ -151,7 +151,7 @@ class OpenBlobs:
         def forget() -> None:
             with self._lock:
                 blob = self._open.pop((reader.uid, reader.blob.id))
-                _add(self._past, reader.usage)
+                self._past.add(reader.usage)
             with blob.mount_lock:
                 blob.gone = True
                 self._put_away(blob)
@@ -193,7 +193,7 @@ class OpenBlobs:
         total = Usage()
         with self._lock:
             for usage in (self._past, *(blob.reader.usage for blob in self._open.values())):
-                _add(total, usage)
+                total.add(usage)
         return total
 
     def close_unused(self) -> None:
@@ -206,9 +206,3 @@ class OpenBlobs:
                     mount.close()
         for server in self._servers.values():
             server.end_recovery()
-
-
-def _add(total: Usage, more: Usage) -> None:
-    for each in fields(Usage):
-        if not each.name.endswith("_ns"):  # those are points in time
-            setattr(total, each.name, getattr(total, each.name) + getattr(more, each.name))

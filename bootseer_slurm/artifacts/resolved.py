@@ -46,7 +46,11 @@ class Original:
     def __init__(self, fd: int) -> None:
         """Takes the descriptor. What the user's process says of the path is not believed."""
         self._fd = fd
-        self.path = os.readlink(f"/proc/self/fd/{fd}")
+        try:
+            self.path = os.readlink(f"/proc/self/fd/{fd}")
+        except BaseException:  # a path may be too long for the kernel to say
+            os.close(fd)
+            raise
 
     @functools.cached_property
     def status(self) -> os.stat_result:
@@ -67,7 +71,7 @@ class ResolvedArtifact:
     """The layers and mounts that stand for an artifact until the job ends.
 
     reply: as the user's process gave it. layers: the topmost first. original: None where it has no path.
-    environment: its mount, if it is one.
+    environment: its mount, if it is one. path: of the original, "" without one; known when it is closed too.
     """
 
     ref: ArtifactRef
@@ -76,12 +80,11 @@ class ResolvedArtifact:
     original: Original | None
     layers: list[Layer]
     environment: EnvironmentMount | None = None
+    path: str = field(init=False)
     _resolved_s: float = field(default_factory=time.monotonic)
 
-    @property
-    def path(self) -> str:
-        """The original's path; "" where it has none."""
-        return self.original.path if self.original else ""
+    def __post_init__(self) -> None:
+        self.path = self.original.path if self.original else ""
 
     @property
     def owner(self) -> int | None:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from bootseer_slurm.cache.cache import MISSING, PRESENT, CachedBlob
 from bootseer_slurm.cache.sources import Source, Sources
@@ -46,6 +46,12 @@ class Usage:  # size: one counter for each figure of a report
     def fetched_bytes(self) -> int:
         """Bytes that came over the link."""
         return self.store_bytes + self.origin_bytes
+
+    def add(self, more: Usage, *, times: int = 1) -> None:
+        """Count another use in, `times` over; -1 takes it out. Points in time stay."""
+        for each in fields(Usage):
+            if not each.name.endswith("_ns"):
+                setattr(self, each.name, getattr(self, each.name) + times * getattr(more, each.name))
 
 
 @dataclass(frozen=True, slots=True)

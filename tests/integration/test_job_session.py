@@ -15,6 +15,7 @@ import pytest
 from bootseer_slurm import config
 from bootseer_slurm.artifacts.artifact import State
 from bootseer_slurm.artifacts.open_blobs import OpenBlobs
+from bootseer_slurm.artifacts.resolved import Original
 from bootseer_slurm.blob.ref import ArtifactRef
 from bootseer_slurm.cache.cache import Cache
 from bootseer_slurm.errors import InputError, NotFound
@@ -205,3 +206,28 @@ def test_an_importer_is_answered_by_a_job_that_wants_images_only(scene: Scene) -
     observed.begin(Request(observe=True), hook_start_ns=None)
     with pytest.raises(InputError, match="only wants to be measured"):
         observed.image("docker://registry.example/app:1", "")
+
+
+def test_an_original_with_a_path_that_the_kernel_cannot_say_leaves_no_descriptor(scene: Scene) -> None:
+    folder, deep = os.open(scene.folder, os.O_PATH), "d" * 250
+    for _ in range(20):  # beyond PATH_MAX, which only the way there by descriptors has not
+        os.mkdir(deep, dir_fd=folder)
+        inner = os.open(deep, os.O_PATH, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError):
+        Original(folder)
+    assert len(before - set(os.listdir("/proc/self/fd"))) == 1, "it was closed"
+
+
+def test_a_view_of_what_was_closed_still_knows_its_path(scene: Scene) -> None:
+    """A job may end while one of its steps begins."""
+    model, session = scene.file(), scene.session()
+    session.begin(asks(model), hook_start_ns=None)
+    session.intake.wait_looked_up(time.monotonic() + 10)
+    (artifact,) = session.artifacts.all()
+    session.end("job ended")
+    assert artifact.resolved is not None and artifact.resolved.path == str(model)
+    with pytest.raises(NotFound, match="the job is over"):
+        artifact.resolved.bind()

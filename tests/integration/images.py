@@ -22,7 +22,7 @@ from bootseer_slurm.blob.names import Name, user_folder
 from bootseer_slurm.image import library
 from bootseer_slurm.image.reference import Reference, registry_reference
 from bootseer_slurm.store import FileStore
-from tests.integration.registry import Registry
+from tests.integration.registry import Registry, running_registry
 
 UID = os.getuid()
 ENROOT = shutil.which("enroot")
@@ -115,3 +115,14 @@ class Scene:
                 with contextlib.suppress(ProcessLookupError):
                     if " copy " in line:
                         os.killpg(int(line.split()[0]), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with running_registry(tmp_path_factory.mktemp("registry")) as running:
+        yield running
+
+
+@pytest.fixture
+def scene(tmp_path: Path, server: Registry, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    return Scene(tmp_path, server, monkeypatch)

@@ -127,14 +127,19 @@ def told(node: Node, job: int, number: int) -> str:
     return dict(value.split("=", 1) for key, value in reply if key == "SETENV").get("BOOTSEER_CHECKPOINT", "")
 
 
+def stripe(folder: Path, *names: str, size_bytes: int) -> dict[str, bytes]:
+    """Striped files of random bytes, and their content by path."""
+    made = {str(folder / name): os.urandom(size_bytes) for name in names}
+    for path, content in made.items():
+        with StripedWriter(path) as file:
+            file.write(content)
+    return made
+
+
 def test_striped_files_of_a_folder_have_their_names_in_one_folder(node: Node) -> None:
     root = node.folder / "data" / "ckpt"
     made = make(root, "step_9/.metadata", "step_9/sub/plain.bin")
-    for name in ("__0_0.distcp", "__1_0.distcp"):
-        path = root / "step_9" / name
-        made[str(path)] = os.urandom(9_000_000)
-        with StripedWriter(str(path)) as file:
-            file.write(made[str(path)])
+    made |= stripe(root / "step_9", "__0_0.distcp", "__1_0.distcp", size_bytes=9_000_000)
     node.start()
     shown_at = Path(step(node, 1, root))
     found = {str(root / "step_9" / path.relative_to(shown_at)): path.read_bytes() for path in shown_at.rglob("*") if path.is_file()}
@@ -150,11 +155,7 @@ def test_striped_files_of_a_folder_have_their_names_in_one_folder(node: Node) ->
 def test_a_folder_with_names_that_are_no_text_and_no_plain_uri(node: Node) -> None:
     root = node.folder / "data" / "epoch=1, 50%"
     made = make(root, "step_9/.metadata", os.fsdecode(b"step_9/\xff.bin"))
-    for name in ("__0_0.distcp", "a b.distcp"):
-        path = root / "step_9" / name
-        made[str(path)] = os.urandom(1_000_000)
-        with StripedWriter(str(path)) as file:
-            file.write(made[str(path)])
+    made |= stripe(root / "step_9", "__0_0.distcp", "a b.distcp", size_bytes=1_000_000)
     node.start()
     shown_at = Path(step(node, 1, root))
     assert shown_at.is_absolute(), [event for event in node.events(1) if event["kind"] == "fault"]

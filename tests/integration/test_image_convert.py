@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,24 +21,14 @@ from bootseer_slurm.errors import BootseerError, NotFound
 from bootseer_slurm.image import convert, library, registry
 from bootseer_slurm.image.reference import registry_reference
 from bootseer_slurm.image.rootfs import configure
-from tests.integration.images import ENROOT, FILES, SYSTEM_PATH, UID, Scene
-from tests.integration.registry import LOGIN, Registry, lacking, running_registry
+from tests.integration.images import ENROOT, FILES, SYSTEM_PATH, UID, Scene, scene, server
+from tests.integration.registry import LOGIN, lacking, running_registry
 
+__all__ = ["scene", "server"]
 pytestmark = [
     pytest.mark.registry,
     pytest.mark.skipif(bool(lacking()), reason=f"not installed: {', '.join(lacking())}"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with running_registry(tmp_path_factory.mktemp("registry")) as running:
-        yield running
-
-
-@pytest.fixture
-def scene(tmp_path: Path, server: Registry, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    return Scene(tmp_path, server, monkeypatch)
 
 
 def test_the_image_of_this_platform_is_taken(scene: Scene) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,24 +17,14 @@ from bootseer_slurm.blob.names import list_names, read_name, user_folder
 from bootseer_slurm.errors import NotFound
 from bootseer_slurm.image import library, registry
 from bootseer_slurm.image.reference import Folder, parse
-from tests.integration.images import FILES, UID, Scene
-from tests.integration.registry import Registry, lacking, running_registry
+from tests.integration.images import FILES, UID, Scene, scene, server
+from tests.integration.registry import lacking, running_registry
 
+__all__ = ["scene", "server"]
 pytestmark = [
     pytest.mark.registry,
     pytest.mark.skipif(bool(lacking()), reason=f"not installed: {', '.join(lacking())}"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with running_registry(tmp_path_factory.mktemp("registry")) as running:
-        yield running
-
-
-@pytest.fixture
-def scene(tmp_path: Path, server: Registry, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    return Scene(tmp_path, server, monkeypatch)
 
 
 def test_an_image_is_converted_once_for_all_its_tags(scene: Scene) -> None:

@@ -32,9 +32,9 @@ class AfterStart:
         self._recording = recording
         self._record = record
         self._publisher = publisher
-        self._background = Background(context.job, context.config, context.phase)
-        self._saving = Saving(self._background, context.log, context.phase)
-        self._repacking = Repacking(self._background, context.log, context.phase, context.job_class)
+        self._background = Background(context)
+        self._saving = Saving(self._background, context)
+        self._repacking = Repacking(self._background, context)
 
     def begin(self, why: str, fetched_bytes: dict[Layer, int]) -> None:
         """The start is over: write its traces and events, and begin what is done in the background.

@@ -20,9 +20,8 @@ from bootseer_slurm import mounts
 from bootseer_slurm.artifacts.layer import Layer
 from bootseer_slurm.blob.names import user_folder
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.events import EventLog
 from bootseer_slurm.job.background.work import Background
-from bootseer_slurm.phase import JobPhase
+from bootseer_slurm.job.context import JobContext
 
 _log = logging.getLogger(__name__)
 
@@ -42,11 +41,9 @@ class _Work:
 class Repacking:
     """The layers that one job has packed again on this node. Thread-safe."""
 
-    def __init__(self, background: Background, log: EventLog, phase: JobPhase, job_class: str) -> None:
+    def __init__(self, background: Background, context: JobContext) -> None:
         self._background = background
-        self._log = log
-        self._phase = phase
-        self._class = job_class
+        self._context = context
         self._begun = False
         self._lock = threading.Lock()
 
@@ -60,7 +57,7 @@ class Repacking:
             if self._begun:
                 return
             self._begun = True
-        own = f"{user_folder(self._background.job.uid)}/"
+        own = f"{user_folder(self._context.job.uid)}/"
         all_bytes = sum(fetched_bytes.values())
         works = [
             _Work(layer, link_bytes_per_s, all_bytes - count, whole_comes)
@@ -77,12 +74,12 @@ class Repacking:
                 said, failed = self._repack(work)
             except (BootseerError, OSError, ValueError, subprocess.SubprocessError) as error:
                 said, failed = str(error), True
-            if self._phase.has_ended:
+            if self._context.phase.has_ended:
                 return
             label = work.layer.label
-            _log.info("%s: %s", label, said, extra={"job": self._background.job.job_id})
+            _log.info("%s: %s", label, said, extra={"job": self._context.job.job_id})
             if failed or said.startswith("packed"):
-                self._log.emit(
+                self._context.log.emit(
                     "snapshot",
                     "kept" if failed else "packed",
                     target=label,
@@ -92,7 +89,7 @@ class Repacking:
                 )
 
     def _repack(self, work: _Work) -> tuple[str, bool]:
-        layer, job = work.layer, self._background.job
+        layer, job = work.layer, self._context.job
         blob = layer.handle.reader.blob
         give_up_s = time.monotonic() + _WHOLE_LIMIT_S
         if layer.mounted is None:
@@ -105,10 +102,10 @@ class Repacking:
                 "folder": layer.description.folder,
                 "image": str(layer.handle.served_path),
                 "mount": fd,
-                "job_class": self._class,
+                "job_class": self._context.job_class,
                 "job": job.job_id,
                 "restart": job.restart,
-                "node": self._log.node,
+                "node": self._context.node,
                 "link_bytes_per_s": work.link_bytes_per_s,
                 "beside_bytes": work.beside_bytes,
             }

@@ -18,9 +18,8 @@ from bootseer_slurm.artifacts.environment import View
 from bootseer_slurm.artifacts.table import Artifacts, image_name
 from bootseer_slurm.blob.names import user_folder
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.events import EventLog
 from bootseer_slurm.job.background.work import Background
-from bootseer_slurm.phase import JobPhase
+from bootseer_slurm.job.context import JobContext
 
 # How often it is looked whether a start has installed something, where the job does not say that it trains.
 _LOOKS, _LOOK_EVERY_S = 10, 60.0
@@ -43,10 +42,9 @@ class ToSave:
 class Saving:
     """The snapshots that one job makes on this node. Thread-safe."""
 
-    def __init__(self, background: Background, log: EventLog, phase: JobPhase) -> None:
+    def __init__(self, background: Background, context: JobContext) -> None:
         self._background = background
-        self._log = log
-        self._phase = phase
+        self._context = context
         self._begun = False
         self._lock = threading.Lock()
 
@@ -69,12 +67,12 @@ class Saving:
                 self._try(environment, last=True)
         installed_to = [environment for environment in environments if environment.view]
         for number in range(_LOOKS if installed_to else 0):
-            last = self._phase.is_marked or number == _LOOKS - 1
+            last = self._context.phase.is_marked or number == _LOOKS - 1
             for environment in installed_to:
                 self._try(environment, last=last)
             if not last:
-                self._phase.wait_marked(_LOOK_EVERY_S)
-            if last or self._phase.has_ended:
+                self._context.phase.wait_marked(_LOOK_EVERY_S)
+            if last or self._context.phase.has_ended:
                 return
 
     def _try(self, environment: ToSave, *, last: bool) -> None:
@@ -84,9 +82,11 @@ class Saving:
             said, failed = self._save(environment)
         except (BootseerError, OSError, ValueError, subprocess.SubprocessError) as error:
             said, failed = str(error), True
-        if self._phase.has_ended or (environment.view and not (last if failed else said.endswith(" saved"))):
+        if self._context.phase.has_ended or (
+            environment.view and not (last if failed else said.endswith(" saved"))
+        ):
             return
-        self._log.emit(
+        self._context.log.emit(
             "snapshot",
             "failed" if failed else "saved",
             target=environment.path,

@@ -15,8 +15,7 @@ from typing import Any
 
 from bootseer_slurm.config import Config
 from bootseer_slurm.identity import User
-from bootseer_slurm.phase import JobPhase
-from bootseer_slurm.slurm.allocation import Job
+from bootseer_slurm.job.context import JobContext
 from bootseer_slurm.tail import last_lines
 
 _LIMIT_S = 3600.0
@@ -27,10 +26,8 @@ _GENTLY = ("nice", "-n", "19", "ionice", "-c", "3")
 class Background:
     """The background work of one job on this node."""
 
-    def __init__(self, job: Job, config: Config, phase: JobPhase) -> None:
-        self.job = job
-        self._config = config
-        self._phase = phase
+    def __init__(self, context: JobContext) -> None:
+        self._context = context
         self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -51,11 +48,13 @@ class Background:
         """
         with self._turn:
             with self._lock:
-                if self._phase.has_ended:
+                if self._context.phase.has_ended:
                     return "", True
                 process = self._process = self._start(arguments, seen_at, fds)
             try:
-                while not (when_to_go_on() or self._phase.wait_end(1.0) or process.poll() is not None):
+                while not (
+                    when_to_go_on() or self._context.phase.wait_end(1.0) or process.poll() is not None
+                ):
                     pass
                 assert process.stdin is not None
                 process.stdin.close()
@@ -70,7 +69,8 @@ class Background:
     def _start(
         self, arguments: Sequence[str], seen_at: Sequence[str], fds: Sequence[int]
     ) -> subprocess.Popen[bytes]:
-        user = User.of(self.job.uid, self.job.gid)
+        job = self._context.job
+        user = User.of(job.uid, job.gid)
         command = [sys.executable, "-I", "-m", *arguments]
         rights: dict[str, Any] = dict(user.popen_arguments())
         if seen_at:
@@ -85,7 +85,7 @@ class Background:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd="/",
-            env=_environ(user, self._config) | {"SLURM_JOB_ID": str(self.job.job_id)},
+            env=_environ(user, self._context.config) | {"SLURM_JOB_ID": str(job.job_id)},
             start_new_session=True,
             pass_fds=fds,
             **rights,

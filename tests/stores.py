@@ -43,7 +43,10 @@ def check_objects(uri: str) -> None:
         raise RuntimeError
     assert "half" not in str(store.list("a/b")) and len(store.scan("a/b")) <= 2
     reader = store.open("a/b/one")
-    assert reader.read_into(0, memoryview(bytearray(5))) == 1 and reader.read_into(7, memoryview(bytearray(5))) == 0
+    assert (
+        reader.read_into(0, memoryview(bytearray(5))) == 1
+        and reader.read_into(7, memoryview(bytearray(5))) == 0
+    )
     reader.close()
     store.remove("a")
     store.remove("a")
@@ -60,7 +63,9 @@ def check_striped(uri: str) -> None:
     with bootseer_slurm.open(uri) as file:
         assert file.read() == CONTENT
     with ParallelFile(uri) as file:
-        assert bytes(file.view(5 * CHUNK_BYTES - 7, 20)) == CONTENT[5 * CHUNK_BYTES - 7 : 5 * CHUNK_BYTES + 13]
+        assert (
+            bytes(file.view(5 * CHUNK_BYTES - 7, 20)) == CONTENT[5 * CHUNK_BYTES - 7 : 5 * CHUNK_BYTES + 13]
+        )
     old = ParallelFile(uri)
     with bootseer_slurm.open(uri, "wb") as file:
         file.write(b"second")
@@ -104,9 +109,18 @@ def check_dcp(uri: str) -> None:
 
     from bootseer_slurm.checkpoint.dcp import ParallelReader
 
-    state = {"large": torch.randn(3, 1024, 1024), "half": torch.randn(6000, 1024).bfloat16(), "odd": torch.randn(3, 5), "none": torch.zeros(0, 4)}
+    state = {
+        "large": torch.randn(3, 1024, 1024),
+        "half": torch.randn(6000, 1024).bfloat16(),
+        "odd": torch.randn(3, 5),
+        "none": torch.zeros(0, 4),
+    }
     dcp.save({**state, "step": 7}, storage_writer=dcp.FsspecWriter(f"bootseer+{uri}"))
-    for reader in (ParallelReader(uri), ParallelReader(f"bootseer+{uri}"), dcp.FsspecReader(f"bootseer+{uri}")):
+    for reader in (
+        ParallelReader(uri),
+        ParallelReader(f"bootseer+{uri}"),
+        dcp.FsspecReader(f"bootseer+{uri}"),
+    ):
         found = {name: torch.zeros_like(tensor) for name, tensor in state.items()} | {"step": 0}
         dcp.load(found, storage_reader=reader)
         assert found.pop("step") == 7

@@ -28,7 +28,9 @@ def given(node: Node, job: int, uri: str) -> str:
 
 
 def read_as_alice(path: str) -> bytes:
-    return subprocess.run(["cat", path], user=ALICE, group=ALICE, extra_groups=[], capture_output=True, check=True).stdout
+    return subprocess.run(
+        ["cat", path], user=ALICE, group=ALICE, extra_groups=[], capture_output=True, check=True
+    ).stdout
 
 
 def test_striped_or_as_it_lies(hdfs: Hdfs, node: Node) -> None:
@@ -44,8 +46,12 @@ def test_striped_or_as_it_lies(hdfs: Hdfs, node: Node) -> None:
         assert read_as_alice(path) == CONTENT, "held by the next agent"
         node.ask("epilog", JOB_ID=job)
         events = node.events(job)
-        fetched = [event["bytes"] for event in events if (event["kind"], event["name"]) == ("prefetch", "end")]
-        assert fetched and not [event for event in events if event["kind"] == "fault" and event["name"] != "agent_restarted"]
+        fetched = [
+            event["bytes"] for event in events if (event["kind"], event["name"]) == ("prefetch", "end")
+        ]
+        assert fetched and not [
+            event for event in events if event["kind"] == "fault" and event["name"] != "agent_restarted"
+        ]
 
 
 def test_the_newest_of_a_folder_whose_files_have_no_paths(hdfs: Hdfs, node: Node) -> None:
@@ -58,7 +64,9 @@ def test_the_newest_of_a_folder_whose_files_have_no_paths(hdfs: Hdfs, node: Node
     node.start()
     path = given(node, 1, f"{hdfs.uri}/folder")
     assert path, node.log
-    listed = subprocess.run(["ls", "-A", path], user=ALICE, group=ALICE, extra_groups=[], capture_output=True, check=True)
+    listed = subprocess.run(
+        ["ls", "-A", path], user=ALICE, group=ALICE, extra_groups=[], capture_output=True, check=True
+    )
     assert sorted(listed.stdout.split()) == [b".metadata", b"__0_0.distcp", b"__1_0.distcp"]
     assert read_as_alice(f"{path}/__0_0.distcp") == CONTENT
     assert read_as_alice(f"{path}/__1_0.distcp") == CONTENT[::-1]

@@ -165,7 +165,10 @@ def test_all_replicas_are_damaged(hdfs: Hdfs) -> None:
     before = blocks(hdfs)
     uri = write(hdfs, "lost")
     damage(hdfs, NODES, before)
-    with pytest.raises(BootseerError, match=r"cannot be read|is not what was written"), ParallelFile(uri) as file:
+    with (
+        pytest.raises(BootseerError, match=r"cannot be read|is not what was written"),
+        ParallelFile(uri) as file,
+    ):
         file.read()
 
 

@@ -72,7 +72,9 @@ def test_where_a_file_lies(hdfs: Hdfs, tmp_path: Path) -> None:
     assert found and sum(found.values()) == source.stat().st_size and len(found) == len(NODES)
     replica_bytes = source.stat().st_size / 24  # what one of an object's two counts for
     assert max(found.values()) - min(found.values()) <= 3 * replica_bytes
-    assert f"on 3 servers; the fullest has {max(found.values()) / sum(found.values()):.1%}" in " ".join(done.stdout.split())
+    assert f"on 3 servers; the fullest has {max(found.values()) / sum(found.values()):.1%}" in " ".join(
+        done.stdout.split()
+    )
     done = CliRunner().invoke(app, ["checkpoint", "placement", uri])
     assert done.exit_code == 0 and all(server in done.stdout for server in found)
     with open_store(f"{hdfs.uri}/shown").writer("plain") as file:

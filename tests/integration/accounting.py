@@ -56,7 +56,9 @@ class Accounting:
         self.set_level()
         self._save()
 
-    def add(self, job: int, uid: int, *, start_s: int, end_s: int | None, shown_id: str = "", **more: Any) -> None:
+    def add(
+        self, job: int, uid: int, *, start_s: int, end_s: int | None, shown_id: str = "", **more: Any
+    ) -> None:
         """A run of a job on n1 with 8 GPUs."""
         row = {
             "JobID": shown_id or str(job), "JobIDRaw": str(job), "JobName": "train", "User": f"user{uid}",

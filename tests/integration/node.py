@@ -76,15 +76,23 @@ class Node(_Node):
             return any('"session","name":"end"' in path.read_text() for path in folder.glob("*.jsonl"))
 
         wait_until(ended)
-        events = [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
-        assert [gap for each in events if (gap := unlisted(each["kind"], each["name"], each.keys() - {"v"}))] == []
+        events = [
+            json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()
+        ]
+        assert [
+            gap for each in events if (gap := unlisted(each["kind"], each["name"], each.keys() - {"v"}))
+        ] == []
         return events
 
     def as_user(self, *command: str, uid: int = ALICE) -> str:
         """What a command of a user's prints."""
         done = subprocess.run(
             command,
-            env={"PATH": "/usr/bin:/bin", "BOOTSEER_CONFIG": str(self.config), "HOME": str(self.folder / "data")},
+            env={
+                "PATH": "/usr/bin:/bin",
+                "BOOTSEER_CONFIG": str(self.config),
+                "HOME": str(self.folder / "data"),
+            },
             user=uid,
             group=uid,
             extra_groups=[],

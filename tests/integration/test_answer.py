@@ -56,7 +56,9 @@ class Service:
                 link, _ = self.listener.accept()
                 with link:
                     environ = os.environ | {"BOOTSEER_CONFIG": str(self.site.config)}
-                    self.processes.append(subprocess.Popen([sys.executable, "-c", _ANSWER], stdin=link, env=environ))
+                    self.processes.append(
+                        subprocess.Popen([sys.executable, "-c", _ANSWER], stdin=link, env=environ)
+                    )
 
     def bootseer(self, uid: int, *arguments: str) -> subprocess.CompletedProcess[str]:
         """The command line, run by a user."""
@@ -105,7 +107,14 @@ def test_users_see_their_own_starts_operators_and_root_all(service: Service) -> 
 
 def test_the_records_themselves_are_closed(service: Service) -> None:
     collect(service.site.uri, service.site.records)
-    done = subprocess.run(["ls", service.site.records], user=ALICE, group=ALICE, extra_groups=[], capture_output=True, check=False)
+    done = subprocess.run(
+        ["ls", service.site.records],
+        user=ALICE,
+        group=ALICE,
+        extra_groups=[],
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode != 0 and b"Permission denied" in done.stderr
 
 
@@ -138,7 +147,9 @@ def test_without_the_service_a_user_still_has_his_own_reports(service: Service) 
     service.close()
     assert json.loads(service.bootseer(BOB, "report", "8", "--format", "json").stdout)["uid"] == BOB
     done = service.bootseer(BOB, "overhead")
-    assert done.returncode == 2 and "nobody answers" in done.stderr and "bootseer-answer.socket" in done.stderr
+    assert (
+        done.returncode == 2 and "nobody answers" in done.stderr and "bootseer-answer.socket" in done.stderr
+    )
 
 
 def ask(service: Service, request: bytes, uid: int) -> bytes:
@@ -164,8 +175,14 @@ def test_what_is_no_request_gets_one_line_and_nothing_else(service: Service) -> 
 
 
 def test_a_request_says_nothing_of_who_asks(service: Service) -> None:
-    for request_ in ({"op": "users"}, {"op": "restarts", "uid": BOB, "job": 8}, {"op": "events", "uid": BOB, "job": 8, "restart": 0}):
-        reply = json.loads(ask(service, json.dumps(request_ | {"peer": 0, "user": "root"}).encode() + b"\n", ALICE))
+    for request_ in (
+        {"op": "users"},
+        {"op": "restarts", "uid": BOB, "job": 8},
+        {"op": "events", "uid": BOB, "job": 8, "restart": 0},
+    ):
+        reply = json.loads(
+            ask(service, json.dumps(request_ | {"peer": 0, "user": "root"}).encode() + b"\n", ALICE)
+        )
         assert "operators" in reply["error"]
 
 

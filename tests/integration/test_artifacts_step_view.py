@@ -65,10 +65,14 @@ def test_the_newest_of_a_folder(node: Node) -> None:
     assert shown(node, 2, str(root)) == newest, "30 is being written"
     (root / "step_30" / "b.safetensors.tmp").unlink()
     assert shown(node, 3, str(root)) == later
-    assert shown(node, 4, f"{root}/step_1*") == {path: Path(path).read_bytes() for path in map(str, (root / "step_10").iterdir())}
+    assert shown(node, 4, f"{root}/step_1*") == {
+        path: Path(path).read_bytes() for path in map(str, (root / "step_10").iterdir())
+    }
     node.events(4)  # once it has ended
     records = [json.loads(path.read_text()) for path in (node.folder / "store").rglob("classes/*.json")]
-    assert [wish[1] for record in records for wish in record["wishes"]] == [f"{root}/step_1*"], "not the files"
+    assert [wish[1] for record in records for wish in record["wishes"]] == [f"{root}/step_1*"], (
+        "not the files"
+    )
 
 
 def test_none_in_it(node: Node) -> None:
@@ -142,7 +146,11 @@ def test_striped_files_of_a_folder_have_their_names_in_one_folder(node: Node) ->
     made |= stripe(root / "step_9", "__0_0.distcp", "__1_0.distcp", size_bytes=9_000_000)
     node.start()
     shown_at = Path(step(node, 1, root))
-    found = {str(root / "step_9" / path.relative_to(shown_at)): path.read_bytes() for path in shown_at.rglob("*") if path.is_file()}
+    found = {
+        str(root / "step_9" / path.relative_to(shown_at)): path.read_bytes()
+        for path in shown_at.rglob("*")
+        if path.is_file()
+    }
     assert found == made
     node.as_user("cmp", str(shown_at / "sub/plain.bin"), str(root / "step_9/sub/plain.bin"))
     assert not (shown_at.parent.stat().st_mode & 0o044), "others do not learn what the files are called"
@@ -174,7 +182,9 @@ def test_what_was_learned_is_shown_until_a_step_asks_for_something_else(node: No
     assert paths_shown(node, 2) == sorted(made)
     assert paths_shown(node, 2, CHECKPOINT=root) == sorted(made)
     other = make(root.parent, "other/step_1/c.safetensors")
-    assert paths_shown(node, 2, CHECKPOINT=root.parent / "other") == sorted([*made, *other]), "both were asked for"
+    assert paths_shown(node, 2, CHECKPOINT=root.parent / "other") == sorted([*made, *other]), (
+        "both were asked for"
+    )
     node.ask("epilog", JOB_ID=2)
     node.events(2)
     node.ask("prolog", JOB_ID=3, UID=ALICE, BOOTSEER=1)
@@ -207,7 +217,9 @@ def test_a_folder_of_which_a_striped_file_is_broken_is_not_shown_in_part(node: N
     assert any("stripe 0 is missing" in str(event.get("message")) for event in node.events(1))
 
 
-@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/../../b", "", "x" * 300, "a\0b", "/".join("a" * 20), "\ud800"])
+@pytest.mark.parametrize(
+    "name", ["../a", "/etc/passwd", "a/../../b", "", "x" * 300, "a\0b", "/".join("a" * 20), "\ud800"]
+)
 def test_a_name_that_leads_elsewhere(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         CheckpointFolders(tmp_path / "job").show("c", {"good": tmp_path, name: tmp_path})

@@ -119,7 +119,9 @@ class TestNode:
         node.ask("epilog", JOB_ID=1)
         assert {event["name"] for event in node.events(1) if event["kind"] == "fault"} == {"agent_restarted"}
 
-    def test_an_upgrade_keeps_what_the_cache_has_of_a_file_that_is_used_where_it_lies(self, node: Node) -> None:
+    def test_an_upgrade_keeps_what_the_cache_has_of_a_file_that_is_used_where_it_lies(
+        self, node: Node
+    ) -> None:
         model, upgraded = make_file(node), node.folder / "upgraded"
         supervisor = node.start(f"""
 import pathlib

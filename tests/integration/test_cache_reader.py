@@ -388,7 +388,9 @@ def test_the_process_has_only_its_users_rights(tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents):
         if not folder.stat().st_mode & 0o001:
             folder.chmod(folder.stat().st_mode | 0o011)
-    process = start_user_process(identity.User(20001, 20001, ()), f"file://{tmp_path}", streams=1, timeout_s=5)
+    process = start_user_process(
+        identity.User(20001, 20001, ()), f"file://{tmp_path}", streams=1, timeout_s=5
+    )
     try:
         with pytest.raises(StoreError, match="Permission denied"):
             process.resolve(Resolve("checkpoint", str(secret)))

@@ -66,7 +66,9 @@ def test_on_a_folder(tmp_path: Path) -> None:
     check_dcp(f"file://{tmp_path}/ckpt")
 
 
-def test_large_tensors_go_to_their_place_unseen_by_torch(saved: tuple[Path, dict[str, Any]], mocker: MockerFixture) -> None:
+def test_large_tensors_go_to_their_place_unseen_by_torch(
+    saved: tuple[Path, dict[str, Any]], mocker: MockerFixture
+) -> None:
     folder, state = saved
     assert len(list(folder.glob("*.distcp"))) == 3
     seen = mocker.spy(torch, "load")
@@ -94,7 +96,11 @@ def test_the_place_may_be_of_another_kind(saved: tuple[Path, dict[str, Any]]) ->
 
 def test_kinds_that_torch_reads_itself(tmp_path: Path) -> None:
     """A tensor that was transposed, and types that older torches had no storage for."""
-    state = {"transposed": random(*LARGE).t(), "float8": random(4096, 4096).to(torch.float8_e4m3fn), "scalar": torch.tensor(2.5)}
+    state = {
+        "transposed": random(*LARGE).t(),
+        "float8": random(4096, 4096).to(torch.float8_e4m3fn),
+        "scalar": torch.tensor(2.5),
+    }
     dcp.save(state, checkpoint_id=tmp_path)
     found = load(tmp_path, empty(state))
     assert same(found["transposed"], state["transposed"]) and same(found["scalar"], state["scalar"])
@@ -107,7 +113,9 @@ def test_large_objects_that_are_no_tensors(tmp_path: Path) -> None:
     dcp.save(state, checkpoint_id=tmp_path, planner=DefaultSavePlanner(False, False))
     found: dict[str, Any] = {"optimizer": {}}
     dcp.load(found, storage_reader=ParallelReader(tmp_path), planner=DefaultLoadPlanner(False, False))
-    assert found["optimizer"]["steps"] == 7 and same(found["optimizer"]["moments"], state["optimizer"]["moments"])
+    assert found["optimizer"]["steps"] == 7 and same(
+        found["optimizer"]["moments"], state["optimizer"]["moments"]
+    )
 
 
 class Places:
@@ -190,9 +198,14 @@ def test_another_number_of_ranks(tmp_path: Path) -> None:
     """Two ranks write what three read, over gloo."""
     for how, world in (("save", 2), ("load", 3)):
         command = [sys.executable, "-W", "ignore", "-c", _RANK, how, str(tmp_path / "ckpt"), str(world)]
-        ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(world)]
+        ranks = [
+            subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
+            for rank in range(world)
+        ]
         try:
-            failed = [said for rank in ranks if (said := rank.communicate(timeout=120)[1]) and rank.returncode]
+            failed = [
+                said for rank in ranks if (said := rank.communicate(timeout=120)[1]) and rank.returncode
+            ]
         finally:
             for rank in ranks:
                 rank.kill()
@@ -238,8 +251,14 @@ class Reversed:
 
 
 def test_what_was_transformed(tmp_path: Path) -> None:
-    extension = pytest.importorskip("torch.distributed.checkpoint._extension", reason="this torch has no extensions")
-    made = type("Made", (Reversed, extension.StreamTransformExtension), {"registry_name": staticmethod(lambda: "reversed")})
+    extension = pytest.importorskip(
+        "torch.distributed.checkpoint._extension", reason="this torch has no extensions"
+    )
+    made = type(
+        "Made",
+        (Reversed, extension.StreamTransformExtension),
+        {"registry_name": staticmethod(lambda: "reversed")},
+    )
     state = {"a": random(100)}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path, _extensions=[made()]))
     reader = ParallelReader(tmp_path)
@@ -299,7 +318,10 @@ def test_what_is_missing_or_of_another_shape(saved: tuple[Path, dict[str, Any]])
 
 
 def test_it_only_reads(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="for reading only"), ParallelReader(tmp_path).fs.create_stream(tmp_path / "a", "wb"):
+    with (
+        pytest.raises(OSError, match="for reading only"),
+        ParallelReader(tmp_path).fs.create_stream(tmp_path / "a", "wb"),
+    ):
         pass
     ids = ("/ckpt", "hdfs://nn:8020/ckpt", "bootseer+s3://bucket/ckpt", "gs://bucket/ckpt")
     assert [ParallelReader.validate_checkpoint_id(each) for each in ids] == [True, True, True, False]
@@ -332,7 +354,10 @@ def test_mapped_files_of_a_job(node: Node) -> None:
     """What maps files finds them in the FUSE file system, while they come and afterwards."""
     state = {"a": random(4000, 1024), "b": random(100, 7)}
     source = node.folder / "data"
-    for name, content in (("model.pt", saved_by_torch(state)), ("model.safetensors", safetensors.torch.save(state))):
+    for name, content in (
+        ("model.pt", saved_by_torch(state)),
+        ("model.safetensors", safetensors.torch.save(state)),
+    ):
         with StripedWriter(str(source / name)) as file:
             file.write(content)
     sums = [tensor.double().sum().item() for tensor in state.values()]
@@ -345,7 +370,9 @@ def test_mapped_files_of_a_job(node: Node) -> None:
             os.close(fd)  # the cache's file, where it came whole already
         values = dict(value.split("=", 1) for key, value in reply if key == "SETENV")
         paths.append(values["BOOTSEER_CHECKPOINT"])
-        assert os.stat(paths[-1]).st_dev == os.stat(node.run / "checkpoints").st_dev != os.stat(node.run).st_dev
+        assert (
+            os.stat(paths[-1]).st_dev == os.stat(node.run / "checkpoints").st_dev != os.stat(node.run).st_dev
+        )
     done = subprocess.run([sys.executable, "-c", _LOAD, *paths], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [float(each) for each in done.stdout.split()] == sums * 2

@@ -52,7 +52,11 @@ def test_files_and_folders(tmp_path: Path) -> None:
         fs.rm(f"{root}/step_1")
     fs.rm(f"{root}/step_1", recursive=True)
     assert not fs.exists(f"{root}/step_1")
-    for missing in (lambda: fs.info(f"{root}/none"), lambda: fs.open(f"{root}/none"), lambda: fs.mv(f"{root}/none", root)):
+    for missing in (
+        lambda: fs.info(f"{root}/none"),
+        lambda: fs.open(f"{root}/none"),
+        lambda: fs.mv(f"{root}/none", root),
+    ):
         with pytest.raises(FileNotFoundError):
             missing()
     with pytest.raises(ValueError, match="mode"):

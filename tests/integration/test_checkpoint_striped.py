@@ -49,7 +49,10 @@ def test_what_is_written_is_read(tmp_path: Path, size: int) -> None:
     path = tmp_path / "model"
     with bootseer_slurm.open(str(path), "wb") as file:
         for start in range(0, size, 1_000_003):
-            assert file.write(CONTENT[start : min(size, start + 1_000_003)]) == min(size, start + 1_000_003) - start
+            assert (
+                file.write(CONTENT[start : min(size, start + 1_000_003)])
+                == min(size, start + 1_000_003) - start
+            )
         assert file.tell() == size
     with bootseer_slurm.open(f"file://{path}") as file:
         assert file.read() == CONTENT[:size]
@@ -61,7 +64,13 @@ def test_what_is_written_is_read(tmp_path: Path, size: int) -> None:
 def test_any_place_and_any_size(tmp_path: Path) -> None:
     write(tmp_path / "model")
     with ParallelFile(str(tmp_path / "model")) as file:
-        for offset, count in ((0, 10), (CHUNK_BYTES - 5, 10), (3, 3 * CHUNK_BYTES), (len(CONTENT) - 3, 10), (10**12, 5)):
+        for offset, count in (
+            (0, 10),
+            (CHUNK_BYTES - 5, 10),
+            (3, 3 * CHUNK_BYTES),
+            (len(CONTENT) - 3, 10),
+            (10**12, 5),
+        ):
             buffer = bytearray(count)
             done = file.read_at(offset, buffer)
             assert bytes(buffer[:done]) == CONTENT[offset : offset + count]
@@ -80,15 +89,26 @@ def test_any_place_and_any_size(tmp_path: Path) -> None:
 def test_many_ranges_are_read_at_once_and_a_chunk_once(tmp_path: Path, mocker: MockerFixture) -> None:
     path = tmp_path / "model"
     write(path)
-    places = [(0, 10), (100, 4), (CHUNK_BYTES - 5, 10), (2 * CHUNK_BYTES, 2 * CHUNK_BYTES), (len(CONTENT) - 7, 7), (5, 0)]
+    places = [
+        (0, 10),
+        (100, 4),
+        (CHUNK_BYTES - 5, 10),
+        (2 * CHUNK_BYTES, 2 * CHUNK_BYTES),
+        (len(CONTENT) - 7, 7),
+        (5, 0),
+    ]
     buffers = [bytearray(count) for _, count in places]
     with ParallelFile(str(path)) as file:
         seen = mocker.spy(file._reader, "_read_once")
         file.read_ranges((offset, buffer) for (offset, _), buffer in zip(places, buffers, strict=True))
-        assert [bytes(buffer) for buffer in buffers] == [CONTENT[offset : offset + count] for offset, count in places]
+        assert [bytes(buffer) for buffer in buffers] == [
+            CONTENT[offset : offset + count] for offset, count in places
+        ]
         read = sorted((call.args[0], len(call.args[1])) for call in seen.call_args_list)
         assert [offset // CHUNK_BYTES for offset, _ in read] == [0, 1, 2, 3, 15]
-        assert [size for _, size in read] == [CHUNK_BYTES, 256 * 1024, CHUNK_BYTES, CHUNK_BYTES, 7], "whole blocks"
+        assert [size for _, size in read] == [CHUNK_BYTES, 256 * 1024, CHUNK_BYTES, CHUNK_BYTES, 7], (
+            "whole blocks"
+        )
         for offset in (-1, len(CONTENT) - 3):
             with pytest.raises(ValueError, match="has no bytes"):
                 file.read_ranges([(offset, bytearray(4))])
@@ -181,7 +201,9 @@ def test_the_one_before_stays_until_the_next(tmp_path: Path) -> None:
     write(path, b"two")
     with ParallelFile(str(path)) as file:
         assert file.read() == b"two"
-    with ParallelFile.of(striped.Opened(reader._opened.layout, reader._opened.objects, reader._opened.manifest), "old") as old:
+    with ParallelFile.of(
+        striped.Opened(reader._opened.layout, reader._opened.objects, reader._opened.manifest), "old"
+    ) as old:
         assert old.read(10) == b"oneoneoneo", "somebody still reads it"
     write(path, b"three")
     assert len([each for each in path.iterdir() if each.is_dir()]) == 2
@@ -235,7 +257,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(small)], check=True)
     try:
-        write(small / "model", CONTENT[: CHUNK_BYTES])
+        write(small / "model", CONTENT[:CHUNK_BYTES])
         with pytest.raises(BootseerError, match="No space left"), StripedWriter(str(small / "model")) as file:
             for _ in range(20):
                 file.write(bytes(CHUNK_BYTES))
@@ -281,7 +303,13 @@ def test_it_may_be_larger_than_what_is_kept(tmp_path: Path) -> None:
 
 
 def stripe(source: Path, target: Path) -> subprocess.Popen[str]:
-    command = [str(Path(sys.executable).with_name("bootseer")), "checkpoint", "stripe", str(source), str(target)]
+    command = [
+        str(Path(sys.executable).with_name("bootseer")),
+        "checkpoint",
+        "stripe",
+        str(source),
+        str(target),
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -401,7 +429,7 @@ def test_a_writer_that_ends_after_two_others(tmp_path: Path) -> None:
 def test_a_forked_process_takes_nothing_away(tmp_path: Path) -> None:
     code = f"""
 import os, sys, bootseer_slurm
-file = bootseer_slurm.open({str(tmp_path / 'model')!r}, "wb")
+file = bootseer_slurm.open({str(tmp_path / "model")!r}, "wb")
 file.write(bytes(9 * 2**20))
 if os.fork() == 0:
     sys.exit(0)

@@ -42,9 +42,7 @@ def test_a_clock_that_is_ahead_is_found(shared: FileStore, mocker: MockerFixture
 
 def test_times_in_whole_seconds_widen_the_error(shared: FileStore, mocker: MockerFixture) -> None:
     changed_ns = FileStore.changed_ns
-    mocker.patch.object(
-        FileStore, "changed_ns", lambda store, path: changed_ns(store, path) // 10**9 * 10**9
-    )
+    mocker.patch.object(FileStore, "changed_ns", lambda store, path: changed_ns(store, path) // 10**9 * 10**9)
     offset_s, error_s = clock_offset(shared, "users/0/x.clock")
     assert abs(offset_s) <= error_s
     assert 0.5 <= error_s < 1.5
@@ -76,7 +74,9 @@ def test_the_mount_of_a_path_is_the_innermost(tmp_path: Path) -> None:
         mount_of(tmp_path / "none")
 
 
-@pytest.mark.parametrize("answer", [float("nan"), float("inf"), IntegrityError("x")], ids=["nan", "inf", "none"])
+@pytest.mark.parametrize(
+    "answer", [float("nan"), float("inf"), IntegrityError("x")], ids=["nan", "inf", "none"]
+)
 def test_a_clock_that_is_no_number_does_not_cost_the_events(answer: Any, mocker: MockerFixture) -> None:
     """The process that says it is the user's."""
     process, log = mocker.Mock(), EventLog(7, 0, "n1")

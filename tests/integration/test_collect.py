@@ -280,7 +280,15 @@ def test_numbers_that_are_too_large_are_cut(site: Site) -> None:
     path = site.store / f"users/{ALICE}/events/7.0/n1.jsonl"
     log = EventLog(7, 0, "n1")
     for target in "ab":
-        log.emit("prefetch", "end", what="image", target=target, bytes=(1 << 63) - 1, bytes_cached=(1 << 63) - 1, dur_s=1e9)
+        log.emit(
+            "prefetch",
+            "end",
+            what="image",
+            target=target,
+            bytes=(1 << 63) - 1,
+            bytes_cached=(1 << 63) - 1,
+            dur_s=1e9,
+        )
     path.write_text(path.read_text() + log.to_jsonl())
     assert site.collect().problems == []
     assert [(row["job"], row["fetched_bytes"]) for row in site.rows()] == [(7, (1 << 63) - 1), (8, None)]
@@ -308,7 +316,9 @@ def test_one_users_jobs_of_which_sacct_cannot_tell_hold_up_nobody(site: Site) ->
     site.run(BOB, 8)
     real = site.accounting.folder / "sacct"
     real.rename(real.with_name("real"))
-    real.write_text('#!/bin/sh\ncase "$*" in *666*) echo "sacct: error: too many" >&2; exit 1;; esac\nexec "$(dirname "$0")/real" "$@"\n')
+    real.write_text(
+        '#!/bin/sh\ncase "$*" in *666*) echo "sacct: error: too many" >&2; exit 1;; esac\nexec "$(dirname "$0")/real" "$@"\n'
+    )
     real.chmod(0o755)
     result = site.collect()
     assert [row["job"] for row in site.rows()] == [8]
@@ -405,7 +415,9 @@ def test_a_user_whose_files_never_end_is_stopped_and_what_was_read_counts(
     site.run(BOB, 9)
     result = site.collect()
     assert [row["job"] for row in site.rows()] == [7, 9]
-    assert len(result.problems) == 1 and f"user {ALICE}" in result.problems[0] and "in 1 s" in result.problems[0]
+    assert (
+        len(result.problems) == 1 and f"user {ALICE}" in result.problems[0] and "in 1 s" in result.problems[0]
+    )
 
 
 def test_of_one_run_no_more_is_read_than_it_may_cost(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,7 +454,9 @@ def test_a_comment_that_is_never_taken_is_given_up(site: Site) -> None:
     assert told == ["AdminComment not taken by accounting, jobs: 1"]
 
 
-def test_rows_that_were_written_but_not_noted_are_not_there_twice(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_were_written_but_not_noted_are_not_there_twice(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site.run(ALICE, 7)
 
     def interrupt(row: object) -> None:
@@ -505,5 +519,7 @@ def test_the_command_is_roots_and_says_what_it_did(site: Site) -> None:
     assert output.startswith("starts added: 1, ")
     assert site.records.stat().st_mode & 0o777 == 0o700
     command = [sys.executable, "-m", "bootseer_slurm", "--config", str(site.config), "collect"]
-    refused = subprocess.run(command, user=ALICE, group=ALICE, extra_groups=[], capture_output=True, text=True, check=False)
+    refused = subprocess.run(
+        command, user=ALICE, group=ALICE, extra_groups=[], capture_output=True, text=True, check=False
+    )
     assert refused.returncode == 2 and "runs as root" in refused.stderr

@@ -74,7 +74,9 @@ class Containers:
     def begin(self, uid: int = ALICE, **wishes: object) -> int:
         """A job's prolog; gives its number."""
         self.jobs += 1
-        self.node.ask("prolog", JOB_ID=self.jobs, UID=uid, BOOTSEER=1, JOB_NAME="train", ACCOUNT="a", **wishes)
+        self.node.ask(
+            "prolog", JOB_ID=self.jobs, UID=uid, BOOTSEER=1, JOB_NAME="train", ACCOUNT="a", **wishes
+        )
         return self.jobs
 
     def environ(self, job: int, uid: int = ALICE) -> dict[str, str]:
@@ -213,7 +215,9 @@ def test_an_image_starts_and_its_blocks_are_prefetched_at_the_next_start(contain
     blocks = int(str(one(events, "prefetch", "hot")["blocks"]))
     assert 5 * FILE_BYTES / 2**16 < blocks < 100, "five files of 24, and the tables"
     assert one(events, "access", "summary")["reads_blocked"] == 0
-    fetched = [event for event in events if event["kind"] == "prefetch" and event["name"] in ("end", "stopped")]
+    fetched = [
+        event for event in events if event["kind"] == "prefetch" and event["name"] in ("end", "stopped")
+    ]
     assert int(str(fetched[0]["bytes"])) <= blocks * 2**16
 
 
@@ -276,7 +280,9 @@ def test_the_kernel_mounts_what_an_agent_packed_and_nothing_else(containers: Con
     job = containers.begin()
     assert containers.start(job, NAMES) == FUSE
     containers.end(job)
-    loops = subprocess.run(["losetup", "-l", "-n", "-O", "BACK-FILE"], capture_output=True, text=True, check=True)
+    loops = subprocess.run(
+        ["losetup", "-l", "-n", "-O", "BACK-FILE"], capture_output=True, text=True, check=True
+    )
     assert str(containers.node.folder) not in loops.stdout
 
 
@@ -323,7 +329,9 @@ def test_the_store_is_lost_in_the_middle_and_comes_back(containers: Containers) 
     assert not alive or "source_failed" in names_of(events, "fault")
 
 
-def test_a_corrupt_block_in_the_store_is_an_error_and_in_the_cache_is_fetched_again(containers: Containers) -> None:
+def test_a_corrupt_block_in_the_store_is_an_error_and_in_the_cache_is_fetched_again(
+    containers: Containers,
+) -> None:
     job = containers.begin()
     containers.start(job, list(containers.digests))
     containers.end(job)
@@ -379,7 +387,9 @@ def test_a_full_cache_serves_what_it_cannot_keep() -> None:
 def test_eviction_under_pressure_spares_what_a_job_reads() -> None:
     with node_of() as node:
         text = node.config.read_text()
-        node.config.write_text(text.replace("[cache]\n", f'[cache]\nmax = "{FILES * FILE_BYTES * 3 // 2}B"\n'))
+        node.config.write_text(
+            text.replace("[cache]\n", f'[cache]\nmax = "{FILES * FILE_BYTES * 3 // 2}B"\n')
+        )
         containers = Containers(node)
         containers.push()
         node.start()

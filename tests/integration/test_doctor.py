@@ -73,7 +73,11 @@ def test_a_bare_node(config: Config, tmp_path: Path) -> None:
 def test_how_environments_are_shown(config: Config, bins: tuple[Path, Path]) -> None:
     _, usr = bins
     assert _found(config)["environments"][0] is False
-    for name, meaning in (("unsquashfs", "unsquashfs"), ("squashfuse", "by squashfuse"), ("squashfuse_ll", "_ll")):
+    for name, meaning in (
+        ("unsquashfs", "unsquashfs"),
+        ("squashfuse", "by squashfuse"),
+        ("squashfuse_ll", "_ll"),
+    ):
         _program(usr / name)
         works, shown = _found(config)["environments"]
         assert works and meaning in shown, name
@@ -147,7 +151,9 @@ def test_the_table(
 
 
 @pytest.mark.usefixtures("bins")
-def test_the_machine_that_collects_is_told_from_others_and_late_ones_from_well_ones(config: Config, tmp_path: Path) -> None:
+def test_the_machine_that_collects_is_told_from_others_and_late_ones_from_well_ones(
+    config: Config, tmp_path: Path
+) -> None:
     assert _found(config)["records"][0] is None
     (tmp_path / "records").mkdir()
     lock = tmp_path / "records" / "lock"

@@ -95,7 +95,9 @@ def blob_bytes(folder: str, node: Node) -> int:
 
 def install(view: Path, name: str) -> None:
     """As pip does, in a step of a job."""
-    as_alice(view, f"cd {PACKAGES} && mkdir {name} {name}-1.0.dist-info && echo VALUE = 3 > {name}/__init__.py")
+    as_alice(
+        view, f"cd {PACKAGES} && mkdir {name} {name}-1.0.dist-info && echo VALUE = 3 > {name}/__init__.py"
+    )
 
 
 def start_is_over(node: Node, job: int) -> None:
@@ -175,7 +177,9 @@ def test_the_kernel_mounts_both_where_agents_packed_them() -> None:
         assert layer["signature"] and layer["base"]["signature"]  # type: ignore[index]
         view = shown(node, 3, root)
         assert view is not None and kind_of(view) == "overlayfs"
-        options = next(line for line in Path("/proc/self/mountinfo").read_text().splitlines() if ".layers" in line)
+        options = next(
+            line for line in Path("/proc/self/mountinfo").read_text().splitlines() if ".layers" in line
+        )
         assert options.count("/images/") == 2, "two mounts of the kernel's"
         assert without_byte_code(contents(view)) == without_byte_code(contents_of(root))
         events = end(node, 3, view)
@@ -183,7 +187,9 @@ def test_the_kernel_mounts_both_where_agents_packed_them() -> None:
         read = {event["target"] for event in events if event["kind"] == "access"}
         assert read == {str(root), f"{root}, below its layer"}
         blob = layer["base"]["blob"]  # type: ignore[index]
-        assert list((node.folder / f"store/users/{ALICE}/traces").glob(f"*/{blob}/*")), "the layer is read by mounting it"
+        assert list((node.folder / f"store/users/{ALICE}/traces").glob(f"*/{blob}/*")), (
+            "the layer is read by mounting it"
+        )
 
 
 def test_a_file_with_the_size_and_time_of_another(node: Node) -> None:
@@ -317,14 +323,18 @@ def test_what_a_start_installs_is_there_at_the_next(packed: str) -> None:
         view = writable(node, 5, root, JOB_NAME="train")
         assert (view / PACKAGES / "extra" / "__init__.py").read_text() == "VALUE = 4\n"
         assert (view / PACKAGES / "second" / "__init__.py").exists()
-        assert (view / PACKAGES / "thing" / "same.py").read_text() == "NAME = 'SAME'\n", "from the layer before"
+        assert (view / PACKAGES / "thing" / "same.py").read_text() == "NAME = 'SAME'\n", (
+            "from the layer before"
+        )
         end(node, 5, view)
 
         for job, view in (
             (6, writable(node, 6, root, JOB_NAME="another")),
             (7, shown(node, 7, root, JOB_NAME="train")),
         ):
-            assert view is not None and not (view / PACKAGES / "extra").exists(), "it is for this class, to write"
+            assert view is not None and not (view / PACKAGES / "extra").exists(), (
+                "it is for this class, to write"
+            )
             end(node, job, view)
 
         (package(root).parent / "thing-1.0.dist-info").rename(package(root).parent / "thing-2.0.dist-info")
@@ -358,7 +368,9 @@ def test_a_job_that_ends_while_it_is_saved(node: Node) -> None:
     start_is_over(node, 1)
 
     def saves() -> bool:
-        done = subprocess.run(["pgrep", "-f", f"save-installed {node.folder}"], capture_output=True, check=False)
+        done = subprocess.run(
+            ["pgrep", "-f", f"save-installed {node.folder}"], capture_output=True, check=False
+        )
         return done.returncode == 0
 
     wait_until(saves, 20)
@@ -390,10 +402,15 @@ def test_a_layer_of_another_snapshot_in_the_record(node: Node) -> None:
         file.write_text(json.dumps(record | {"base": base}))
         assert shown(node, job, root) is None
         faults = [str(event.get("message")) for event in end(node, job) if event["kind"] == "fault"]
-        assert any("damaged" in fault or "not the one that was saved" in fault for fault in faults), (base, faults)
+        assert any("damaged" in fault or "not the one that was saved" in fault for fault in faults), (
+            base,
+            faults,
+        )
 
 
-def run_within(place: Path, original: os.stat_result, script: str, seen: Path) -> subprocess.CompletedProcess[str]:
+def run_within(
+    place: Path, original: os.stat_result, script: str, seen: Path
+) -> subprocess.CompletedProcess[str]:
     fd = mounts.bind_clone(seen)
     identity = [str(fd), str(original.st_dev), str(original.st_ino)]
     done = subprocess.run(
@@ -442,7 +459,9 @@ def test_a_mount_is_seen_only_where_the_folder_was(node: Node) -> None:
 
 
 @pytest.mark.parametrize("how", ["shorter", "gone"])
-def test_a_file_that_changes_while_it_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_a_file_that_changes_while_it_is_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     root = tmp_path / "packages"
     (root / "thing-1.dist-info").mkdir(parents=True)
     (root / "data").write_bytes(bytes(2**20))
@@ -474,7 +493,9 @@ def test_what_is_installed_in_a_container(node: Node) -> None:
     """The job names its image; the snapshot was saved without one."""
     root = make_large_venv(node)
     image = node.folder / "data" / "image.sqsh"
-    subprocess.run(["mksquashfs", str(root), str(image), "-quiet", "-no-progress"], check=True, capture_output=True)
+    subprocess.run(
+        ["mksquashfs", str(root), str(image), "-quiet", "-no-progress"], check=True, capture_output=True
+    )
     os.utime(image, OLD)
     node.bootseer("env", "save", str(root))
     node.start()
@@ -563,7 +584,9 @@ def test_jobs_that_are_never_called_the_same_leave_no_heap(tmp_path: Path) -> No
     store, uid = FileStore(tmp_path), os.getuid()
     folder = f"users/{uid}/blobs/x"
     plain = Name("environment", "/a", "f", "0" * 64, folder, made_ns=100)
-    made = [Name("environment", f"/a for {number:032x}", "f", "0" * 64, folder, number) for number in range(20)]
+    made = [
+        Name("environment", f"/a for {number:032x}", "f", "0" * 64, folder, number) for number in range(20)
+    ]
     others = [Name("environment", f"/a{rest}", "f", "0" * 64, folder, 1) for rest in ("b", f"b for {0:032x}")]
     for name in (plain, *made, *others):
         write_name(store, uid, name)

@@ -127,7 +127,9 @@ resolved._FRESH_S = 0
 
 
 @pytest.mark.parametrize("recent_s", [60, 0])
-def test_what_was_looked_up_just_now_is_shown_where_the_check_has_no_answer(node: Node, recent_s: int) -> None:
+def test_what_was_looked_up_just_now_is_shown_where_the_check_has_no_answer(
+    node: Node, recent_s: int
+) -> None:
     root = make_venv(node)
     node.bootseer("env", "save", str(root))
     node.start(f"{_UNCHECKED}resolved._RECENT_S = {recent_s}\n")
@@ -194,7 +196,9 @@ def test_a_background_save_ends_with_the_job() -> None:
 
 
 def saves(node: Node) -> list[str]:
-    done = subprocess.run(["pgrep", "-fa", f"env save {node.folder}"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["pgrep", "-fa", f"env save {node.folder}"], capture_output=True, text=True, check=False
+    )
     return done.stdout.splitlines()
 
 
@@ -240,7 +244,9 @@ def test_interrupted_it_leaves_nothing_that_counts(node: Node, how: signal.Signa
     assert names(node) == []
     if how == signal.SIGTERM:
         assert list(scratch.iterdir()) == []
-    done = subprocess.run(command, env=environ, user=ALICE, group=ALICE, extra_groups=[], timeout=100, check=False)
+    done = subprocess.run(
+        command, env=environ, user=ALICE, group=ALICE, extra_groups=[], timeout=100, check=False
+    )
     assert done.returncode == 0
     assert list(scratch.iterdir()) == [] and len(names(node)) == 1
 
@@ -302,7 +308,9 @@ def test_what_may_lie_in_an_environment(node: Node) -> None:
         assert file.read(3) == b"end"
     assert not any(os.path.lexists(there / name) for name in ("pipe", "null", "sock"))
     flags = next(
-        line.split()[5] for line in Path("/proc/self/mountinfo").read_text().splitlines() if "/env/1.0/" in line
+        line.split()[5]
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if "/env/1.0/" in line
     )
     assert {"nosuid", "nodev", "ro"} <= set(flags.split(",")), "set-user-id bits are of no use"
     assert int((there / "tool").stat().st_mtime) == OLD[0]
@@ -330,7 +338,12 @@ def test_a_full_disk(node: Node) -> None:
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=1777", "tmpfs", str(small)], check=True)
     command = [str(Path(sys.executable).with_name("bootseer")), "env", "save", str(root)]
-    environ = {"PATH": "/usr/bin:/bin", "BOOTSEER_CONFIG": str(node.config), "HOME": "/", "TMPDIR": str(small)}
+    environ = {
+        "PATH": "/usr/bin:/bin",
+        "BOOTSEER_CONFIG": str(node.config),
+        "HOME": "/",
+        "TMPDIR": str(small),
+    }
     done = subprocess.run(
         command,
         env=environ,
@@ -363,7 +376,9 @@ def test_a_link_to_it_is_it(node: Node) -> None:
 def test_one_for_each_image_it_is_used_in(node: Node) -> None:
     root = make_venv(node)
     image = node.folder / "data" / "image.sqsh"
-    subprocess.run(["mksquashfs", str(root), str(image), "-quiet", "-no-progress"], check=True, capture_output=True)
+    subprocess.run(
+        ["mksquashfs", str(root), str(image), "-quiet", "-no-progress"], check=True, capture_output=True
+    )
     os.utime(image, OLD)
     node.bootseer("env", "save", str(root), "--image", str(image))
     node.start()
@@ -465,7 +480,9 @@ def test_each_way_to_mount_it_shows_the_same(monkeypatch: pytest.MonkeyPatch) ->
         assert view is not None and kind_of(view) == "squashfs"
         seen["kernel"] = contents(view)
         end(node, 4, view)
-        node.config.write_text(node.config.read_text().replace("[image]\n", '[image]\nkernel_mount = "off"\n'))
+        node.config.write_text(
+            node.config.read_text().replace("[image]\n", '[image]\nkernel_mount = "off"\n')
+        )
         node.processes[-1].send_signal(signal.SIGHUP)
         wait_until(lambda: "loading the code anew" in node.log)
         wait_until(node.answers)
@@ -473,9 +490,7 @@ def test_each_way_to_mount_it_shows_the_same(monkeypatch: pytest.MonkeyPatch) ->
         assert view is not None and kind_of(view) == "fuseblk"
         seen["the agent's, by squashfuse"] = contents(view)
         end(node, 5, view)
-        original = {
-            name: each for name, each in contents_of(root).items() if "__pycache__" not in name
-        }
+        original = {name: each for name, each in contents_of(root).items() if "__pycache__" not in name}
         for way, found in seen.items():
             there = {name: each for name, each in found.items() if "__pycache__" not in name}
             assert there == original, way

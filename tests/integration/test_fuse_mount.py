@@ -327,7 +327,9 @@ def test_killed_at_random_moments(supervisor: Supervisor, data: Path, tmp_path: 
     assert min(turns) >= 1 and sum(turns) > len(kinds)
 
 
-def test_many_waiting_reads_and_two_kills_before_any_answer(supervisor: Supervisor, data: Path, blob: Path) -> None:
+def test_many_waiting_reads_and_two_kills_before_any_answer(
+    supervisor: Supervisor, data: Path, blob: Path
+) -> None:
     server = supervisor.serve(("0/blob", str(data), "stuck"))
     offsets = [number << 19 for number in range(12)]
     for offset in offsets:
@@ -370,7 +372,10 @@ def test_killed_between_request_and_answer(
     server = supervisor.serve(trap=(where, int(opcode)))
     server.do("add", "0/blob", str(data))
     reader = supervisor.read(f"import os, sys; path = sys.argv[1]; {_CALLS[opcode]}", blob)
-    if opcode not in (protocol.Opcode.OPEN, protocol.Opcode.READDIR):  # those two are not asked by every kernel
+    if opcode not in (
+        protocol.Opcode.OPEN,
+        protocol.Opcode.READDIR,
+    ):  # those two are not asked by every kernel
         assert server.process.wait(20) == -signal.SIGKILL
     else:
         time.sleep(0.5)
@@ -404,7 +409,9 @@ os.preadv(os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), [mmap.mmap(-1, 4096)]
     assert readers[1].wait(10) == -signal.SIGKILL
 
 
-def test_a_reader_that_died_meanwhile_is_in_nobodys_way(supervisor: Supervisor, data: Path, blob: Path) -> None:
+def test_a_reader_that_died_meanwhile_is_in_nobodys_way(
+    supervisor: Supervisor, data: Path, blob: Path
+) -> None:
     server = supervisor.serve(("0/blob", str(data), "stuck"))
     readers = [supervisor.read(_PREAD, blob, 0, 100) for _ in range(2)]  # one page: one request
     server.wait_for_fetches()
@@ -415,7 +422,9 @@ def test_a_reader_that_died_meanwhile_is_in_nobodys_way(supervisor: Supervisor, 
     assert _result(readers[1]) == data.read_bytes()[:100].hex()
 
 
-def test_bound_files_and_mappings_go_on(supervisor: Supervisor, data: Path, blob: Path, tmp_path: Path) -> None:
+def test_bound_files_and_mappings_go_on(
+    supervisor: Supervisor, data: Path, blob: Path, tmp_path: Path
+) -> None:
     server = supervisor.serve(("0/blob", str(data), "mixed"))
     bound, stop = tmp_path / "bound", tmp_path / "stop"
     bound.touch()
@@ -530,7 +539,9 @@ def _is_over(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_one_that_cannot_die_before_its_successor_answers(supervisor: Supervisor, data: Path, blob: Path) -> None:
+def test_one_that_cannot_die_before_its_successor_answers(
+    supervisor: Supervisor, data: Path, blob: Path
+) -> None:
     server = supervisor.serve(("0/blob", str(data), "stuck"))
     reader = supervisor.read(_PREAD, blob, 0, 100)
     server.wait_for_fetches()
@@ -561,7 +572,9 @@ def test_the_state_of_another_mount_means_nothing(tmp_path: Path, data: Path) ->
             supervisor.close()
 
 
-def test_a_state_that_cannot_be_read_costs_only_what_was_open(supervisor: Supervisor, data: Path, blob: Path) -> None:
+def test_a_state_that_cannot_be_read_costs_only_what_was_open(
+    supervisor: Supervisor, data: Path, blob: Path
+) -> None:
     supervisor.serve(("0/blob", str(data))).kill()
     supervisor.state.write_text('{"mount": "' + supervisor.mount.key + '"}')
     supervisor.serve(("0/blob", str(data)))

@@ -37,7 +37,11 @@ def test_its_owner_sees_how_far_a_start_is(node: Node) -> None:
     assert (here["name"], here["state"], here["asked_by"]) == (str(model), "ready", "job")
     assert here["shown_at"] == str(model)
     (layer,) = here["layers"]
-    assert (layer["fetched_bytes"], layer["sources"], layer["planned_blocks"]) == (size_bytes, ["origin"], None)
+    assert (layer["fetched_bytes"], layer["sources"], layer["planned_blocks"]) == (
+        size_bytes,
+        ["origin"],
+        None,
+    )
     assert (lacks["state"], lacks["layers"]) == ("failed", []) and "No such file" in lacks["reason"]
     table = " ".join(node.bootseer("debug", "job", "7").split())
     assert "100 %" in table and "job 7 on n1: starting" in table

@@ -53,7 +53,12 @@ def load(node: Node, job: int, folder: Path, *, rank: int = 0, mark: bool = True
     """A start that reads half of one file, all of another, and of the third what `extra` says."""
     mounts = begin(node, job, rank=rank)
     assert set(mounts) == {str(path) for path in folder.iterdir()}
-    for name, size_bytes in ((".metadata", 100), ("half.distcp", HALF), ("whole.distcp", SIZE), (extra, SIZE)):
+    for name, size_bytes in (
+        (".metadata", 100),
+        ("half.distcp", HALF),
+        ("whole.distcp", SIZE),
+        (extra, SIZE),
+    ):
         if name:
             fd = os.open(f"/proc/self/fd/{mounts[str(folder / name)]}", os.O_RDONLY)
             assert os.pread(fd, size_bytes, 0) == (folder / name).read_bytes()[:size_bytes]
@@ -112,10 +117,14 @@ def test_the_next_checkpoint_brings_what_this_rank_read_of_the_last(node: Node) 
     # Its end is brought too: where it is a zip, its directory is there.
     assert by_touches[2] <= brought["half.distcp"] <= by_touches[2] + 4
     fd = os.open(f"/proc/self/fd/{mounts[str(folder / 'other.distcp')]}", os.O_RDONLY)
-    assert os.pread(fd, SIZE, 0) == (folder / "other.distcp").read_bytes(), "what was not brought is read all the same"
+    assert os.pread(fd, SIZE, 0) == (folder / "other.distcp").read_bytes(), (
+        "what was not brought is read all the same"
+    )
     os.close(fd)
     end(node, 2, mounts)
-    pushed = {str(event["target"]): event["pushed_bytes"] for event in node.events(2) if event["name"] == "summary"}
+    pushed = {
+        str(event["target"]): event["pushed_bytes"] for event in node.events(2) if event["name"] == "summary"
+    }
     assert pushed[str(folder / "half.distcp")] > HALF // 2, "what is known to be read is given to the kernel"
     # Another rank's node reads other parts, and has no plan yet.
     make(node, 3)

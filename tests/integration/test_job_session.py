@@ -113,7 +113,9 @@ def test_a_job_begins_trains_and_ends(scene: Scene) -> None:
     model, session = scene.file(), scene.session()
     session.begin(asks(model), hook_start_ns=1)
     (artifact,) = session.artifacts.all()
-    until(lambda: bool(session.artifacts.layers()) and session.artifacts.layers()[0].handle.reader.blob.complete)
+    until(
+        lambda: bool(session.artifacts.layers()) and session.artifacts.layers()[0].handle.reader.blob.complete
+    )
     assert artifact.state is State.READY and artifact.resolved is not None
     assert artifact.resolved.layers[0].handle.blob.bind_path().read_bytes() == model.read_bytes()
     assert session.context.phase.now is Phase.STARTING
@@ -169,7 +171,9 @@ def test_what_fails_is_told_once_and_the_rest_goes_on(scene: Scene) -> None:
     assert named(session).count(("fault", "checkpoint_not_used")) == 1
 
 
-def test_a_folder_is_asked_for_once_and_its_files_one_by_one(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_asked_for_once_and_its_files_one_by_one(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = scene.folder / "ckpt" / "step_1"
     folder.mkdir(parents=True)
     for name in ("a.distcp", "b.distcp", ".metadata"):

@@ -172,9 +172,7 @@ def test_a_job_that_asks_in_a_step_is_not_only_observed_any_more(node: Node) -> 
 def test_a_job_that_wants_to_be_observed_only_stays_so(node: Node) -> None:
     node.ask("prolog", JOB_ID=5, UID=ALICE, GID=ALICE, BOOTSEER="observe")
     image = node.folder / "data" / "img.sqsh"
-    _, fds = node.request(
-        "attach", JOB_ID=5, UID=ALICE, GID=ALICE, STEP_ID=0, BOOTSEER="1", IMAGE=image
-    )
+    _, fds = node.request("attach", JOB_ID=5, UID=ALICE, GID=ALICE, STEP_ID=0, BOOTSEER="1", IMAGE=image)
     assert fds == []
 
 

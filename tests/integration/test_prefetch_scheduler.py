@@ -374,7 +374,9 @@ def test_a_lost_source_is_told_and_ends_the_wait(scene: Scene, monkeypatch: pyte
 
 def test_a_full_disk_ends_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     target, bringing = scene.target(), scene.start()
-    monkeypatch.setattr(type(target.handle.reader.blob.file), "write", lambda file, *_: setattr(file, "full", True))
+    monkeypatch.setattr(
+        type(target.handle.reader.blob.file), "write", lambda file, *_: setattr(file, "full", True)
+    )
     bringing.add(target, plan=planned(*range(0, BLOCKS, 2)))
     assert not bringing.wait_hot(target, 10)
     until(lambda: bool(scene.events("end")))
@@ -539,13 +541,18 @@ def test_a_checkpoint_larger_than_the_budget_lies_on_disk_beyond_it(
     unbounded.add(image)
     unbounded.start_over()
     until(lambda: image.handle.reader.blob.complete)
-    assert resident_bytes(image.handle.reader.blob.file.path) == len(CONTENT), "only checkpoints are as large as memory"
+    assert resident_bytes(image.handle.reader.blob.file.path) == len(CONTENT), (
+        "only checkpoints are as large as memory"
+    )
 
 
 def resident_bytes(path: Path) -> int:
     """How much of a file the kernel keeps in memory (fincore of util-linux)."""
     done = subprocess.run(
-        ["fincore", "--bytes", "--noheadings", "--output", "RES", path], capture_output=True, text=True, check=True
+        ["fincore", "--bytes", "--noheadings", "--output", "RES", path],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return int(done.stdout)
 
@@ -571,7 +578,11 @@ def test_a_checkpoint_on_a_disk_that_fails_to_sync_is_checked_again(
 
 
 def test_both_ends_of_a_checkpoint_come_before_the_rest_and_after_all_plans(scene: Scene) -> None:
-    model, image, bringing = scene.target("checkpoint"), scene.target("image", "file-b"), scene.start(streams=1)
+    model, image, bringing = (
+        scene.target("checkpoint"),
+        scene.target("image", "file-b"),
+        scene.start(streams=1),
+    )
     link = LinkSource(scene.link)
     model.handle.reader.sources._sources = (link,)
     image.handle.reader.sources._sources = (link,)
@@ -582,7 +593,9 @@ def test_both_ends_of_a_checkpoint_come_before_the_rest_and_after_all_plans(scen
     until(lambda: model.handle.reader.blob.complete)
     per_end = 2**20 // BLOCK_BYTES
     # One stream may have taken its first run before the image came.
-    assert sorted(link.reads[:2] + link.reads[2:4]) == sorted([(0, per_end), (BLOCKS - per_end, per_end), (7, 1), (9, 1)])
+    assert sorted(link.reads[:2] + link.reads[2:4]) == sorted(
+        [(0, per_end), (BLOCKS - per_end, per_end), (7, 1), (9, 1)]
+    )
     assert link.reads.index((BLOCKS - per_end, per_end)) == 3
     assert both_ends(100) == ((0, 100), (0, 100))
 

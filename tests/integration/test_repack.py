@@ -66,7 +66,9 @@ def start(node: Node, job: int, root: Path, *, until: str = "") -> tuple[bytes, 
 
 
 def hot_bytes(events: list[dict[str, object]]) -> int:
-    return sum(int(str(each["bytes"])) for each in events if (each["kind"], each["name"]) == ("prefetch", "hot"))
+    return sum(
+        int(str(each["bytes"])) for each in events if (each["kind"], each["name"]) == ("prefetch", "hot")
+    )
 
 
 def fetched(events: list[dict[str, object]]) -> int:
@@ -117,7 +119,9 @@ def test_hot_files_lie_in_front_in_the_order_of_touch() -> None:
         image = node.folder / "store" / record["folder"] / "0"
         files = read_files(FileReader(image), "image").files
         hot = [files[f"{SITE}/f{number:04}"].blocks[0].offset for number in HOT]
-        cold = [files[f"{SITE}/f{number:04}"].blocks[0].offset for number in range(FILES) if number not in HOT]
+        cold = [
+            files[f"{SITE}/f{number:04}"].blocks[0].offset for number in range(FILES) if number not in HOT
+        ]
         large = files[f"{SITE}/large"].blocks[:-1]  # without its tail, in a fragment
         behind = [offset for offset in hot if offset > min(large)[0]]
         assert len(behind) <= 6, "the last fragment is filled with cold files, and written then"
@@ -162,7 +166,9 @@ background.Background.run = lambda self, *a, **o: run(self, *a, **o | {"when_to_
             node.ask("mark", JOB_ID=1, NAME="training_started", TIME_NS=time.time_ns())
             time.sleep(4)
             (root / SITE / "new").write_bytes(b"x")
-            (root / SITE).parent.joinpath("thing-1.0.dist-info").rename((root / SITE).parent / "thing-1.1.dist-info")
+            (root / SITE).parent.joinpath("thing-1.0.dist-info").rename(
+                (root / SITE).parent / "thing-1.1.dist-info"
+            )
             give_alice(root)
             node.bootseer("env", "save", str(root))
             newest = names(node)

@@ -158,7 +158,9 @@ def test_hostile_texts_do_nothing(browser: Any, tmp_path: Path) -> None:
         for sent in run.nodes
     )
     record = replace(run.record, name=attack, account=attack, partition=attack)
-    page = Page(browser, tmp_path, to_html(analyse(replace(run, record=record, nodes=nodes, notes=(attack,)))))
+    page = Page(
+        browser, tmp_path, to_html(analyse(replace(run, record=record, nodes=nodes, notes=(attack,))))
+    )
     assert attack in page.tab.inner_text("h1")
     assert page.tab.title().startswith("Start of job")
     assert (page.complaints, page.requests) == ([], [])
@@ -168,7 +170,9 @@ def test_hostile_texts_do_nothing(browser: Any, tmp_path: Path) -> None:
 
 def test_what_the_policy_forbids_does_not_run(browser: Any, tmp_path: Path) -> None:
     """Were a text ever to become HTML, the policy is what is left."""
-    text = to_html(made_report(3)).replace("</main>", "<script>document.title='owned'</script><img src='//e.example/x'></main>")
+    text = to_html(made_report(3)).replace(
+        "</main>", "<script>document.title='owned'</script><img src='//e.example/x'></main>"
+    )
     page = Page(browser, tmp_path, text)
     assert page.tab.title() != "owned"
     assert page.requests == []

@@ -27,7 +27,9 @@ _OFTEN = "from bootseer_slurm.service import metrics\nmetrics._EVERY_S = 0.05\n"
 @pytest.fixture
 def node() -> Iterator[Node]:
     with node_of() as made:
-        made.config.write_text(made.config.read_text().replace("[agent]\n", f'[agent]\nmetrics = "{made.folder}/out/b.prom"\n'))
+        made.config.write_text(
+            made.config.read_text().replace("[agent]\n", f'[agent]\nmetrics = "{made.folder}/out/b.prom"\n')
+        )
         (made.folder / "out").mkdir()
         yield made
 
@@ -37,7 +39,11 @@ def figures(node: Node) -> dict[tuple[str, ...], float]:
     text = (node.folder / "out" / "b.prom").read_text()
     families = list(text_string_to_metric_families(text))
     assert all(family.documentation and family.type in ("counter", "gauge") for family in families)
-    return {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
 
 
 def checkpoint(node: Node, size_bytes: int) -> Path:
@@ -53,7 +59,10 @@ def test_what_a_job_did_is_counted_and_stays_when_the_job_is_over(node: Node) ->
     wait_until(lambda: (node.folder / "out" / "b.prom").exists())
     before = figures(node)
     assert before["bootseer_sessions",] == 0 and before["bootseer_cache_blobs",] == 0
-    assert before["bootseer_cache_max_bytes",] == 200 * 2**30 and before["bootseer_cache_min_free_bytes",] == 2**20
+    assert (
+        before["bootseer_cache_max_bytes",] == 200 * 2**30
+        and before["bootseer_cache_min_free_bytes",] == 2**20
+    )
     path = checkpoint(node, 5_000_000)
     wish = {"SPANK_BOOTSEER": "1", "BOOTSEER": "1", "CHECKPOINT": str(path)}
     node.ask("prolog", JOB_ID=7, UID=ALICE, GID=ALICE, RESTART_COUNT=0, NODENAME="n1", NODELIST="n1", **wish)
@@ -96,7 +105,10 @@ def test_a_link_where_the_file_is_made_is_not_followed(tmp_path: Path) -> None:
     metrics._registry = CollectorRegistry()
     metrics.write(tmp_path / "b.prom")
     assert victim.read_text() == "root"
-    assert [(path.name, path.is_symlink()) for path in sorted(tmp_path.iterdir())] == [("b.prom", False), ("passwd", False)]
+    assert [(path.name, path.is_symlink()) for path in sorted(tmp_path.iterdir())] == [
+        ("b.prom", False),
+        ("passwd", False),
+    ]
 
 
 def test_a_fault_of_ours_does_not_end_the_writing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -133,7 +145,9 @@ def test_the_dashboard_asks_for_figures_that_there_are_and_for_all_of_them(node:
     text = (node.folder / "out" / "b.prom").read_text()
     there = set(re.findall(r"^# TYPE (\S+)", text, re.M))
     dashboard = json.loads(DASHBOARD.read_text())
-    asked = set(re.findall(r"\b(bootseer_\w+)", json.dumps([panel["targets"] for panel in dashboard["panels"]])))
+    asked = set(
+        re.findall(r"\b(bootseer_\w+)", json.dumps([panel["targets"] for panel in dashboard["panels"]]))
+    )
     assert asked == there
     assert re.findall(r"bootseer_\w+", json.dumps(dashboard["templating"])) == ["bootseer_sessions"]
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

@@ -214,7 +214,8 @@ def squashfuses(node: Node) -> list[psutil.Process]:
     return [
         each
         for each in found
-        if (each.info["name"] or "").startswith("squashfuse") and str(node.folder) in str(each.info["cmdline"])
+        if (each.info["name"] or "").startswith("squashfuse")
+        and str(node.folder) in str(each.info["cmdline"])
     ]
 
 
@@ -402,7 +403,9 @@ def test_a_damaged_journal_costs_its_job_only(node: Node) -> None:
     jobs = node.run / "jobs"
     (jobs / "2").write_text((jobs / "1").read_text())  # another job's
     (jobs / "3").write_text("[[[")
-    (jobs / "4").write_text('{"Began": {"job": {"job_id": 4}}}\n{"Added": []}\n{"Found": 1}\n{"else": {}}\n[]\n')
+    (jobs / "4").write_text(
+        '{"Began": {"job": {"job_id": 4}}}\n{"Added": []}\n{"Found": 1}\n{"else": {}}\n[]\n'
+    )
     with contextlib.suppress(OSError):
         (jobs / "x").write_text("[]\n")
     with (jobs / "1").open("a") as file:

@@ -487,6 +487,8 @@ def test_what_another_user_planted_is_not_used(tmp_path: Path, file: Path) -> No
             for each in names:
                 os.chown(Path(folder) / each, 20001, 20001)
         reply = look_up(process, "checkpoint", file).reply
-        assert reply.blobs[0].folder == name.folder.replace("users/0/", "users/20001/"), "the same, when it is the user's own"
+        assert reply.blobs[0].folder == name.folder.replace("users/0/", "users/20001/"), (
+            "the same, when it is the user's own"
+        )
     finally:
         process.kill()

@@ -109,8 +109,7 @@ class Site:
         conf = re.search(r"^Config file: (.*)$", info, re.MULTILINE)
         assert conf, info
         commands = (
-            "set -e; install -d -m 1777 /run/enroot; "
-            f"mount --bind /etc/bootseer/enroot.conf.d {conf[1]}.d"
+            f"set -e; install -d -m 1777 /run/enroot; mount --bind /etc/bootseer/enroot.conf.d {conf[1]}.d"
         )
         done = self.cluster.exec(node, "sh", "-c", commands)
         assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from scripts.lib.cluster.client import BOOTSEER
+from scripts.lib.cluster.layout import poll
 
 pytestmark = pytest.mark.slurm
 
@@ -239,6 +243,21 @@ def test_down_leaves_nothing(spare_cluster: Any) -> None:
     spare_cluster.script("down")
     assert traces(spare_cluster.state_dir) == before
     assert "no cluster" in spare_cluster.script("down").stdout
+
+
+def test_an_agent_has_a_clock_of_its_own_and_a_node_as_many_cores_as_it_claims(spare_cluster: Any) -> None:
+    day_s = 86400
+    spare_cluster.script("up", "--nodes", "1", "--clocks", "--cpus", "24")
+    spare_cluster.script("clock", "n1", "--", f"{-day_s}")
+    spare_cluster.agent("n1", "crash")  # the next one tells when it was started
+
+    def behind_s() -> float:
+        status = json.loads(spare_cluster.run("n1", BOOTSEER, "status"))
+        return time.time() - float(status["start_ns"]) / 1e9
+
+    assert poll(lambda: day_s <= behind_s() < day_s + 60, timeout_s=30)
+    assert abs(time.time() - float(spare_cluster.run("n1", "date", "+%s"))) < 5, "the node has the machine's"
+    assert spare_cluster.run("login", "sinfo", "--noheader", "--format=%c") == "24\n"
 
 
 def test_start_that_was_killed_is_taken_down(spare_cluster: Any) -> None:

@@ -18,9 +18,13 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300), pytest.mark.usefixtur
 
 PYTHON = str(Path(BOOTSEER).with_name("python"))
 # A job that ends sooner is called "allocation" in sacct for a while.
-JOB = f"#!/bin/bash\n#SBATCH -o /dev/null\nsrun bash -c 'sleep 1; {BOOTSEER} mark training_started'\nsleep 6\n"
+JOB = (
+    f"#!/bin/bash\n#SBATCH -o /dev/null\nsrun bash -c 'sleep 1; {BOOTSEER} mark training_started'\nsleep 6\n"
+)
 HET = "#!/bin/bash\n#SBATCH -n1 -o /dev/null\n#SBATCH hetjob\n#SBATCH -n1\nsrun bash -c 'sleep 1; {} mark training_started'\nsleep 6\n"
-REQUEUE = "#!/bin/bash\n#SBATCH -o /dev/null --requeue\n[ \"$SLURM_RESTART_COUNT\" = 1 ] || sleep 600\n" + JOB[12:]
+REQUEUE = (
+    '#!/bin/bash\n#SBATCH -o /dev/null --requeue\n[ "$SLURM_RESTART_COUNT" = 1 ] || sleep 600\n' + JOB[12:]
+)
 # What systemd does with bootseer-answer.socket.
 LISTEN = """
 import os, socket, subprocess, sys
@@ -61,14 +65,18 @@ def comments(cluster: Cluster) -> dict[tuple[str, str], str]:
 
 
 def set_comment(cluster: Cluster, job: str, text: str) -> None:
-    done = cluster.exec("login", "sacctmgr", "-i", "modify", "job", "where", f"jobid={job}", "set", f"AdminComment={text}")
+    done = cluster.exec(
+        "login", "sacctmgr", "-i", "modify", "job", "where", f"jobid={job}", "set", f"AdminComment={text}"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def collected(cluster: Cluster, numbers: list[int]) -> None:
     """Run collect until it has the starts of these jobs, which have to be over for a while."""
     folder = "/var/lib/bootseer/records/done.sqlite"
-    code = f"import sqlite3; print(*[r[0] for r in sqlite3.connect('{folder}').execute('SELECT job FROM done')])"
+    code = (
+        f"import sqlite3; print(*[r[0] for r in sqlite3.connect('{folder}').execute('SELECT job FROM done')])"
+    )
     deadline_s = time.monotonic() + 100
     while True:
         run(cluster, "collect")
@@ -96,7 +104,11 @@ def test_comments_of_all_kinds_of_jobs_and_who_sees_them(cluster: Cluster, servi
     numbers = [record.job for job in (plain, foreign, array, again) for record in jobs.records(str(job))]
     collected(cluster, [*numbers, het])
     found = comments(cluster)
-    ours = {job: text for (job, state), text in found.items() if text.startswith("bootseer: ") and state == "COMPLETED"}
+    ours = {
+        job: text
+        for (job, state), text in found.items()
+        if text.startswith("bootseer: ") and state == "COMPLETED"
+    }
     for job in (str(plain), f"{array}_1", f"{array}_2", f"{het}+0", str(again)):
         assert ours[job].startswith("bootseer: start ") and " cpu-min, " in ours[job], found
     assert found[str(foreign), "COMPLETED"] == "seen by bob"
@@ -109,7 +121,9 @@ def test_comments_of_all_kinds_of_jobs_and_who_sees_them(cluster: Cluster, servi
     assert comments(cluster) == found
 
     def seen(user: str | None) -> dict[str, Any]:
-        return dict(json.loads(run(cluster, "overhead", "--since", "1h", "--format", "json", user=user).stdout))
+        return dict(
+            json.loads(run(cluster, "overhead", "--since", "1h", "--format", "json", user=user).stdout)
+        )
 
     everything = seen(None)
     assert everything["total"]["starts"] >= 7 and everything["device"] == "cpu"
@@ -117,7 +131,12 @@ def test_comments_of_all_kinds_of_jobs_and_who_sees_them(cluster: Cluster, servi
     assert {group["name"] for group in seen("bob")["groups"]} == {"bob"}
     refused = cluster.exec("login", BOOTSEER, "report", str(plain), user="bob")
     assert refused.returncode == 2 and "another user's" in refused.stderr
-    assert cluster.exec("login", "sacctmgr", "-i", "modify", "user", "bob", "set", "adminlevel=Operator").returncode == 0
+    assert (
+        cluster.exec(
+            "login", "sacctmgr", "-i", "modify", "user", "bob", "set", "adminlevel=Operator"
+        ).returncode
+        == 0
+    )
     try:
         assert seen("bob")["total"]["starts"] == everything["total"]["starts"]
         shown = json.loads(run(cluster, "report", str(plain), "--format", "json", user="bob").stdout)
@@ -133,9 +152,9 @@ def test_many_jobs_in_one_call_are_the_same_rows_as_one_by_one(cluster: Cluster)
         cluster.wait(job)
     one_by_one = [*jobs.records(str(array)), *jobs.records(str(single))]
     together = jobs.records_of([record.job for record in one_by_one] + [4_000_000])
-    assert sorted((record for runs in together.values() for record in runs), key=lambda each: each.job) == sorted(
-        one_by_one, key=lambda each: each.job
-    )
+    assert sorted(
+        (record for runs in together.values() for record in runs), key=lambda each: each.job
+    ) == sorted(one_by_one, key=lambda each: each.job)
     set_comment(cluster, f"{array}_2", "a | b")
     second = next(record.job for record in one_by_one if record.shown_id == f"{array}_2")
     found = jobs.admin_comments([record.job for record in one_by_one])

@@ -68,20 +68,26 @@ class Class:
 
     def alice(self, command: str) -> str:
         """What a shell command of alice's prints."""
-        done = self.cluster.exec("login", "bash", "-ec", f"cd {self.home}; {command}", user="alice", timeout_s=120)
+        done = self.cluster.exec(
+            "login", "bash", "-ec", f"cd {self.home}; {command}", user="alice", timeout_s=120
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def model(self, name: str = "model.bin") -> str:
         """Make a checkpoint that nobody changed lately; gives its digest."""
-        make = f"mkdir -p $(dirname {name}); head -c {MODEL_BYTES} /dev/urandom > {name}; touch -d @{OLD} {name}"
+        make = (
+            f"mkdir -p $(dirname {name}); head -c {MODEL_BYTES} /dev/urandom > {name}; touch -d @{OLD} {name}"
+        )
         return self.alice(f"{make}; sha256sum < {name}").split()[0]
 
 
 def fetched(events: list[dict[str, object]], what: str = "checkpoint") -> int:
     """Bytes that were brought of a kind, by prefetch and for readers."""
     rows = [event for event in events if event["kind"] == "access" and event["name"] == "summary"]
-    return sum(int(str(row["store_bytes"])) + int(str(row["origin_bytes"])) for row in rows if row["what"] == what)
+    return sum(
+        int(str(row["store_bytes"])) + int(str(row["origin_bytes"])) for row in rows if row["what"] == what
+    )
 
 
 def told(events: list[dict[str, object]], name: str) -> list[str]:
@@ -114,8 +120,10 @@ def test_a_bare_start_is_shown_what_the_options_named(starts: Class) -> None:
         f"touch -d @{OLD} img.sqsh; {BOOTSEER} env save venv"
     )
     starts.model()
-    script = f"sleep 1\nsrun bash -c 'cut -d\" \" -f5 /proc/self/mountinfo | grep ^{starts.home}/ | sort; "
-    script += f"cd {starts.home}; cat img.sqsh model.bin {packages}/toy-1.0.dist-info/METADATA | sha256sum; {MARK}'"
+    script = f'sleep 1\nsrun bash -c \'cut -d" " -f5 /proc/self/mountinfo | grep ^{starts.home}/ | sort; '
+    script += (
+        f"cd {starts.home}; cat img.sqsh model.bin {packages}/toy-1.0.dist-info/METADATA | sha256sum; {MARK}'"
+    )
     options = [f"--bootseer-{kind}={starts.home}/{name}" for kind, name in
                (("image", "img.sqsh"), ("env", "venv"), ("checkpoint", "model.bin"))]  # fmt: skip
     first, _ = starts.run(script, *options)
@@ -199,7 +207,9 @@ def test_two_jobs_of_one_class_at_once(starts: Class) -> None:
 
 def test_a_first_start_that_is_cancelled_half_way(starts: Class) -> None:
     digest = starts.model()
-    job = starts.submit(f"touch {starts.home}/begun; sleep 60", f"--bootseer-checkpoint={starts.home}/model.bin")
+    job = starts.submit(
+        f"touch {starts.home}/begun; sleep 60", f"--bootseer-checkpoint={starts.home}/model.bin"
+    )
     deadline = time.monotonic() + 30
     while not starts.path("begun").exists():
         assert time.monotonic() < deadline
@@ -213,7 +223,7 @@ def test_a_first_start_that_is_cancelled_half_way(starts: Class) -> None:
 
 def test_of_a_learned_checkpoint_the_newest_step_is_brought(starts: Class) -> None:
     starts.model("ckpt/step_1.bin")
-    newest = 'file=$(ls -v {home}/ckpt/step_*.bin | tail -1); sha256sum < $file | cut -c1-64; '
+    newest = "file=$(ls -v {home}/ckpt/step_*.bin | tail -1); sha256sum < $file | cut -c1-64; "
     newest += 'grep -c " $file " /proc/self/mountinfo || true; '
     script = f"sleep 1\nsrun bash -c '{newest.format(home=starts.home)} {MARK}'"
     starts.run(script, f"--bootseer-checkpoint={starts.home}/ckpt/step_1.bin")

@@ -46,7 +46,10 @@ class Reports:
         """Wait until so many nodes have told their end: their epilogs do."""
         folder = self.cluster.shared / f"bootseer/users/20001/events/{job_id}.0"
         deadline = time.monotonic() + 30
-        while sum('"kind":"session","name":"end"' in path.read_text() for path in folder.glob("*.jsonl")) < nodes:
+        while (
+            sum('"kind":"session","name":"end"' in path.read_text() for path in folder.glob("*.jsonl"))
+            < nodes
+        ):
             assert time.monotonic() < deadline, f"{folder} is not complete"
             time.sleep(0.2)
 
@@ -110,10 +113,18 @@ def test_the_stages_of_a_plain_a_first_and_a_second_start_add_up_to_the_wall_tim
         assert_adds_up(reports, job_id, documents[job_id])
         assert documents[job_id]["training_from"] == "mark"
         assert not documents[job_id]["unended_nodes"]
-    assert [documents[job_id]["mode"] for job_id in (plain, first, second)] == ["observe", "prefetch", "prefetch"]
-    fetched = [sum(row["fetched_bytes"] for row in documents[job_id]["transfers"]) for job_id in (first, second)]
+    assert [documents[job_id]["mode"] for job_id in (plain, first, second)] == [
+        "observe",
+        "prefetch",
+        "prefetch",
+    ]
+    fetched = [
+        sum(row["fetched_bytes"] for row in documents[job_id]["transfers"]) for job_id in (first, second)
+    ]
     assert fetched == [3 * MODEL_BYTES, 0]
-    assert all(row["store_bytes"] == 0 for row in documents[first]["transfers"]), "they came from the original"
+    assert all(row["store_bytes"] == 0 for row in documents[first]["transfers"]), (
+        "they came from the original"
+    )
     assert (documents[plain]["plain_s"], documents[plain]["plain_count"]) == (None, None)
     assert documents[second]["plain_count"] == 1
     assert documents[second]["plain_s"] == pytest.approx(documents[plain]["start_to_training_s"])
@@ -259,7 +270,13 @@ def test_where_the_site_observes_all_a_job_that_did_not_ask_has_a_report(reports
 def test_every_format_is_written_to_its_file(reports: Reports) -> None:
     job_id = reports.run(*WISH)
     reports.told(job_id, 3)
-    for name, begin in (("json", b"{"), ("csv", b"job,"), ("parquet", b"PAR1"), ("html", b"<!DOCTYPE"), ("perfetto", b"{")):
+    for name, begin in (
+        ("json", b"{"),
+        ("csv", b"job,"),
+        ("parquet", b"PAR1"),
+        ("html", b"<!DOCTYPE"),
+        ("perfetto", b"{"),
+    ):
         reports.report(job_id, "--format", name, "--output", f"{HOME}/out.{name}")
         content = (reports.cluster.shared / "home/alice/report" / f"out.{name}").read_bytes()
         assert content.startswith(begin)

@@ -317,7 +317,9 @@ def test_a_bare_second_start_brings_what_the_script_named_in_its_srun_lines(inpu
     """The learned plan: in the prolog nothing is known of the image but what this class asked for last time."""
     srun = f"srun --bootseer-image={HOME}/img.sqsh bash -c"
     # A script works before its srun; what the prolog began takes some tenths of a second.
-    script = JOB.replace("srun bash -c", f"sleep 2\n{srun}").replace("#SBATCH", "#SBATCH --bootseer -J learns\n#SBATCH", 1)
+    script = JOB.replace("srun bash -c", f"sleep 2\n{srun}").replace(
+        "#SBATCH", "#SBATCH --bootseer -J learns\n#SBATCH", 1
+    )
     first, lines = inputs.run(script=script)
     assert lines == inputs.expected(image=1)
     assert not any('"learned"' in node for node in events(inputs, first))
@@ -368,7 +370,9 @@ def test_each_node_brings_what_that_of_its_rank_read_of_the_last_checkpoint(inpu
     assert all(32_000_000 <= bytes_ < 40_000_000 for bytes_ in brought[1]), seen  # the kernel reads ahead
 
 
-def test_a_step_that_begins_when_a_striped_checkpoint_is_there_sees_the_caches_own_file(inputs: Inputs) -> None:
+def test_a_step_that_begins_when_a_striped_checkpoint_is_there_sees_the_caches_own_file(
+    inputs: Inputs,
+) -> None:
     """Without the FUSE server on the way: the plugin shows it over the FUSE file that BOOTSEER_CHECKPOINT names."""
     uri = f"file://{HOME}/striped.bin"
     make = f"{BOOTSEER} checkpoint stripe {HOME}/model.bin {HOME}/striped.bin"

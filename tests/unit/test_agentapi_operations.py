@@ -26,7 +26,12 @@ def chapter() -> str:
     """What docs/protocol.md has of the table, between its two marks."""
     parts = []
     for each in OPERATIONS.values():
-        parts += [f"### {each.name}", "", f"{each.what[0].upper()}{each.what[1:]}. Asked by {each.asker.value}.", ""]
+        parts += [
+            f"### {each.name}",
+            "",
+            f"{each.what[0].upper()}{each.what[1:]}. Asked by {each.asker.value}.",
+            "",
+        ]
         parts += [f"- asks: {shown(each.fields)}", f"- reply: {shown(each.reply)}"]
         parts += [f"- descriptors: {each.descriptors}"] if each.descriptors else []
         parts += ["- begins with `WAIT`"] if each.slow else []
@@ -62,7 +67,11 @@ def test_the_public_ones_are_those_that_anyone_may_ask() -> None:
     ],
 )
 def test_who_may_ask(op: str, by: set[str]) -> None:
-    asked = [(f"{name}, {who}", name == "abstract", uid) for name in ("abstract", "path") for who, uid in (("root", 0), ("user", 1000))]
+    asked = [
+        (f"{name}, {who}", name == "abstract", uid)
+        for name in ("abstract", "path")
+        for who, uid in (("root", 0), ("user", 1000))
+    ]
     assert {name for name, public, uid in asked if _may_ask(OPERATIONS.get(op), public, uid)} == by
 
 
@@ -71,13 +80,19 @@ def keys(op: str) -> set[str]:
 
 
 def test_the_hook_sends_no_key_that_is_not_in_the_table() -> None:
-    sent = set(re.findall(r'b"([A-Z_]+)": b"S', HOOK.read_text())) | set(re.findall(r'\(b"([A-Z_]+)", ', HOOK.read_text()))
-    assert {key for key in sent if not key.startswith("SLURM_")} - {"OP"} == keys("prolog"), "and all of these"
+    sent = set(re.findall(r'b"([A-Z_]+)": b"S', HOOK.read_text())) | set(
+        re.findall(r'\(b"([A-Z_]+)", ', HOOK.read_text())
+    )
+    assert {key for key in sent if not key.startswith("SLURM_")} - {"OP"} == keys("prolog"), (
+        "and all of these"
+    )
 
 
 def test_the_stand_in_of_squashfuse_asks_for_a_mount() -> None:
     code = (REPO / "libexec/squashfuse").read_text()
-    assert set(re.findall(r"OP=([a-z]+)\\0([A-Z_]+)=", code)) == {("mount", "IMAGE")} and keys("mount") == {"IMAGE"}
+    assert set(re.findall(r"OP=([a-z]+)\\0([A-Z_]+)=", code)) == {("mount", "IMAGE")} and keys("mount") == {
+        "IMAGE"
+    }
 
 
 def test_the_plugin_sends_no_key_that_is_not_in_the_table() -> None:

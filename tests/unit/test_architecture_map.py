@@ -26,13 +26,22 @@ def rows(folder: Path) -> list[str]:
 def chapter() -> str:
     """The map, between its mark and the end of the page: rooms from the top of the layers to the ground."""
     contracts = tomli.loads((REPO / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers = next(each["layers"] for each in contracts if each["type"] == "layers" and "containers" not in each)
+    layers = next(
+        each["layers"] for each in contracts if each["type"] == "layers" and "containers" not in each
+    )
     names = [name.strip().removeprefix("bootseer_slurm.") for layer in layers for name in layer.split("|")]
     parts = []
     for name in names:
         folder = PACKAGE / name.replace(".", "/")
         if folder.is_dir():
-            parts += [f"### {name}/", "", f"{first_sentence(folder / '__init__.py')}.", "", "| module | |", "|---|---|"]
+            parts += [
+                f"### {name}/",
+                "",
+                f"{first_sentence(folder / '__init__.py')}.",
+                "",
+                "| module | |",
+                "|---|---|",
+            ]
             for inner in (folder, *sorted(path.parent for path in folder.glob("*/__init__.py"))):
                 prefix = "" if inner is folder else f"{inner.name}/"
                 parts += [row.replace("| `", f"| `{prefix}", 1) for row in rows(inner)]

@@ -26,7 +26,9 @@ OLD = (
     b'"size_bytes": 12283, "version": 1}\n' + bytes(range(96))
 )
 OLD_ID = "0c3a52be747e8e3e56c65bf9e9d98e56ccc8768b9c971fe215ce3f8401d4f56e"
-OLD_STRIPED = OLD.replace(b'"kind": "image"', b'"generation": "171717171717171717171717", "kind": "checkpoint"')
+OLD_STRIPED = OLD.replace(
+    b'"kind": "image"', b'"generation": "171717171717171717171717", "kind": "checkpoint"'
+)
 OLD_STRIPED_ID = "02b6ed9e59f3d83383f1963f5e9ef075540fe8a5047629f29ba46481ff69f289"
 OLD_UNMANAGED = (
     b'{"block_bytes": 4096, "chunk_bytes": 4096, "format": "bootseer-file", "objects": 1, '

@@ -68,7 +68,10 @@ def unpacked(content: bytes, size_bytes: int, codec: str) -> bytes:
     return bytes(pa.Codec("lz4_raw").decompress(content, decompressed_size=BLOCK_BYTES))[:size_bytes]
 
 
-@pytest.mark.parametrize("options", ["-comp lz4", "-comp zstd", "-comp gzip", "-comp zstd -noI", "-comp zstd -no-fragments -no-exports"])
+@pytest.mark.parametrize(
+    "options",
+    ["-comp lz4", "-comp zstd", "-comp gzip", "-comp zstd -noI", "-comp zstd -no-fragments -no-exports"],
+)
 def test_each_block_lies_where_the_tables_say(tmp_path: Path, options: str) -> None:
     contents = make_tree(tmp_path / "tree")
     image = pack(tmp_path / "tree", tmp_path / "image", *options.split())
@@ -86,7 +89,9 @@ def test_each_block_lies_where_the_tables_say(tmp_path: Path, options: str) -> N
             block = content[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
             stored = raw[offset : offset + size_bytes]
             assert (unpacked(stored, BLOCK_BYTES, codec) if size_bytes else bytes(BLOCK_BYTES)) == block
-    shared = {found.files[f"many/f{number:04}"].blocks for number in range(1500) if contents[f"many/f{number:04}"]}
+    shared = {
+        found.files[f"many/f{number:04}"].blocks for number in range(1500) if contents[f"many/f{number:04}"]
+    }
     assert len(shared) < 100 or "-no-fragments" in options, "small files share fragments"
 
 

@@ -19,5 +19,7 @@ def test_it_knows_the_options(tmp_path: Path, name: str, quick: bool) -> None:
     (tmp_path / "file").write_bytes(TEXT)
     command = ["mksquashfs", str(tmp_path / "file"), str(tmp_path / "image"), "-quiet", "-no-progress"]
     subprocess.run([*command, *compression_options(name, quick=quick)], check=True)
-    said = subprocess.run(["unsquashfs", "-s", str(tmp_path / "image")], capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        ["unsquashfs", "-s", str(tmp_path / "image")], capture_output=True, text=True, check=True
+    )
     assert f"Compression {name}" in said.stdout

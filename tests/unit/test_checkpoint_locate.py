@@ -57,7 +57,11 @@ def test_megatron(tmp_path: Path) -> None:
 def test_deepspeed(tmp_path: Path) -> None:
     root = tmp_path / "ckpt"
     for step in (10, 20):
-        make(root, f"global_step{step}/mp_rank_00_model_states.pt", f"global_step{step}/zero_pp_rank_0_optim_states.pt")
+        make(
+            root,
+            f"global_step{step}/mp_rank_00_model_states.pt",
+            f"global_step{step}/zero_pp_rank_0_optim_states.pt",
+        )
     make(root, "latest")
     (root / "latest").write_text("global_step10")
     assert found(root) == "ckpt/global_step10"
@@ -155,7 +159,9 @@ def test_what_the_checkpoints_of_all_steps_are_called_alike(name: str, place: st
         ("final.pt", "final.pt"),
     ],
 )
-def test_of_a_learned_checkpoint_the_newest_step_is_found(tmp_path: Path, learned: str, newest_is: str) -> None:
+def test_of_a_learned_checkpoint_the_newest_step_is_found(
+    tmp_path: Path, learned: str, newest_is: str
+) -> None:
     root = tmp_path / "data"
     make(root, "step_1.pt", "step_20.pt", "runs/epoch-1/model.bin", "runs/epoch-2/model.bin")
     make(root, "llama2.safetensors", "llama3.safetensors", "7/weights.pt", "final.pt", "8/other.pt")
@@ -169,7 +175,13 @@ def test_of_a_learned_checkpoint_the_newest_step_is_found(tmp_path: Path, learne
 
 @pytest.mark.parametrize(
     ("rank", "nodes", "numbers"),
-    [(0, 4, range(10)), (1, 4, range(8, 18)), (3, 4, range(22, 32)), (0, 1, range(10)), (31, 32, range(22, 32))],
+    [
+        (0, 4, range(10)),
+        (1, 4, range(8, 18)),
+        (3, 4, range(22, 32)),
+        (0, 1, range(10)),
+        (31, 32, range(22, 32)),
+    ],
 )
 def test_of_many_files_a_node_has_its_share(rank: int, nodes: int, numbers: range) -> None:
     names = [f"__{number}_0.distcp" for number in range(32)] + [".metadata", "config.json"]

@@ -66,7 +66,11 @@ def test_each_part_is_told(venv: Path) -> None:
     assert parts["requirements"].startswith(f"{venv.parent}/requirements.txt ")
     mine, repo = parts["sources"].splitlines()
     head = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=venv.parents[1] / "source", check=True, capture_output=True, text=True
+        ["git", "rev-parse", "HEAD"],
+        cwd=venv.parents[1] / "source",
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.strip()
     assert mine == f"mine-0.1 in {venv.parents[1] / 'source'} at {head}"
     assert repo == "repo-2 from https://example.org/repo.git at abc123"

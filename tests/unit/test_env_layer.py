@@ -26,7 +26,9 @@ def make(root: Path, **files: str) -> None:
 def saved(root: Path) -> dict[str, FileState]:
     """The list of a snapshot of what lies in a folder now."""
     return {
-        path: entry._replace(digest=hashlib.sha256((root / path).read_bytes()).digest() if entry.is_file else b"")
+        path: entry._replace(
+            digest=hashlib.sha256((root / path).read_bytes()).digest() if entry.is_file else b""
+        )
         for path, entry in survey(root).items()
     }
 
@@ -99,7 +101,9 @@ def test_byte_code_and_its_source(path: str, source: str | None) -> None:
 
 
 @pytest.mark.parametrize("path", ["/home/a/venv", "/home/a/venv in use", "/a for b", "/x in\ny"])
-@pytest.mark.parametrize("image", ["", "sha256:" + "0" * 64, "123@456", "docker://host/name:tag", "/lustre/a.sqsh"])
+@pytest.mark.parametrize(
+    "image", ["", "sha256:" + "0" * 64, "123@456", "docker://host/name:tag", "/lustre/a.sqsh"]
+)
 @pytest.mark.parametrize("job_class", ["", "0" * 32])
 def test_a_name_tells_its_parts(path: str, image: str, job_class: str) -> None:
     assert parts_of(stored_name(path, image, job_class)) == (path, image, job_class)

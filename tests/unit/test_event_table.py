@@ -32,7 +32,10 @@ def event_chapter() -> str:
     """The table of events in docs/events.md, between its two marks."""
     lines = ["| kind | name | meaning | fields |", "|---|---|---|---|"]
     for each in EVENTS.values():
-        shown = (f"`{field.key}`" + ("" if field.meaning == FIELDS[field.key].meaning else f" ({field.meaning})") for field in each.fields)
+        shown = (
+            f"`{field.key}`" + ("" if field.meaning == FIELDS[field.key].meaning else f" ({field.meaning})")
+            for field in each.fields
+        )
         name = "any" if each.name == ANY else f"`{each.name}`"
         lines.append(f"| `{each.kind}` | {name} | {each.meaning} | {', '.join(shown)} |")
     return "\n".join([*lines, ""])
@@ -56,14 +59,23 @@ def modules() -> Iterator[tuple[Path, ast.Module]]:
 
 
 def constants(tree: ast.AST) -> set[str]:
-    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
 
 
 def emits() -> Iterator[tuple[str, ast.Call]]:
     """The calls of EventLog.emit in the package, each with where it is. (Other emits take one argument.)"""
     for path, tree in modules():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "emit" and len(node.args) == 2:
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "emit"
+                and len(node.args) == 2
+            ):
                 yield f"{path.relative_to(REPO)}:{node.lineno}", node
 
 
@@ -95,7 +107,9 @@ def test_every_event_and_field_of_the_table_is_recorded_somewhere() -> None:
     said: set[str] = set()
     for path, tree in modules():
         if "report" not in path.relative_to(PACKAGE).parts:
-            said |= constants(tree) | {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg}
+            said |= constants(tree) | {
+                node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg
+            }
     assert {each.kind for each in EVENTS.values()} <= said
     assert {each.name for each in EVENTS.values()} - {ANY} <= said
     made = {"cpu_s", "io_s", "memory_s"}  # of the names of files in /proc/pressure
@@ -109,9 +123,18 @@ def test_the_report_asks_only_for_events_and_fields_of_the_table() -> None:
         if "report" not in path.relative_to(PACKAGE).parts:
             continue
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "number":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "number"
+            ):
                 keys.update(names(node.args[0]))
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "first" and len(node.args) == 3:
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "first"
+                and len(node.args) == 3
+            ):
                 pairs.update((kind, name) for kind in names(node.args[1]) for name in names(node.args[2]))
             if isinstance(node, ast.Compare) and ast.unparse(node.left) == "(event.kind, event.name)":
                 (right,) = node.comparators
@@ -135,5 +158,7 @@ def test_an_event_that_the_table_lacks_is_logged_and_fails_nobody(caplog: pytest
 
 
 def test_a_reader_keeps_events_of_newer_nodes_and_no_field_of_another_type() -> None:
-    event = parse_line('{"v":1,"t_ns":1,"job":2,"restart":0,"node":"n1","kind":"orbit","name":"low","moons":2,"reads":"x","mode":1}')
+    event = parse_line(
+        '{"v":1,"t_ns":1,"job":2,"restart":0,"node":"n1","kind":"orbit","name":"low","moons":2,"reads":"x","mode":1}'
+    )
     assert (event.kind, event.name, event.extra) == ("orbit", "low", {"moons": 2})

@@ -134,7 +134,9 @@ def test_directory_entries_are_padded_to_eight_bytes() -> None:
 
 
 def test_batch_of_forgets() -> None:
-    body = protocol.BATCH_FORGET_IN.pack(2, 0) + protocol.FORGET_ONE.pack(3, 1) + protocol.FORGET_ONE.pack(4, 9)
+    body = (
+        protocol.BATCH_FORGET_IN.pack(2, 0) + protocol.FORGET_ONE.pack(3, 1) + protocol.FORGET_ONE.pack(4, 9)
+    )
     assert list(protocol.forgets(memoryview(body))) == [(3, 1), (4, 9)]
 
 

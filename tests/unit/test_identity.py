@@ -23,14 +23,18 @@ def run(code: str) -> str:
 
 @as_root
 def test_all_ids_and_groups_are_the_users() -> None:
-    said = run("User(20001, 20002, (20002, 20003)).become(); print(os.getresuid(), os.getresgid(), os.getgroups())")
+    said = run(
+        "User(20001, 20002, (20002, 20003)).become(); print(os.getresuid(), os.getresgid(), os.getgroups())"
+    )
     assert said == "(20001, 20001, 20001) (20002, 20002, 20002) [20002, 20003]"
 
 
 @as_root
 def test_a_program_begins_as_the_user() -> None:
     rights = User(20001, 20002, (20002, 20003)).popen_arguments()
-    done = subprocess.run(["sh", "-c", "id -u; id -g; id -G"], capture_output=True, text=True, check=True, **rights)
+    done = subprocess.run(
+        ["sh", "-c", "id -u; id -g; id -G"], capture_output=True, text=True, check=True, **rights
+    )
     assert done.stdout.split("\n")[:3] == ["20001", "20002", "20002 20003"]
 
 
@@ -40,7 +44,9 @@ def test_a_program_without_rights() -> None:
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = dict(line.split(":\t", 1) for line in said.splitlines() if ":\t" in line)
     assert found["Uid"].split() == found["Gid"].split() == ["61999"] * 4 and found["Groups"].split() == []
-    assert found["NoNewPrivs"] == "1" and {int(found[each], 16) for each in ("CapInh", "CapPrm", "CapBnd")} == {0}
+    assert found["NoNewPrivs"] == "1" and {
+        int(found[each], 16) for each in ("CapInh", "CapPrm", "CapBnd")
+    } == {0}
 
 
 @as_root
@@ -66,6 +72,14 @@ def test_a_user_whom_nobody_knows_has_one_group() -> None:
 
 
 def test_no_other_module_becomes_a_user() -> None:
-    calls = ("os.setresuid(", "os.setresgid(", "os.setgroups(", "os.setuid(", "os.seteuid(", "extra_groups", "setpriv")
+    calls = (
+        "os.setresuid(",
+        "os.setresgid(",
+        "os.setgroups(",
+        "os.setuid(",
+        "os.seteuid(",
+        "extra_groups",
+        "setpriv",
+    )
     found = {path.name for path in PACKAGE.rglob("*.py") if any(call in path.read_text() for call in calls)}
     assert found == {"identity.py"}

@@ -14,7 +14,11 @@ from bootseer_slurm.job.request import Request
 from bootseer_slurm.slurm.allocation import Job
 
 JOB = Job(7, 1, 20001, 20001, nodelist="n[1-4]", name="train \udcff", gpus=(0, 3))
-BEGAN = Began(JOB, "n1", Request(observe=False, wanted=(ArtifactRef("image", "/a.sqsh"), ArtifactRef("environment", "/venv"))))
+BEGAN = Began(
+    JOB,
+    "n1",
+    Request(observe=False, wanted=(ArtifactRef("image", "/a.sqsh"), ArtifactRef("environment", "/venv"))),
+)
 OTHERS = [Added(Request(observe=True, asked=False)), Found("file-00", "checkpoint", "/ckpt", "")]
 
 
@@ -66,4 +70,6 @@ def test_a_file_that_does_not_say_what_began_is_told_of(
     path = tmp_path / "jobs" / "7"
     path.write_text("\n".join([first, *lines(tmp_path)[1:]]))
     assert list(journal.jobs()) == []
-    assert [record.getMessage() for record in caplog.records] == [f"{path}: does not say what began the job's session"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: does not say what began the job's session"
+    ]

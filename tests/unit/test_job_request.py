@@ -79,9 +79,14 @@ def test_the_gpus_of_a_job_are_numbers_or_not_known(text: str, gpus: tuple[int, 
 
 
 def test_a_uri_of_a_file_is_its_path() -> None:
-    request = parse_request([("BOOTSEER", "1"), ("CHECKPOINT", "file:///c/a%20b%3D1.pt"), ("IMAGE", "/a%20b.sqsh")])
+    request = parse_request(
+        [("BOOTSEER", "1"), ("CHECKPOINT", "file:///c/a%20b%3D1.pt"), ("IMAGE", "/a%20b.sqsh")]
+    )
     assert request is not None
-    assert set(request.wanted) == {ArtifactRef("checkpoint", "/c/a b=1.pt"), ArtifactRef("image", "/a%20b.sqsh")}
+    assert set(request.wanted) == {
+        ArtifactRef("checkpoint", "/c/a b=1.pt"),
+        ArtifactRef("image", "/a%20b.sqsh"),
+    }
     for name in ("file:///c/a%0Ab", "file:///c/a%00b"):
         with pytest.raises(InputError, match="control character"):
             parse_request([("BOOTSEER", "1"), ("CHECKPOINT", name)])

@@ -19,7 +19,11 @@ def test_every_module_is_in_a_layer() -> None:
         for path in (REPO / "bootseer_slurm").rglob("*.py")
     }
     assert named <= modules, "a layer of a module that is gone"
-    left_out = [each for each in modules - {"bootseer_slurm"} if not any(each == name or each.startswith(f"{name}.") for name in named)]
+    left_out = [
+        each
+        for each in modules - {"bootseer_slurm"}
+        if not any(each == name or each.startswith(f"{name}.") for name in named)
+    ]
     assert left_out == []
 
 

@@ -75,5 +75,8 @@ def test_the_plan_has_the_tables_and_then_each_block_at_its_first_touch() -> Non
 
 def test_hot_files_are_packed_first_and_sparse_ones_behind_them() -> None:
     tree = dict.fromkeys(("", "cold", "sparse", "late", "early"), 0)
-    files = [HotFile("sparse", 1, (0,), True), *(HotFile(name, 2, (0,), False) for name in ("early", "late", "gone"))]
+    files = [
+        HotFile("sparse", 1, (0,), True),
+        *(HotFile(name, 2, (0,), False) for name in ("early", "late", "gone")),
+    ]
     assert list(in_order_of_touch(tree, files)) == ["early", "late", "sparse", "", "cold"]

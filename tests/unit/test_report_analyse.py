@@ -64,7 +64,15 @@ def test_every_stage_ends_at_its_stamp_and_together_they_are_the_whole() -> None
     report = report_of(node)
     start = report.starts[0]
     assert start.stages == pytest.approx(
-        {"allocation": 0.5, "prolog": 1.5, "launch": 1, "image": 4, "environment": 2, "checkpoint": 10, "program": 1}
+        {
+            "allocation": 0.5,
+            "prolog": 1.5,
+            "launch": 1,
+            "image": 4,
+            "environment": 2,
+            "checkpoint": 10,
+            "program": 1,
+        }
     )
     assert list(start.stages) == list(STAGES)
     assert start.derived == ()
@@ -121,7 +129,9 @@ def test_a_task_that_marks_again_and_a_later_step_do_not_move_the_start() -> Non
 def test_start_not_marked_gives_what_is_known() -> None:
     node = mark(Node("n1").started(), 7, "image_loaded")
     report = report_of(node)
-    assert report.starts[0].stages == pytest.approx({"allocation": 0.5, "prolog": 1.5, "launch": 1, "image": 4})
+    assert report.starts[0].stages == pytest.approx(
+        {"allocation": 0.5, "prolog": 1.5, "launch": 1, "image": 4}
+    )
     assert (report.training_ns, report.start_to_training_s, report.lost_gpu_s, report.total) == (None,) * 4
     assert any("start not marked" in note for note in report.notes)
 
@@ -241,7 +251,9 @@ def test_a_problem_of_several_nodes_is_one_and_errors_come_first() -> None:
 
 def test_a_snapshot_that_was_made_is_told() -> None:
     nodes = [Node(f"n{number}").started() for number in (1, 2)]
-    nodes[0].at(30, "snapshot", "saved", what="environment", target="/venv", message="saved for the next start")
+    nodes[0].at(
+        30, "snapshot", "saved", what="environment", target="/venv", message="saved for the next start"
+    )
     (problem,) = report_of(*nodes).problems
     assert (problem.level, problem.name, problem.nodes) == ("info", "snapshot_saved", ("n1",))
     assert (problem.target, problem.message) == ("/venv", "saved for the next start")
@@ -280,7 +292,9 @@ def test_a_container_after_a_batch_script_has_begun() -> None:
     """The batch script's node has a step more, which starts before the container's."""
     node = Node("n1").at(0.5, "hook", "begin").at(1, "step", "attach", step="batch")
     node.at(1.5, "step", "task_start", step="batch", task=0).at(4, "step", "attach", step="0")
-    node.at(5, "image", "get", what="image", target="docker://x").at(9, "step", "task_start", step="0", task=0)
+    node.at(5, "image", "get", what="image", target="docker://x").at(
+        9, "step", "task_start", step="0", task=0
+    )
     (start,) = report_of(mark(node, 20, "training_started")).starts
     spans = [(span.stage, (span.end_ns - START) / SECOND) for span in start.spans]
     assert spans == [
@@ -306,7 +320,9 @@ def test_what_a_job_reads_gives_its_stages_where_it_marks_none() -> None:
     read(node, "checkpoint", 15, 30)
     report = report_of(node)
     (start,) = report.starts
-    spans = [(span.stage, (span.begin_ns - START) / SECOND, (span.end_ns - START) / SECOND) for span in start.spans]
+    spans = [
+        (span.stage, (span.begin_ns - START) / SECOND, (span.end_ns - START) / SECOND) for span in start.spans
+    ]
     assert spans == [
         ("allocation", 0, 0.5), ("prolog", 0.5, 2), ("launch", 2, 3), ("program", 3, 3.5),
         ("image", 3.5, 5), ("environment", 5, 12), ("program", 12, 15), ("checkpoint", 15, 30), ("program", 30, 40),
@@ -322,7 +338,15 @@ def test_what_was_read_early_to_mount_it_has_its_stage_all_the_same() -> None:
     read(node, "checkpoint", 20, 30)
     (start,) = report_of(node).starts
     assert start.stages == pytest.approx(
-        {"allocation": 0.5, "prolog": 1.5, "launch": 1, "image": 7, "environment": 5, "checkpoint": 10, "program": 15}
+        {
+            "allocation": 0.5,
+            "prolog": 1.5,
+            "launch": 1,
+            "image": 7,
+            "environment": 5,
+            "checkpoint": 10,
+            "program": 15,
+        }
     )
 
 

@@ -40,7 +40,9 @@ class Files:
 
 
 def line(kind: str, name: str, t_ns: int = START + SECOND, **more: Any) -> str:
-    return json.dumps({"v": 1, "job": 5, "restart": 0, "node": "n1", "t_ns": t_ns, "kind": kind, "name": name} | more)
+    return json.dumps(
+        {"v": 1, "job": 5, "restart": 0, "node": "n1", "t_ns": t_ns, "kind": kind, "name": name} | more
+    )
 
 
 def report_of(*lines: str, record: JobRecord = RECORD) -> Report:
@@ -128,7 +130,9 @@ class Unread(str):
 
 
 def test_files_of_nodes_that_the_job_did_not_have_are_not_parsed() -> None:
-    files = Files([*((f"x{number}", Unread()) for number in range(100)), ("n1", line("hook", "begin", START))])
+    files = Files(
+        [*((f"x{number}", Unread()) for number in range(100)), ("n1", line("hook", "begin", START))]
+    )
     run = gather("5", store=files, accounting=lambda _: (RECORD,))
     assert [sent.node for sent in run.nodes] == ["n1"]
     assert "files left out because the job did not have their nodes: 100" in run.notes

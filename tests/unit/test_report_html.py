@@ -17,7 +17,7 @@ from bootseer_slurm.report.startup.analyse import analyse
 from bootseer_slurm.report.startup.figures import PlainStarts
 from tests.unit.test_report_terminal import RECORD, make, node_events
 
-ATTACK = '</script><script>alert(1)</script><img src=x onerror=alert(2)>"\'&{{data}}{{script}}\u202e'
+ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{data}}{{script}}\u202e"
 
 
 def data_of(page: str) -> dict[str, object]:
@@ -46,7 +46,9 @@ def test_texts_of_users_are_never_html() -> None:
         replace(event, message=ATTACK if event.message else None, target=ATTACK if event.target else None)
         for event in sent.events
     ))  # fmt: skip
-    run = Run(1234, 0, (0,), 1000, record, (hostile, replace(node_events(2), node="gpu-02")), ("gpu-03",), (ATTACK,))
+    run = Run(
+        1234, 0, (0,), 1000, record, (hostile, replace(node_events(2), node="gpu-02")), ("gpu-03",), (ATTACK,)
+    )
     page = to_html(analyse(run))
     assert page.count("<script") == 2 and page.count("</script>") == 2
     assert "<img" not in page

@@ -73,21 +73,33 @@ def test_the_figures_are_those_of_a_plain_count(tmp_path: Path, monkeypatch: pyt
     for share, exact in ((0.5, cuts[49]), (0.9, cuts[89])):
         assert total.percentile(share) == pytest.approx(exact, rel=0.03)
     assert sum(total.histogram()) == len(known)
-    lost = {user: sum(each["lost_gpu_s"] for each in known if each["user"] == user) for user in "abcdefghijklmnop"}
+    lost = {
+        user: sum(each["lost_gpu_s"] for each in known if each["user"] == user) for user in "abcdefghijklmnop"
+    }
     assert [group.name for group in result.groups] == sorted(lost, key=lost.__getitem__, reverse=True)[:10]
     assert (result.groups[0].lost_gpu_s, result.group_count) == (pytest.approx(max(lost.values())), 16)
     assert [group.name for group in result.sizes] == ["1", "2", "3-4", "5-8", "33-64"]
     assert [group.name for group in result.modes] == ["-", "observe", "prefetch"]
     assert sum(group.starts for group in result.modes) == 600
-    assert len(result.trend) == 10 and [group.name for group in result.trend] == sorted(group.name for group in result.trend)
+    assert len(result.trend) == 10 and [group.name for group in result.trend] == sorted(
+        group.name for group in result.trend
+    )
     dear = sorted((each["lost_gpu_s"] for each in known), reverse=True)[:10]
     assert [each.lost_s for each in result.dearest] == pytest.approx(dear)
 
 
 @pytest.mark.parametrize("by", BY)
 def test_each_way_to_group(tmp_path: Path, by: str) -> None:
-    result = overhead(write(tmp_path, [row(1), row(2), row(3, nodes=5, user="bob")]), since_ms=0, by=by, days=7)
-    names = {"user": ["alice", "bob"], "size": ["1", "5-8"], "account": ["ml"], "partition": ["gpu"], "image": ["a"]}
+    result = overhead(
+        write(tmp_path, [row(1), row(2), row(3, nodes=5, user="bob")]), since_ms=0, by=by, days=7
+    )
+    names = {
+        "user": ["alice", "bob"],
+        "size": ["1", "5-8"],
+        "account": ["ml"],
+        "partition": ["gpu"],
+        "image": ["a"],
+    }
     assert [group.name for group in result.groups] == names[by]
     assert result.total.starts == 3
 
@@ -110,7 +122,9 @@ def test_a_cluster_without_gpus_counts_cpus(tmp_path: Path) -> None:
 
 
 def test_jobs_without_gpus_do_not_count_where_there_are_jobs_with(tmp_path: Path) -> None:
-    many_cpu = [row(job, gpus=0, start_to_training_s=1000.0, user="bob", nodes=64, mode="observe") for job in range(9)]
+    many_cpu = [
+        row(job, gpus=0, start_to_training_s=1000.0, user="bob", nodes=64, mode="observe") for job in range(9)
+    ]
     result = overhead(write(tmp_path, [*many_cpu, row(10)]), since_ms=0, by="user", days=7)
     assert (result.total.starts, result.total.measured) == (1, 1)
     assert result.total.percentile(0.9) == pytest.approx(10.0, rel=0.01)
@@ -144,7 +158,11 @@ def shown(result: Overhead, *, width: int = 100, encoding: str = "utf-8") -> str
 
 
 def test_the_terminal_shows_shares_bars_and_the_dearest(tmp_path: Path) -> None:
-    rows = [row(1), row(2, start_to_training_s=40.0, nodes=4, user="[red]bob"), row(3, start_to_training_s=None)]
+    rows = [
+        row(1),
+        row(2, start_to_training_s=40.0, nodes=4, user="[red]bob"),
+        row(3, start_to_training_s=None),
+    ]
     text = shown(overhead(write(tmp_path, rows), since_ms=START_MS, by="user", days=7))
     assert "3, measured: 2" in text and "25.00 % of 0.4 GPU-hours" in text
     assert "10 s to 20 s" in text and "30 s to 1 min" in text and "█" * 30 in text

@@ -49,13 +49,17 @@ class Starts:
         return [("n1", log.to_jsonl())]
 
 
-def plain(starts: dict[int, tuple[str, float | None]], record: JobRecord | None = RECORD) -> PlainStarts | None:
+def plain(
+    starts: dict[int, tuple[str, float | None]], record: JobRecord | None = RECORD
+) -> PlainStarts | None:
     known = Starts(starts)
     return plain_starts(Run(5, 0, (0,), 1000, record, (), (), ()), store=known, alike=known.alike)
 
 
 def test_the_median_of_the_newest_observed_starts() -> None:
-    starts: dict[int, tuple[str, float | None]] = {job: ("observe", 100 + job) for job in (99, 98, 97, 96, 95, 7)}
+    starts: dict[int, tuple[str, float | None]] = {
+        job: ("observe", 100 + job) for job in (99, 98, 97, 96, 95, 7)
+    }
     assert plain(starts) == PlainStarts(5, 197)
 
 

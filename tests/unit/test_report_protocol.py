@@ -16,7 +16,9 @@ from bootseer_slurm.report.access.protocol import (
 )
 
 
-@pytest.mark.parametrize("request_", [RecordsRequest(5), UsersRequest(), RestartsRequest(1000, 7), EventsRequest(1000, 7, 0)])
+@pytest.mark.parametrize(
+    "request_", [RecordsRequest(5), UsersRequest(), RestartsRequest(1000, 7), EventsRequest(1000, 7, 0)]
+)
 def test_a_request_comes_as_it_was_sent(request_: Request) -> None:
     assert parse_line(to_line(request_)) == request_
     assert to_line(request_).count(b"\n") == 1

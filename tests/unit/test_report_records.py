@@ -43,7 +43,9 @@ def report(root: Path, record: JobRecord = RECORD, *, training_s: float | None =
         path = root / "users" / "1000" / "events" / f"{record.job}.0" / f"{node}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(log.to_jsonl())
-    return analyse(gather(record.shown_id, store=StoredEvents(FileStore(root)), accounting=lambda _: (record,)))
+    return analyse(
+        gather(record.shown_id, store=StoredEvents(FileStore(root)), accounting=lambda _: (record,))
+    )
 
 
 def row(root: Path, record: JobRecord = RECORD, **more: Any) -> dict[str, Any]:
@@ -94,7 +96,13 @@ def test_names_are_cut_and_printable(tmp_path: Path) -> None:
 def test_the_line_for_accounting(tmp_path: Path) -> None:
     made = row(tmp_path)
     assert comment_of(made) == "bootseer: start 43s of 16m40s, 17 gpu-min, program 22s"
-    made |= {"gpus": 0, "lost_gpu_s": None, "elapsed_s": 3725.0, "start_to_training_s": 320.0, "lost_cpu_s": 60.0}
+    made |= {
+        "gpus": 0,
+        "lost_gpu_s": None,
+        "elapsed_s": 3725.0,
+        "start_to_training_s": 320.0,
+        "lost_cpu_s": 60.0,
+    }
     assert comment_of(made) == "bootseer: start 5m20s of 1h02m, 1 cpu-min, program 22s"
 
 
@@ -112,7 +120,9 @@ def test_rows_are_kept_by_user_and_month_and_read_by_them(tmp_path: Path) -> Non
     assert sorted(path.relative_to(tmp_path / "records").as_posix() for path in Archive(tmp_path / "records").files()) == [
         "2027-01/1000.parquet", "2027-01/2000.parquet", "2027-02/1000.parquet"]  # fmt: skip
     assert {each["job"] for each in read(tmp_path / "records", uid=1000)} == {5, 7}
-    assert [each["job"] for each in read(tmp_path / "records", uid=1000, since_ms=made["start_time"] + month_ms)] == [7]
+    assert [
+        each["job"] for each in read(tmp_path / "records", uid=1000, since_ms=made["start_time"] + month_ms)
+    ] == [7]
     assert read(tmp_path / "records", uid=3000) == []
     for path in Archive(tmp_path / "records").files():
         assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
@@ -137,7 +147,9 @@ def test_a_start_is_one_whatever_its_restart_is_said_to_be(tmp_path: Path) -> No
     assert [each["restart"] for each in read(tmp_path / "records")] == [8]
 
 
-def test_a_file_that_cannot_be_written_leaves_the_one_that_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_leaves_the_one_that_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = row(tmp_path / "store")
     archive = Archive(tmp_path / "records")
     archive.add([made])

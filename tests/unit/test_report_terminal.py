@@ -180,7 +180,12 @@ def test_json_has_the_documented_schema() -> None:
     assert {row["node"] for row in content["transfers"]} == {"gpu-01", "gpu-02"}
     assert content["transfers"][0]["bytes_per_s"] == pytest.approx((3 << 30) / 9.4)
     image, checkpoint = (row for row in content["transfers"] if row["node"] == "gpu-02")
-    assert (image["in_time"], image["waited_s"], image["longest_wait_s"], image["start_s"]) == (True, 0.3, 0.1, 52)
+    assert (image["in_time"], image["waited_s"], image["longest_wait_s"], image["start_s"]) == (
+        True,
+        0.3,
+        0.1,
+        52,
+    )
     assert image["waited_share"] == pytest.approx(0.3 / 52)
     assert (image["blocked_s"], checkpoint["in_time"]) == (30, False)
     assert content["verdict"] == {

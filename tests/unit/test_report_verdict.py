@@ -37,12 +37,16 @@ class Node:
         self.at(1, "prefetch", "begin", what=what, target=target, bytes=1000)
         return self.at(end_s, "prefetch", "end", what=what, target=target, bytes=1000, dur_s=end_s - 1)
 
-    def waited(self, what: str, target: str, waited_s: float, longest_s: float | None = None, **more: Any) -> Node:
+    def waited(
+        self, what: str, target: str, waited_s: float, longest_s: float | None = None, **more: Any
+    ) -> Node:
         self.brought(what, target)
         longest_s = waited_s if longest_s is None else longest_s
         about = {"what": what, "target": target, "reads": 10, "blocked_s": 4 * waited_s, **more}
         self.at(62, "access", "start", waited_s=waited_s, longest_wait_s=longest_s, **about)
-        return self.at(900, "access", "summary", waited_s=waited_s + 99, longest_wait_s=longest_s + 99, **about)
+        return self.at(
+            900, "access", "summary", waited_s=waited_s + 99, longest_wait_s=longest_s + 99, **about
+        )
 
     def sent(self) -> NodeEvents:
         return NodeEvents(self._log.node, tuple(sorted(self._log.events(), key=lambda event: event.t_ns)), 0)
@@ -107,13 +111,21 @@ def test_words_in_place_of_seconds_are_not_known() -> None:
 
 
 def test_an_agent_that_was_started_again_in_the_start_does_not_know() -> None:
-    node = Node("n1").waited("image", IMAGE, 0).at(30, "fault", "agent_restarted", level="warning", message="again")
+    node = (
+        Node("n1")
+        .waited("image", IMAGE, 0)
+        .at(30, "fault", "agent_restarted", level="warning", message="again")
+    )
     report = report_of(node)
     assert (report.transfers[0].in_time, report.verdict) == (None, None)
 
 
 def test_an_agent_that_was_started_again_after_the_start_changes_nothing() -> None:
-    node = Node("n1").waited("image", IMAGE, 2).at(300, "fault", "agent_restarted", level="warning", message="again")
+    node = (
+        Node("n1")
+        .waited("image", IMAGE, 2)
+        .at(300, "fault", "agent_restarted", level="warning", message="again")
+    )
     node.at(900, "access", "start", what="image", target=IMAGE, waited_s=0.0, longest_wait_s=0.0)
     assert report_of(node).transfers[0].waited_s == 2
 
@@ -134,7 +146,11 @@ def test_a_start_that_brought_nothing_has_no_verdict() -> None:
 
 
 def test_nodes_that_were_in_time_are_counted_among_those_that_told() -> None:
-    nodes = [Node("n1").waited("image", IMAGE, 0), Node("n2").waited("image", IMAGE, 0), Node("n3").waited("image", IMAGE, 9)]
+    nodes = [
+        Node("n1").waited("image", IMAGE, 0),
+        Node("n2").waited("image", IMAGE, 0),
+        Node("n3").waited("image", IMAGE, 9),
+    ]
     assert "2 of 3" in row_of(report_of(*nodes), "image")
     nodes[2] = Node("n3").brought("image", IMAGE)
     assert "2 of 2" in row_of(report_of(*nodes), "image"), "n3 told nothing, and is not taken to be late"
@@ -164,7 +180,9 @@ def test_a_node_that_told_no_training_began_with_the_last_one() -> None:
 
 
 def test_nothing_held_it_up_when_no_read_waited_noticeably() -> None:
-    nodes = [Node(f"n{number}").waited("image", IMAGE, 0.1).waited("checkpoint", CKPT, 0.15) for number in (1, 2)]
+    nodes = [
+        Node(f"n{number}").waited("image", IMAGE, 0.1).waited("checkpoint", CKPT, 0.15) for number in (1, 2)
+    ]
     sentence = "nothing that was brought held it up: reads waited 250 ms in all"
     assert verdict_of(*nodes) == sentence
     assert f" N{sentence[1:]}." in to_html(report_of(*nodes))
@@ -200,7 +218,9 @@ def test_no_more_is_waited_than_the_start_took() -> None:
 
 @pytest.mark.parametrize("width", [80, 100, 120])
 def test_long_waits_and_many_columns_fit_a_narrow_terminal(width: int) -> None:
-    node = Node("n1", 900).waited("environment", VENV, 754, read_bytes=1 << 30, hit_bytes=1 << 29, miss_bytes=700 << 20)
+    node = Node("n1", 900).waited(
+        "environment", VENV, 754, read_bytes=1 << 30, hit_bytes=1 << 29, miss_bytes=700 << 20
+    )
     node.at(6, "prefetch", "end", what="environment", target=VENV, bytes=1023 << 20, bytes_origin=859 << 20,
             bytes_cached=1023 << 20, dur_s=70.0)  # fmt: skip
     report = report_of(node)

@@ -16,7 +16,11 @@ REPO = Path(__file__).resolve().parents[2]
 def a_class(methods: int = 0, attributes: int = 0, fields: int = 0, head: str = "class X:") -> str:
     lines = [head, *(f"    field{number}: int" for number in range(fields))]
     lines += [f"    def method{number}(self): pass" for number in range(methods)]
-    lines += ["    def __init__(self):", "        pass", *(f"        self.a{number} = 0" for number in range(attributes))]
+    lines += [
+        "    def __init__(self):",
+        "        pass",
+        *(f"        self.a{number} = 0" for number in range(attributes)),
+    ]
     return "\n".join(lines)
 
 
@@ -47,8 +51,14 @@ def test_what_is_at_the_limit_is_no_finding(source: str) -> None:
         (a_class(attributes=13), ["m.py:1: class X has 13 attributes (12 at most)"]),
         (a_class(attributes=6, fields=7), ["m.py:1: class X has 13 attributes (12 at most)"]),
         ("\n" + a_function(lines=61), ["m.py:2: function f has 61 lines (60 at most)"]),
-        (a_function(parameters="a, b, /, c, d, *, e, f, g"), ["m.py:1: function f has 7 parameters (6 at most)"]),
-        (a_function(head="async def f(PARAMETERS):", lines=61), ["m.py:1: function f has 61 lines (60 at most)"]),
+        (
+            a_function(parameters="a, b, /, c, d, *, e, f, g"),
+            ["m.py:1: function f has 7 parameters (6 at most)"],
+        ),
+        (
+            a_function(head="async def f(PARAMETERS):", lines=61),
+            ["m.py:1: function f has 61 lines (60 at most)"],
+        ),
         ("pass\n" * 401, ["m.py:1: module has 401 lines (400 at most)"]),
     ],
 )
@@ -82,7 +92,7 @@ def test_a_comment_that_says_why_is_enough(source: str) -> None:
     [
         "# size:\n" + a_class(fields=13),  # it does not say why
         "# size: far above\n\n" + a_class(fields=13),
-        '# size: of another\ndef f(): pass\n' + a_class(fields=13),
+        "# size: of another\ndef f(): pass\n" + a_class(fields=13),
         "# size: of the function\n" + a_function(lines=61) + "\n" + "pass\n" * 340,  # and not of the module
         "pass\n" * 40 + "# size: too late\n" + "pass\n" * 361,
     ],
@@ -95,7 +105,15 @@ def test_the_command_fails_with_findings_unless_it_shall_only_report(tmp_path: P
     (tmp_path / "large.py").write_text(a_class(methods=13))
     command = [sys.executable, "-B", "-m", "scripts.lib.sizes", str(tmp_path)]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, f"{tmp_path}/large.py:1: class X has 14 methods (12 at most)\n")
-    assert subprocess.run([*command, "--report-only"], cwd=REPO, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert (done.returncode, done.stdout) == (
+        1,
+        f"{tmp_path}/large.py:1: class X has 14 methods (12 at most)\n",
+    )
+    assert (
+        subprocess.run(
+            [*command, "--report-only"], cwd=REPO, stdout=subprocess.DEVNULL, check=False
+        ).returncode
+        == 0
+    )
     (tmp_path / "large.py").write_text("")
     assert subprocess.run(command, cwd=REPO, check=False).returncode == 0

@@ -33,7 +33,13 @@ def job(number: int, **more: Any) -> SimpleNamespace:
 
 
 def step(number: int | str, **more: Any) -> SimpleNamespace:
-    made = {"id": number, "name": str(number), "state": "COMPLETED", "start_time": 1795429857, "end_time": 1795429858}
+    made = {
+        "id": number,
+        "name": str(number),
+        "state": "COMPLETED",
+        "start_time": 1795429857,
+        "end_time": 1795429858,
+    }
     return SimpleNamespace(**made | {"nodelist": "n1"} | more)
 
 
@@ -75,7 +81,9 @@ def test_the_rows_are_those_of_sacct(sacct: Path, pyslurm: dict[int, SimpleNames
     assert accounting.records_of(numbers) == expected
 
 
-def test_jobs_that_were_requeued_and_unknown_ones_are_left_to_sacct(sacct: Path, pyslurm: dict[int, SimpleNamespace]) -> None:
+def test_jobs_that_were_requeued_and_unknown_ones_are_left_to_sacct(
+    sacct: Path, pyslurm: dict[int, SimpleNamespace]
+) -> None:
     play(sacct, REQUEUED)
     pyslurm |= {1: job(1), 5: job(5, requeue_count=1)}
     found = accounting.records_of([1, 5, 4_000_000])

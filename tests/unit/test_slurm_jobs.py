@@ -239,7 +239,11 @@ def test_the_real_sacct_says_that_accounting_is_off(tmp_path: Path, monkeypatch:
 def test_many_jobs_in_one_call(sacct: Path) -> None:
     play(sacct, STEPS + ARRAY + REQUEUED)
     found = jobs.records_of([5, 6, 1, 4_000_000, 5])
-    assert {job: [record.restart for record in runs] for job, runs in found.items()} == {1: [0], 5: [0, 1], 6: [0]}
+    assert {job: [record.restart for record in runs] for job, runs in found.items()} == {
+        1: [0],
+        5: [0, 1],
+        6: [0],
+    }
     assert found[6][0].shown_id == "2_1"
     assert [step.step for step in found[1][0].steps] == ["batch", "0"]
     assert "--jobs=1,5,6,4000000" in (sacct / "called").read_text()

@@ -61,10 +61,15 @@ def test_accounting_that_does_not_answer_is_an_error(path: Path) -> None:
 
 def test_every_comment_is_given_once_and_named_as_sacct_shows_its_job(path: Path) -> None:
     play(path)
-    comments = {str(number): f"bootseer: start {number}s" for number in range(1, 20)} | {"30_2": "bootseer: a", "40+1": "b"}
+    comments = {str(number): f"bootseer: start {number}s" for number in range(1, 20)} | {
+        "30_2": "bootseer: a",
+        "40+1": "b",
+    }
     sacctmgr.set_admin_comments(comments)
     commands = [line for line in called(path) if line.startswith("modify")]
-    assert commands == sorted(f'modify job where jobid={job} set AdminComment="{text}"' for job, text in comments.items())
+    assert commands == sorted(
+        f'modify job where jobid={job} set AdminComment="{text}"' for job, text in comments.items()
+    )
 
 
 @pytest.mark.parametrize(("job", "text"), [

@@ -35,7 +35,15 @@ def of(servers: int, replicas: int = 1) -> Draw:
 
 @pytest.mark.parametrize(
     ("objects", "servers", "replicas", "most"),
-    [(256, 3, 1, 87), (48, 3, 1, 17), (8, 3, 1, 3), (8, 100, 1, 1), (256, 100, 1, 5), (48, 3, 2, 34), (48, 3, 3, 48)],
+    [
+        (256, 3, 1, 87),
+        (48, 3, 1, 17),
+        (8, 3, 1, 3),
+        (8, 100, 1, 1),
+        (256, 100, 1, 5),
+        (48, 3, 2, 34),
+        (48, 3, 3, 48),
+    ],
 )
 def test_all_servers_have_as_many(objects: int, servers: int, replicas: int, most: int) -> None:
     kept, given_up = place(objects, of(servers, replicas))

@@ -91,13 +91,17 @@ def test_an_error_crosses_with_its_class(error: Exception, found: Exception) -> 
     assert (number, type(got), str(got)) == (7, type(found), str(found))
 
 
-@pytest.mark.parametrize("name", ["Exception", "SystemExit", "BootseerErrors", "__class__", "annotations", ""])
+@pytest.mark.parametrize(
+    "name", ["Exception", "SystemExit", "BootseerErrors", "__class__", "annotations", ""]
+)
 def test_no_other_class_is_made(name: str) -> None:
     _, got = protocol.decode_answer(json.dumps({"id": 1, "error": "x", "class": name}).encode())
     assert type(got) is StoreError
 
 
-@pytest.mark.parametrize("message", [b"", b"[", b"[]", b"{}", b"7", b'{"id": 1}', b'{"id": 1, "reply": []}', b"[" * 60_000])
+@pytest.mark.parametrize(
+    "message", [b"", b"[", b"[]", b"{}", b"7", b'{"id": 1}', b'{"id": 1, "reply": []}', b"[" * 60_000]
+)
 def test_other_messages_are_no_answers(message: bytes) -> None:
     with pytest.raises((ValueError, LookupError, TypeError, RecursionError)):
         protocol.decode_answer(message)
@@ -129,7 +133,10 @@ def decode(expected: type[Reply], **fields: Any) -> Reply:
         (Resolved, {"first": [[0, 1]] * 9}),
         (Resolved, {"first": [["0", 5]]}),
         (CheckpointFolder, {"files": [], "count": 0}),
-        (CheckpointFolder, {"files": [{"name": "a", "role": "b", "within": "c"}] * 49, "count": 49, "message": ""}),
+        (
+            CheckpointFolder,
+            {"files": [{"name": "a", "role": "b", "within": "c"}] * 49, "count": 49, "message": ""},
+        ),
         (CheckpointFolder, {"files": [{"name": 7, "role": "b", "within": "c"}], "count": 1, "message": ""}),
         (Same, {}),
         (Same, {"same": 1}),
@@ -158,7 +165,12 @@ def test_a_reply_to_something_else_is_refused() -> None:
 
 
 def test_each_reply_says_how_many_descriptors_it_brings() -> None:
-    assert [RESOLVED.descriptors, Resolved().descriptors, Planned().descriptors, Count(1).descriptors] == [3, 0, 1, 0]
+    assert [RESOLVED.descriptors, Resolved().descriptors, Planned().descriptors, Count(1).descriptors] == [
+        3,
+        0,
+        1,
+        0,
+    ]
     assert max(each.most_descriptors for each in REQUESTS) == 3
 
 
@@ -184,5 +196,11 @@ def test_ranges_are_bounded_together() -> None:
 
 
 def test_of_a_record_only_what_a_request_may_name_is_recalled() -> None:
-    said = (("image", "/a", 7), ("image", "a", 7), ("shell", "/a", 7), ("environment", "s3://b/c", 7), ("image", "/\n", 7))
+    said = (
+        ("image", "/a", 7),
+        ("image", "a", 7),
+        ("shell", "/a", 7),
+        ("environment", "s3://b/c", 7),
+        ("image", "/\n", 7),
+    )
     assert Recalled((*said, ("image", "/a", -1))).usable() == [Remembered("image", "/a", 7)]

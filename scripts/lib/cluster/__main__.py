@@ -38,7 +38,8 @@ def up(layout: Layout, options: argparse.Namespace) -> None:
     take_down(layout)
     install_packages()
     layout.dir.mkdir(parents=True, mode=0o755)
-    state = State(layout, nodes=[f"n{number}" for number in range(1, options.nodes + 1)])
+    names = [f"n{number}" for number in range(1, options.nodes + 1)]
+    state = State(layout, nodes=names, clocks=options.clocks)
     state.save()
     try:
         start(state, options)
@@ -65,7 +66,7 @@ def start(state: State, options: argparse.Namespace) -> None:
     layout = state.layout
     for name in ("log", "munge"):
         (layout.dir / name).mkdir()
-    settings.write(layout, state.nodes)
+    settings.write(layout, state.nodes, options.cpus)
     storage.prepare(layout)
     progress("settings written")
     daemons.make_machine(state, CONTROLLER)
@@ -205,6 +206,18 @@ def agent(layout: Layout, options: argparse.Namespace) -> None:
             daemons.signal_agent(state, node, signal.SIGKILL if options.action == "kill" else signal.SIGSTOP)
 
 
+def clock(layout: Layout, options: argparse.Namespace) -> None:
+    """Set the clock of a node's agent."""
+    state = live(layout)
+    if not state.clocks:
+        raise ClusterError("the agents have the machine's clock: scripts/cluster up --clocks")
+    state.init(options.node)
+    try:
+        daemons.set_clock(state, options.node, float(options.offset))
+    except ValueError:
+        raise ClusterError(f"not a number of seconds: {options.offset!r} (write +90 or -90)") from None
+
+
 def command_line() -> CommandLine:
     """All subcommands, with their options."""
     line = CommandLine("scripts/cluster", __doc__.split("\n")[0])
@@ -220,6 +233,10 @@ def command_line() -> CommandLine:
         help="rate of the store server's link, which all nodes share; default: off",
     )
     add.add_argument("--no-agent", dest="agent", action="store_false", help="start no node agents")
+    add.add_argument(
+        "--cpus", type=int, default=4, metavar="N", help="cores that each node claims; default: 4"
+    )
+    add.add_argument("--clocks", action="store_true", help="give each agent a clock of its own")
     add.add_argument("--keep", action="store_true", help="when the start fails, leave what was started")
     add = line.add("down", down, "stop the cluster and delete all it made", locks=True)
     add.add_argument("--keep-logs", action="store_true", help="leave the log files")
@@ -243,6 +260,9 @@ def command_line() -> CommandLine:
     add = line.add("agent", agent, "control the agent of a node, for tests of faults", locks=True)
     add.add_argument("node", help="n1, n2, ... or all")
     add.add_argument("action", choices=["start", "stop", "kill", "crash", "hang"])
+    add = line.add("clock", clock, "set the clock of a node's agent (up --clocks)", locks=True)
+    add.add_argument("node", help="n1, n2, ...")
+    add.add_argument("offset", help="seconds from the machine's clock: +90, -90")
     return line
 
 

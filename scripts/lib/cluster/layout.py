@@ -182,7 +182,7 @@ def _boot_id() -> str:
 class State:
     """The record of a cluster: `processes` maps "NODE/NAME" to (pid, start time in ticks).
 
-    host_linked: the network device on the host was made.
+    host_linked: the network device on the host was made. clocks: each agent has a clock of its own.
     """
 
     layout: Layout
@@ -191,6 +191,7 @@ class State:
     links: dict[str, str] = field(default_factory=dict)
     processes: dict[str, tuple[int, int]] = field(default_factory=dict)
     host_linked: bool = False
+    clocks: bool = False
 
     @classmethod
     def load(cls, layout: Layout) -> State | None:
@@ -220,6 +221,10 @@ class State:
         """A recorded process, alive or not."""
         record = self.processes.get(f"{node}/{name}")
         return Process(*record) if record else None
+
+    def clock(self, node: str) -> Path:
+        """The file that holds how far a node's agent's clock is from the machine's (clock.c)."""
+        return self.layout.dir / node / "clock"
 
     @property
     def machines(self) -> list[str]:

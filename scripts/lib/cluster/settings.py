@@ -95,8 +95,8 @@ roots = ["/shared"]
 """
 
 
-def write(layout: Layout, nodes: list[str]) -> None:
-    """Write everything below etc/ for a cluster of these nodes."""
+def write(layout: Layout, nodes: list[str], cpus: int) -> None:
+    """Write everything below etc/ for a cluster of these nodes, each of which claims so many cores."""
     _check_users()
     words = {
         "ctl": CONTROLLER,
@@ -105,7 +105,7 @@ def write(layout: Layout, nodes: list[str]) -> None:
         "etc": layout.etc,
         "munge_socket": layout.munge_socket,
         "nodes": "\n".join(
-            f"NodeName={node} NodeAddr={layout.address(node)} CPUs=4 RealMemory=4000 State=UNKNOWN"
+            f"NodeName={node} NodeAddr={layout.address(node)} CPUs={cpus} RealMemory=4000 State=UNKNOWN"
             for node in nodes
         ),
     }

@@ -41,8 +41,14 @@ def prepare(layout: Layout) -> None:
         folder.mkdir()
         os.chown(folder, 0, group)
         folder.chmod(mode)
-    source, library = Path(__file__).with_name("owner.c"), _owner_library(layout)
-    library.parent.mkdir()
+    compile_library(
+        Path(__file__).with_name("owner.c"), _owner_library(layout), "-I/usr/include/fuse3", "-ldl"
+    )
+
+
+def compile_library(source: Path, library: Path, *options: str) -> None:
+    """Compile a library that a process is given by LD_PRELOAD; raises ClusterError."""
+    library.parent.mkdir(exist_ok=True)
     command = [
         "gcc",
         "-O2",
@@ -50,11 +56,12 @@ def prepare(layout: Layout) -> None:
         "-Wextra",
         "-shared",
         "-fPIC",
-        "-I/usr/include/fuse3",
         "-o",
         str(library),
+        str(source),
+        *options,
     ]
-    done = subprocess.run([*command, str(source), "-ldl"], stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise ClusterError(f"{source.name} does not compile:\n{done.stderr[-2000:]}")
 

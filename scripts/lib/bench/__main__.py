@@ -11,18 +11,26 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts.lib.bench import checkpoint, cpu, digest, env, image, prolog, report, start
+from scripts.lib.bench import checkpoint, cpu, digest, env, image, load, prolog, report, start
 from scripts.lib.bench.rows import Row
 from scripts.lib.cluster.client import Cluster
 from scripts.lib.cluster.layout import ClusterError
 
-BENCHMARKS = {"cpu": cpu.run, "env": env.run, "image": image.run, "prolog": prolog.run, "report": report.run}
+BENCHMARKS = {
+    "cpu": cpu.run,
+    "env": env.run,
+    "image": image.run,
+    "load": load.run,
+    "prolog": prolog.run,
+    "report": report.run,
+}
 WITHOUT_CLUSTER = {"checkpoint": checkpoint.run, "digest": digest.run}
 IN_PARTS = {"start": start.run}
 PARTS = {"checkpoint": ("disk", "node", "hdfs"), "start": start.PARTS}
 NAMES = [*BENCHMARKS, *IN_PARTS, *WITHOUT_CLUSTER]
 # What a cluster that is started has; three, where nothing is said.
-NODES = {"cpu": 1, "env": 1, "image": 1, "report": 1, "start": start.NODES}
+NODES = {"cpu": 1, "env": 1, "image": 1, "load": 1, "report": 1, "start": start.NODES}
+CPUS = {"load": load.CPUS}
 
 console = Console()
 
@@ -77,7 +85,8 @@ def on_cluster(name: str, only: str) -> list[Row]:
     try:
         if not was_up:
             with console.status("starting a cluster"):
-                cluster.script("up", "--nodes", str(node_count), timeout_s=900)
+                cpus = ["--cpus", str(CPUS[name])] if name in CPUS else []
+                cluster.script("up", "--nodes", str(node_count), *cpus, timeout_s=900)
         console.print(f"measuring: {name}")
         return IN_PARTS[name](cluster, only) if name in IN_PARTS else BENCHMARKS[name](cluster)
     finally:

@@ -147,9 +147,7 @@ def page_rows() -> list[Row]:
     finally:
         shutil.rmtree(folder)
     how = f"report --format html of {NODES} nodes, made up (made_start.py)"
-    how_drawn = (
-        f"the same in headless Chromium, with a picture of it, median of {ROUNDS}; limit: empty page"
-    )
+    how_drawn = f"the same in headless Chromium, with a picture of it, median of {ROUNDS}; limit: empty page"
     return [
         Row("page, size", len(text.encode()) / 2**20, "MiB", 5.0, None, how),
         Row("page, made", make_s, "s", None, None, how),

@@ -100,7 +100,9 @@ class AgentConfig:
     """[agent]: the node agent."""
 
     socket: Path = _setting(
-        "/run/bootseer/agent.sock", _absolute, "where prolog, plugin and `bootseer mark` find it"
+        "/run/bootseer/agent.sock",
+        _absolute,
+        "where jobs and people find it; root.sock beside it is the hook's",
     )
     mounts: Path = _setting(
         "/run/bootseer", _absolute, "the folder of all mounts: blobs, checkpoints, images, environments"

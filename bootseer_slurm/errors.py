@@ -20,7 +20,6 @@ class BootseerError(Exception):
         self.message = message
         self.hint = hint
 
-
     @staticmethod
     def of_class(name: str, message: str, *, hint: str | None = None) -> BootseerError:
         """The error of this class, as another process named it; a StoreError where there is no such class."""

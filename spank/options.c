@@ -25,7 +25,7 @@ const struct request_field request_fields[REQUEST_KEYS] = {
 };
 
 struct plugin_config plugin_config = {
-	.socket_path = "/run/bootseer/agent.sock",
+	.socket_path = "/run/bootseer/root.sock",
 	.timeout_ms = 2000,
 	.checker = NULL,
 	.libexec = NULL,

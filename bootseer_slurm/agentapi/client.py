@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import time
 
 from bootseer_slurm.agentapi import protocol
@@ -62,8 +63,12 @@ def _ask(path: str, message: bytes, timeout_s: float) -> tuple[protocol.Message,
     deadline_s = time.monotonic() + timeout_s
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
-            link.settimeout(min(timeout_s, _FIRST_BYTE_S))
+            first_byte_s = min(timeout_s, _FIRST_BYTE_S)
+            # Python's own timeout would not wait for room in the backlog, which another may have filled.
+            timeval = struct.pack("ll", int(first_byte_s), int(first_byte_s % 1 * 1e6))
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
             link.connect(path)
+            link.settimeout(first_byte_s)
             try:
                 link.sendall(message)
                 link.shutdown(socket.SHUT_WR)

@@ -17,6 +17,7 @@ import struct
 import time
 
 SOCKET = "/run/bootseer/agent.sock"
+ROOT_SOCKET_NAME = "root.sock"  # beside it
 # Containers share the host's network namespace, in which abstract names live, but not its /run.
 ABSTRACT_SOCKET = "\0bootseer-agent"
 MESSAGE_LIMIT_BYTES = 2**20

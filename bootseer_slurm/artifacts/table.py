@@ -129,11 +129,12 @@ class Artifacts:
             artifact.dropped = True
         return [layer for each in dropped if each.resolved for layer in each.resolved.layers]
 
-    def wait_looked_up(self, deadline_s: float) -> None:
-        """Wait until all are looked up, or time.monotonic() is `deadline_s`."""
+    def wait_looked_up(self, deadline_s: float) -> bool:
+        """Wait until all are looked up, or time.monotonic() is `deadline_s`; False where it was that."""
         while waiting := [each for each in self.all() if not each.looked_up.is_set()]:
             if not waiting[0].looked_up.wait(max(0.0, deadline_s - time.monotonic())):
-                return
+                return False
+        return True
 
     def refuse_more(self) -> None:
         """The job is over: what is resolved from now on is closed at once."""

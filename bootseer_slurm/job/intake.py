@@ -96,10 +96,10 @@ class Intake:
             for layer in artifact.resolved.layers:
                 prefetch_layer(self._scheduler, artifact.resolved, layer)
 
-    def wait_looked_up(self, deadline_s: float) -> None:
-        """Wait until all is looked up, or time.monotonic() is `deadline_s`."""
-        self._recalled.wait(max(0.0, deadline_s - time.monotonic()))
-        self._artifacts.wait_looked_up(deadline_s)
+    def wait_looked_up(self, deadline_s: float) -> bool:
+        """Wait until all is looked up, or time.monotonic() is `deadline_s`; False where it was that."""
+        recalled = self._recalled.wait(max(0.0, deadline_s - time.monotonic()))
+        return self._artifacts.wait_looked_up(deadline_s) and recalled
 
     def _begin_recall(self, request: Request) -> None:
         self._recalled.clear()

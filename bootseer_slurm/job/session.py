@@ -1,7 +1,8 @@
 """One job on this node, from its prolog to its epilog.
 
 A session begins, shows each step what is ready, is told of marks, and ends. Everything slow happens in
-threads of the job's: `begin` and `mark` return at once, `attach` waits `attach_wait_s` at most.
+threads of the job's: `begin`, `step` and `mark` return at once. `attach` shows what is there; who asks waits
+for `intake.wait_looked_up` before, some seconds at most.
 """
 
 from __future__ import annotations
@@ -121,16 +122,15 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
                 context.fault("blob_not_held", str(error))
         self.intake.begin(request)
 
-    def attach(self, step: str, memory_bytes: int = 0) -> tuple[list[Bind], dict[str, str]]:
-        """The view of a step: mounts over its originals (the caller closes them), and its environment.
-
-        memory_bytes: that the job has on this node, 0 when that is not known.
-        """
+    def step(self, step: str, memory_bytes: int = 0) -> None:
+        """A step comes. memory_bytes: that the job has on this node, 0 when that is not known."""
         if memory_bytes:
             self._budget.bound(memory_bytes)
         self.context.log.emit("step", "attach", step=step)
         self._recording.step()
-        self.intake.wait_looked_up(time.monotonic() + self.context.config.prefetch.attach_wait_s)
+
+    def attach(self, step: str) -> tuple[list[Bind], dict[str, str]]:
+        """The view of a step: mounts over its originals (the caller closes them), and its environment."""
         shown = self._view.open(step)
         self._recording.shown(each for each in self.artifacts.layers() if self._view.is_readable(each.ref))
         self._telemetry.step()

@@ -24,6 +24,7 @@ from bootseer_slurm.image.packer import Packer
 from bootseer_slurm.job.journal import Journal
 from bootseer_slurm.job.session import Session
 from bootseer_slurm.service.answers import Answers, slow_operations
+from bootseer_slurm.service.lost_epilogs import LostEpilogs
 from bootseer_slurm.service.server import Server
 from bootseer_slurm.service.sessions import Sessions, reap
 from bootseer_slurm.service.supervisor import Resources
@@ -64,7 +65,8 @@ class Agent:
         self._journal = Journal(home)
         self._spare = Spare()
         observe_all = config.report.observe == "all"
-        self._sessions = Sessions(self._make_session, self._journal, observe_all=observe_all)
+        self._lost = LostEpilogs(home)
+        self._sessions = Sessions(self._make_session, self._journal, self._lost, observe_all=observe_all)
         # Have the hook tell every job, or only those that asked.
         said = home / "observe-all"
         said.touch() if observe_all else said.unlink(missing_ok=True)
@@ -86,7 +88,7 @@ class Agent:
         answers = Answers(self._config, self._node, self._sessions, self._blobs, self._packer)
         by_name = {op: getattr(answers, op) for op in OPERATIONS}
         Server(by_name, slow_operations(self._config), self._stop).start(self._listeners)
-        threading.Thread(target=reap, args=(self._sessions, self._stop), daemon=True).start()
+        threading.Thread(target=reap, args=(self._sessions, self._lost, self._stop), daemon=True).start()
         threading.Thread(target=self._tend, daemon=True).start()
         metrics = self._start_metrics()
         _log.info("agent serves %s", self._config.agent.socket, extra={"node": self._node})

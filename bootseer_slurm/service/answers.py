@@ -17,6 +17,7 @@ from bootseer_slurm.image.signing import read_key, sign
 from bootseer_slurm.job.inspection import inspect
 from bootseer_slurm.job.request import number
 from bootseer_slurm.job.session import Session
+from bootseer_slurm.service.parking import Waiting
 from bootseer_slurm.service.sessions import Sessions
 from bootseer_slurm.slurm.allocation import Job
 
@@ -51,12 +52,22 @@ class Answers:  # size: a method for each operation
         self._sessions.end(job_id, "job ended")
         return []
 
-    def attach(self, message: Message, uid: int, fds: list[int]) -> Message:
+    def attach(self, message: Message, uid: int, fds: list[int]) -> Message | Waiting:
         session = self._sessions.step(message)
         if session is None:
             return []
-        memory_bytes = number(message, "MEMORY_MB", "0") * 2**20
-        binds, environ = session.attach(first(message, "STEP_ID"), memory_bytes)
+        step = first(message, "STEP_ID")
+        session.step(step, number(message, "MEMORY_MB", "0") * 2**20)
+        return Waiting(
+            session.context.job.uid,
+            lambda: session.intake.wait_looked_up(0.0),
+            time.monotonic() + self._config.prefetch.attach_wait_s,
+            lambda fds: self._show(session, step, fds),
+        )
+
+    def _show(self, session: Session, step: str, fds: list[int]) -> Message:
+        """What a step is shown."""
+        binds, environ = session.attach(step)
         reply: Message = [("SETENV", f"{name}={value}") for name, value in environ.items()]
         for bind in binds:
             if len(fds) == protocol.DESCRIPTOR_LIMIT:

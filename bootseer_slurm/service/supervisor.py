@@ -60,7 +60,7 @@ _BACKLOG = 256  # prolog, steps and marks of a full node at once
 
 @dataclass(slots=True)
 class Resources:
-    """Resources of an agent: mounts "blobs" and "checkpoints", sockets "path" and "abstract".
+    """Resources of an agent: mounts "blobs" and "checkpoints", sockets "root", "path" and "abstract".
 
     The abstract one is missing when another process has its name.
     """
@@ -108,12 +108,15 @@ class Supervisor:
         finally:
             for listener in self._resources.listeners.values():
                 listener.close()
-            self._config.agent.socket.unlink(missing_ok=True)
+            for path in (self._config.agent.socket, self._home / protocol.ROOT_SOCKET_NAME):
+                path.unlink(missing_ok=True)
             for mount in self._resources.mounts.values():
                 mount.close()
 
     def _open_sockets(self) -> None:
         listeners = self._resources.listeners
+        if "root" not in listeners:
+            listeners["root"] = _listen(str(self._home / protocol.ROOT_SOCKET_NAME), 0o600)
         if "path" not in listeners:
             listeners["path"] = _listen(str(self._config.agent.socket))
         if "abstract" not in listeners:
@@ -238,7 +241,7 @@ def _loads_anew() -> bool:
     return not reason
 
 
-def _listen(address: str) -> socket.socket:
+def _listen(address: str, mode: int = 0o666) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if not address.startswith("\0"):
@@ -246,7 +249,7 @@ def _listen(address: str) -> socket.socket:
                 Path(address).unlink()
         listener.bind(address)
         if not address.startswith("\0"):
-            Path(address).chmod(0o666)
+            Path(address).chmod(mode)  # before it listens
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
@@ -286,7 +289,7 @@ def _clear_left(run: Path, home: Path) -> None:
         for folder in (*(run / name).glob("*/*"), *(run / name).glob("*")):
             with contextlib.suppress(OSError):
                 folder.rmdir()
-    for folder in (home / "jobs", home / "ending", home / "events"):
+    for folder in (home / "jobs", home / "ending", home / "events", home / "ended"):
         with contextlib.suppress(FileNotFoundError):
             for file in folder.iterdir():
                 with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bootseer_slurm import mounts
 from bootseer_slurm.agentapi import protocol
+from bootseer_slurm.agentapi.operations import OPERATIONS, Asker
 from scripts.lib.cluster.layout import ClusterError, poll
 
 WAIT_S = 20.0
@@ -26,6 +27,7 @@ class Node:
         self.folder = folder
         self.run = folder / "run"
         self.socket = self.run / "agent.sock"
+        self.root_socket = self.run / protocol.ROOT_SOCKET_NAME
         self.config = folder / "bootseer.toml"
         self.processes: list[subprocess.Popen[bytes]] = []
         (folder / "store" / "users").mkdir(parents=True)
@@ -64,16 +66,17 @@ class Node:
         """The log of all its processes."""
         return (self.folder / "log").read_text()
 
-    def connect(self) -> socket.socket:
-        """A connection to the agent."""
+    def connect(self, path: Path | None = None) -> socket.socket:
+        """A connection to the agent, by everybody's socket where none is said."""
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         link.settimeout(WAIT_S)
-        link.connect(str(self.socket))
+        link.connect(str(path or self.socket))
         return link
 
     def request(self, op: str, **fields: object) -> tuple[protocol.Message, list[int]]:
         """The reply to one request of root's, and its descriptors. Raises OSError, ClusterError."""
-        with self.connect() as link:
+        path = self.root_socket if OPERATIONS[op].asker is Asker.ROOT else self.socket
+        with self.connect(path) as link:
             link.sendall(protocol.encode([("OP", op), *((key, str(value)) for key, value in fields.items())]))
             link.shutdown(socket.SHUT_WR)
             reply, fds = protocol.receive(link)

@@ -227,6 +227,37 @@ def test_hung_agent(tmp_path: Path, env: dict[str, str]) -> None:
         instance.stop()
 
 
+@pytest.mark.parametrize(
+    "reply", [None, b"", b"STATUS=error\0MESSAGE=no\0"], ids=["hung", "nothing", "error"]
+)
+def test_an_epilog_that_was_not_taken_leaves_a_word(tmp_path: Path, reply: bytes | None) -> None:
+    (tmp_path / "ended").mkdir()
+    (tmp_path / "ended" / "42").touch()
+    os.utime(tmp_path / "ended" / "42", (1, 1))  # of an earlier start
+    instance = Agent(tmp_path / "agent.sock", reply=reply)
+    before_s = time.time() - 1  # the kernel's clock of files is late by some milliseconds
+    try:
+        run_hook(instance.path, PROLOG, timeout_s=HUNG_LIMIT_S)
+        assert (tmp_path / "ended" / "42").stat().st_mtime == 1, "the word is the epilog's"
+        assert_one_line(run_hook(instance.path, EPILOG, timeout_s=HUNG_LIMIT_S), "")
+    finally:
+        instance.stop()
+    assert before_s < (tmp_path / "ended" / "42").stat().st_mtime <= time.time()
+
+
+def test_an_epilog_without_an_agent_leaves_a_word(tmp_path: Path) -> None:
+    (tmp_path / "ended").mkdir()
+    done = run_hook(tmp_path / "agent.sock", EPILOG)
+    assert_one_line(done, "it finds that the job is over")
+    assert [path.name for path in (tmp_path / "ended").iterdir()] == ["42"]
+
+
+def test_an_epilog_that_was_taken_leaves_nothing(agent: Agent) -> None:
+    (agent.path.parent / "ended").mkdir()
+    assert_silent(run_hook(agent.path, EPILOG))
+    assert list((agent.path.parent / "ended").iterdir()) == []
+
+
 def test_hung_agent_and_more_to_say_than_the_socket_holds(tmp_path: Path) -> None:
     instance = Agent(tmp_path / "agent.sock", reply=None)
     env = PROLOG | {f"SPANK_BOOTSEER_{key}": "x" * 4096 for key in ("IMAGE", "ENV", "CHECKPOINT", "JOB_NAME")}

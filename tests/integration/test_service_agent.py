@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -12,16 +13,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
 from bootseer_slurm import mounts
-from bootseer_slurm.agentapi import protocol
+from bootseer_slurm.agentapi import client, protocol
 from tests.integration.node import ALICE, BOB, Node, node, wait_until
 
 __all__ = ["node"]
+HOOK = Path(__file__).parents[2] / "prolog.d" / "50-bootseer"
 pytestmark = [
     pytest.mark.fuse,
     pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root, /dev/fuse"),
@@ -39,6 +42,19 @@ while fresh := set(select.select([l for l in links if l not in closed], [], [], 
     closed |= fresh
 print(len(links) - len(closed), flush=True)
 sys.stdin.read()
+"""
+# Another user's: eight threads that connect and go, again and again.
+_FLOOD = """
+import socket, sys, threading
+def flood():
+    while True:
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        link.connect(sys.argv[1])
+        link.close()
+for _ in range(8):
+    threading.Thread(target=flood, daemon=True).start()
+print("floods", flush=True)
+threading.Event().wait()
 """
 # A user's: sends marks from forked tasks at once, and says how many were taken.
 _MARK = """
@@ -200,7 +216,7 @@ def test_a_new_start_ends_the_session_of_the_one_before(node: Node) -> None:
 
 def test_a_lost_epilog_ends_when_no_step_is_left(node: Node, tmp_path: Path) -> None:
     program = shutil.copy("/bin/sleep", tmp_path / "slurmstepd")
-    node.start("sessions._REAP_EVERY_S, sessions._REAP_AGE_S = 0.5, 1.5")
+    node.start("sessions._STEPS_EVERY_S, sessions._LOOK_EVERY_S, sessions._REAP_AGE_S = 0.5, 0.1, 1.5")
     with subprocess.Popen(["slurmstepd: [1.batch]", "100"], executable=program) as step:
         begin_s = time.monotonic()
         for job_id in (1, 2):
@@ -215,10 +231,165 @@ def test_a_lost_epilog_ends_when_no_step_is_left(node: Node, tmp_path: Path) -> 
     assert node.job_files() == {"3"}
 
 
+def test_a_job_whose_own_step_is_gone_is_over_at_once(node: Node, tmp_path: Path) -> None:
+    program = shutil.copy("/bin/sleep", tmp_path / "slurmstepd")
+    node.start("sessions._STEPS_EVERY_S, sessions._LOOK_EVERY_S = 0.5, 0.1")
+    with subprocess.Popen(["slurmstepd: [1.extern]", "100"], executable=program) as step:
+        for job_id in (1, 2):
+            node.ask("attach", JOB_ID=job_id, UID=ALICE, STEP_ID=0, BOOTSEER="observe")
+        time.sleep(2)
+        step.kill()
+    wait_until(lambda: node.jobs() == {2})  # of which no such step was seen: it may pause
+
+
+@pytest.mark.parametrize("whose", ["a user's", "root's"])
+def test_a_process_that_only_calls_itself_slurmstepd_keeps_no_session(node: Node, whose: str) -> None:
+    folder = node.folder / "data"
+    program = shutil.copy("/bin/sleep", folder / ("slurmstepd" if whose == "a user's" else "another"))
+    node.start("sessions._STEPS_EVERY_S, sessions._LOOK_EVERY_S, sessions._REAP_AGE_S = 0.3, 0.1, 0")
+    user = ALICE if whose == "a user's" else 0
+    title = "slurmstepd: [1.batch]"
+    with subprocess.Popen([title, "100"], executable=program, user=user, group=user, extra_groups=[]) as step:
+        node.ask("attach", JOB_ID=1, UID=ALICE, STEP_ID=0, BOOTSEER="observe")
+        wait_until(lambda: node.jobs() == set())
+        step.kill()
+
+
+def run_hook(node: Node, context: str, job_id: int = 1) -> str:
+    """The hook as slurmd runs it; what it says."""
+    env = {"SLURM_JOB_ID": str(job_id), "SLURM_JOB_UID": str(ALICE), "SLURM_JOB_GID": str(ALICE)}
+    env |= {"SLURM_SCRIPT_CONTEXT": f"{context}_slurmd", "SPANK_BOOTSEER_MODE": "observe"}
+    done = subprocess.run([HOOK, node.root_socket], env=env, stderr=subprocess.PIPE, text=True, check=True)
+    return done.stderr
+
+
+def test_an_epilog_that_came_while_the_agent_hung_ends_its_session(node: Node) -> None:
+    node.start()
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER="observe", HOOK_START_NS=time.time_ns())
+    with hanging(node):
+        # Its message is not taken either: the backlog is full, as it is when a node is busy.
+        links = fill_backlog(node)
+        assert "did not answer in time" in run_hook(node, "epilog")
+        for link in links:
+            link.close()
+    wait_until(lambda: node.jobs() == set())
+    assert list((node.run / "ended").iterdir()) == []
+
+
+def test_a_prolog_that_is_read_after_its_job_was_over_begins_nothing(node: Node) -> None:
+    node.start()
+    with hanging(node):
+        assert "did not answer in time" in run_hook(node, "prolog")
+        links = fill_backlog(node)
+        assert "did not answer in time" in run_hook(node, "epilog")
+        for link in links:
+            link.close()
+    wait_until(lambda: list((node.run / "ended").iterdir()) == [])
+    assert node.jobs() == set() and node.job_files() == set()
+
+
+def test_a_word_of_an_earlier_start_does_not_end_the_next_one(node: Node) -> None:
+    node.start("sessions._LOOK_EVERY_S = 600.0")
+    (node.run / "ended" / "1").touch()
+    assert run_hook(node, "prolog") == ""
+    assert node.jobs() == {1} and list((node.run / "ended").iterdir()) == []
+
+
+def test_the_next_agent_finds_epilogs_that_came_while_none_ran(node: Node) -> None:
+    node.start()
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER="observe", HOOK_START_NS=time.time_ns())
+    with hanging(node) as agent_pid:
+        (node.run / "ended" / "1").touch()
+        os.kill(agent_pid, signal.SIGKILL)
+    node.wait_for_another(agent_pid)
+    wait_until(lambda: node.jobs() == set())
+    assert node.job_files() == set()
+
+
+@contextlib.contextmanager
+def hanging(node: Node) -> Iterator[int]:
+    """The agent proper is stopped; gives its process id."""
+    pid = node.agent_pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def fill_backlog(node: Node) -> list[socket.socket]:
+    """Connections to root's socket, as many as the kernel takes."""
+    links = []
+    while True:
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        link.setblocking(False)
+        links.append(link)
+        if link.connect_ex(str(node.root_socket)) != 0:
+            return links
+
+
+def test_steps_that_wait_keep_no_hook_waiting(node: Node) -> None:
+    """More of them than the agent has threads for root; what they wait for does not come."""
+    node.start("session.Intake.wait_looked_up = lambda self, deadline_s: False")
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER="observe")
+    agent = psutil.Process(node.agent_pid)
+    threads = agent.num_threads()
+    links = []
+    for step in range(200):
+        links.append(node.connect(node.root_socket))
+        fields = [("OP", "attach"), ("JOB_ID", "1"), ("UID", str(ALICE)), ("STEP_ID", str(step))]
+        links[-1].sendall(protocol.encode(fields))
+        links[-1].shutdown(socket.SHUT_WR)
+        assert links[-1].recv(5) == b"WAIT=", "it is taken"
+    assert agent.num_threads() < threads + 50, "a thread each"
+    node.ask("prolog", JOB_ID=2, UID=BOB, BOOTSEER="observe")
+    assert node.jobs() == {1, 2}
+    answered = select.select(links, [], [], 0)[0]
+    assert len(answered) < len(links) or select.select(links, [], [], 30)[0], "they waited meanwhile"
+    for link in links:  # and get their answer when their time is over
+        with link:
+            assert b"STATUS=ok" in b"".join(iter(partial(link.recv, 65536), b""))
+
+
+def test_a_flood_of_connections_keeps_no_hook_waiting(node: Node) -> None:
+    node.start()
+    agent = psutil.Process(node.agent_pid)
+    flood = [sys.executable, "-S", "-c", _FLOOD, str(node.socket)]
+    with subprocess.Popen(flood, user=ALICE, group=ALICE, extra_groups=[], stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout and child.stdout.readline() == b"floods\n"
+            for job_id in range(1, 21):
+                assert run_hook(node, "prolog", job_id) == ""
+            cpu_s = sum(agent.cpu_times()[:2])
+            time.sleep(2)
+            used_s = sum(agent.cpu_times()[:2]) - cpu_s
+            assert client.request("status", socket_path=str(node.socket)), "nor another user"
+        finally:
+            child.kill()
+    assert used_s < 1.0, "half a core for what is refused"
+    assert node.jobs() == set(range(1, 21))
+
+
+def test_root_alone_has_roots_socket(node: Node) -> None:
+    node.start()
+    assert node.root_socket.stat().st_mode & 0o777 == 0o600
+    code = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, node.root_socket],
+        user=ALICE,
+        group=ALICE,
+        extra_groups=[],
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert b"PermissionError" in done.stderr
+
+
 def test_one_round_without_a_step_ends_nothing(node: Node) -> None:
     node.start("""
-sessions._REAP_EVERY_S, sessions._REAP_AGE_S = 0.2, 0
-rounds = iter([set(), {1}] * 10 + [set()] * 1000)
+sessions._STEPS_EVERY_S, sessions._LOOK_EVERY_S, sessions._REAP_AGE_S = 0.2, 0.1, 0
+rounds = iter([{}, {1: {"0"}}] * 10 + [{}] * 1000)
 sessions.jobs_with_steps = lambda: next(rounds)
 """)
     node.ask("attach", JOB_ID=1, UID=ALICE, STEP_ID=0, BOOTSEER="observe")

@@ -23,7 +23,7 @@ REPO = Path(__file__).resolve().parents[2]
 FAKE_AGENT = REPO / "tests" / "spank" / "fake_agent.py"
 NODE = "n1"
 HOME = "/shared/home/alice"
-SOCKET = "/run/bootseer/agent.sock"
+SOCKET = "/run/bootseer/root.sock"
 OPTIONS = ["--bootseer", "--bootseer-image", "--bootseer-env", "--bootseer-checkpoint", "--no-bootseer"]
 # Runs after the hook or before it; whichever, each run adds its environment to a file of the node.
 DUMP = '#!/bin/sh\n{ /bin/cat /proc/self/environ; echo; } >> "/run/env.$SLURM_SCRIPT_CONTEXT.$SLURM_JOB_ID"\n'

@@ -11,7 +11,7 @@ from bootseer_slurm.service.sessions import Sessions, _Row
 
 
 def test_counting_faults_holds_no_prolog_up() -> None:
-    sessions = Sessions(cast(Any, None), cast(Any, None))
+    sessions = Sessions(cast(Any, None), cast(Any, None), cast(Any, None))
     free: list[bool] = []
 
     def prolog() -> None:
@@ -26,6 +26,6 @@ def test_counting_faults_holds_no_prolog_up() -> None:
         return [Event(1, 7, 0, "n1", "fault", "x"), Event(1, 7, 0, "n1", "mark", "y")]
 
     session = SimpleNamespace(context=SimpleNamespace(log=SimpleNamespace(events=events)))
-    sessions._rows[7] = _Row(cast(Any, session), 0.0)
+    sessions._rows[7] = _Row(cast(Any, session), 0.0, 0)
     assert sessions.faults() == {"x": 1}
     assert free == [True]

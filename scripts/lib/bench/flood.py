@@ -1,6 +1,7 @@
 """Clients that load the agent of this node, until stdin is closed: flood.py hold|ask.
 
-hold: connections that fill its backlog and say nothing. ask: threads that ask for its status all the time.
+hold: connections that fill the backlog of root's socket and say nothing. ask: threads that ask for its status
+all the time. connect: threads that connect all the time.
 """
 
 import socket
@@ -8,6 +9,7 @@ import sys
 import threading
 
 SOCKET = "/run/bootseer/agent.sock"
+ROOT_SOCKET = "/run/bootseer/root.sock"
 ASKING = 8
 
 held: list[socket.socket] = []
@@ -20,7 +22,7 @@ def hold() -> None:
         link.settimeout(0.2)
         held.append(link)
         try:
-            link.connect(SOCKET)
+            link.connect(ROOT_SOCKET)
         except (BlockingIOError, TimeoutError):
             return
 
@@ -36,10 +38,17 @@ def ask() -> None:
                 pass
 
 
+def connect() -> None:
+    """Connect and go, again and again."""
+    while True:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+            link.connect(SOCKET)
+
+
 if sys.argv[1] == "hold":
     hold()
 else:
     for _ in range(ASKING):
-        threading.Thread(target=ask, daemon=True).start()
+        threading.Thread(target={"ask": ask, "connect": connect}[sys.argv[1]], daemon=True).start()
 print("ready", flush=True)
 sys.stdin.read()

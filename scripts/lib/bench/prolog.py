@@ -66,6 +66,7 @@ def hook_rows(cluster: Cluster) -> list[Row]:
         "agent hung": (hung, WISHES),
         "agent hung, its backlog full": (backlog_full, WISHES),
         "agent flooded with requests": (flooded, WISHES),
+        "agent flooded with connections": (flooded_with_connections, WISHES),
     }
     rows = []
     for number, (state, (prepare, wishes)) in enumerate(states.items()):
@@ -178,9 +179,16 @@ def flooded(cluster: Cluster) -> Iterator[None]:
 
 
 @contextmanager
-def flood(cluster: Cluster, mode: str) -> Iterator[None]:
+def flooded_with_connections(cluster: Cluster) -> Iterator[None]:
+    """Well, with a user who connects all the time."""
+    with flood(cluster, "connect", user="alice"):
+        yield
+
+
+@contextmanager
+def flood(cluster: Cluster, mode: str, *, user: str = "root") -> Iterator[None]:
     """flood.py runs on n1 until the block ends."""
-    with cluster.start("n1", "/usr/bin/python3", FILLER, mode) as process:
+    with cluster.start("n1", "runuser", "-u", user, "--", "/usr/bin/python3", FILLER, mode) as process:
         assert process.stdout
         if process.stdout.readline() != "ready\n":
             raise ClusterError("flood.py did not start")

@@ -87,7 +87,11 @@ OPERATIONS = {
             "epilog",
             Asker.ROOT,
             "a job leaves this node (the hook)",
-            (_JOB_ID, Field("RESTART?", "not to be relied on: of a requeued job it is the next start's")),
+            (
+                _JOB_ID,
+                Field("RESTART?", "not to be relied on: of a requeued job it is the next start's"),
+                Field("HOOK_START_NS?", "when the hook began, in ns since the epoch"),
+            ),
         ),
         Operation(
             "attach",

@@ -49,7 +49,7 @@ class Answers:  # size: a method for each operation
         job_id = number(message, "JOB_ID")
         with contextlib.suppress(NotFound):
             self._cancel_packing(self._sessions.find(job_id).context.job)
-        self._sessions.end(job_id, "job ended")
+        self._sessions.end(job_id, "job ended", number(message, "HOOK_START_NS", "0"))
         return []
 
     def attach(self, message: Message, uid: int, fds: list[int]) -> Message | Waiting:

@@ -39,6 +39,7 @@ _REAP_AGE_S = 3600.0
 _REAP_AGE_WITHOUT_STEP_S = 86400.0  # an allocation may wait long for its first step on this node
 _STEP_TITLE = re.compile(r"^slurmstepd: \[(\d+)\.([^]]*)\]")
 _WHOLE_JOB = "extern"
+_OVER_MOST = 4096  # jobs of a node whose last messages may still wait to be read
 
 
 def jobs_with_steps() -> dict[int, set[str]]:
@@ -62,8 +63,9 @@ def jobs_with_steps() -> dict[int, set[str]]:
 class _Row:
     """A session in the table.
 
-    begin_ns: since the epoch, when the hook began, or the step came. contained: its job has a step that lasts
-    as long as the job. absent: rounds in a row in which its job had no step on this node.
+    begin_ns: since the epoch, when the hook began; 0 of one that a step began, or an agent before this one.
+    contained: its job has a step that lasts as long as the job. absent: rounds in a row in which its job had
+    no step on this node.
     """
 
     session: Session
@@ -92,6 +94,7 @@ class Sessions:
         self._journal = journal
         self._lost = lost
         self._rows: dict[int, _Row] = {}
+        self._over: dict[int, int] = {}  # jobs that are over, and when, in the order of their ends
         self._endings = Endings()
         self.begun = 0  # sessions since the agent started
         self._lock = threading.RLock()
@@ -102,11 +105,13 @@ class Sessions:
         request = asked or self._site_request
         hook_start_ns = number(message, "HOOK_START_NS", "0")
         with self._lock:  # at once: a step that comes in between would begin a session that nobody ends
-            self.end(job.job_id, "requeued")  # a session of this job is of an earlier start
-            lost_ns = self._lost.time_ns(job.job_id)
+            over_ns = max(self._lost.time_ns(job.job_id), self._over.get(job.job_id, 0))
+            if 0 < hook_start_ns < over_ns:  # this message waited, and its job did not
+                return
+            self.end(job.job_id, "requeued", hook_start_ns)  # a session of this job is of an earlier start
             self._lost.forget(job.job_id)
-            # Over already: this message waited while an agent hung, and its job did not.
-            if request is None or 0 < hook_start_ns < lost_ns:
+            self._over.pop(job.job_id, None)
+            if request is None:
                 return
             session = self._keep(Began(job, first(message, "NODENAME"), asked), hook_start_ns)
         session.begin(request, hook_start_ns=hook_start_ns)
@@ -119,9 +124,9 @@ class Sessions:
         job, request = parse_job(message), parse_request(message)
         with self._lock:
             row = self._rows.get(job.job_id)
-            if row is None and request is not None:
+            if row is None and request is not None and job.job_id not in self._over:
                 began = Began(job, first(message, "NODENAME"), request)
-                self._keep(began).begin(request, hook_start_ns=None)
+                self._keep(began, 0).begin(request, hook_start_ns=None)
                 row = self._rows[job.job_id]
             elif row is not None and request is not None and row.session.intake.wants(request):
                 self._journal.add(job.job_id, Added(request))
@@ -152,11 +157,19 @@ class Sessions:
         # Without the lock, which prologs wait for: a job may have made 20,000 marks.
         return sum(map(faults_of, sessions), past)
 
-    def end(self, job_id: int, reason: str, *, begun_before_ns: int | None = None) -> None:
-        """Take a job's session out of the table, if there is one, and end it in a thread."""
+    def end(self, job_id: int, reason: str, at_ns: int = 0) -> None:
+        """Take a job's session out of the table, if there is one, and end it in a thread.
+
+        at_ns: since the epoch, when the job was over; a session that began later is another start's. 0: now.
+        Remembered for a while: what the job has sent before may be read later.
+        """
+        at_ns = at_ns or time.time_ns()
         with self._lock:
+            self._over[job_id] = at_ns
+            if len(self._over) > _OVER_MOST:
+                del self._over[next(iter(self._over))]
             row = self._rows.get(job_id)
-            if row is None or (begun_before_ns is not None and row.begin_ns >= begun_before_ns):
+            if row is None or row.begin_ns >= at_ns:
                 return
             del self._rows[job_id]
             self._journal.end(job_id, row.session.context.job.restart)
@@ -180,7 +193,6 @@ class Sessions:
                     continue
                 with self._lock:
                     session = self._make(began.job, began.node)
-                    # Began before any word that the hook has left: a later start would have ended this one.
                     self._rows[job_id] = _Row(session, time.monotonic(), begin_ns=0)
                 session.recover(request, [each for each in others if isinstance(each, Found)])
                 for each in others:
@@ -198,11 +210,10 @@ class Sessions:
         for session in sessions:
             session.intake.wait_looked_up(deadline_s)
 
-    def _keep(self, began: Began, begin_ns: int = 0) -> Session:
+    def _keep(self, began: Began, begin_ns: int) -> Session:
         """A new session in the table and the journal; the caller holds the lock."""
         session = self._make(began.job, began.node)
-        row = _Row(session, time.monotonic(), begin_ns or time.time_ns())
-        self._rows[began.job.job_id] = row
+        self._rows[began.job.job_id] = _Row(session, time.monotonic(), begin_ns)
         self.begun += 1
         self._journal.begin(began)
         return session
@@ -229,7 +240,7 @@ def reap(sessions: Sessions, lost: LostEpilogs, stop: threading.Event) -> None:
     while not stop.wait(_LOOK_EVERY_S):
         for job_id, lost_ns in lost.all():
             _log.warning("no agent took the epilog", extra={"job": job_id})
-            sessions.end(job_id, "job ended", begun_before_ns=lost_ns)
+            sessions.end(job_id, "job ended", lost_ns)
             lost.forget(job_id)
         if time.monotonic() < next_look_s or not sessions.all():
             continue

@@ -152,14 +152,17 @@ def test_first_start_is_restart_zero(agent: Agent) -> None:
 
 
 def test_epilog(agent: Agent) -> None:
+    before_ns = time.time_ns()
     assert_silent(run_hook(agent.path, EPILOG))
-    assert agent.requests == [{b"OP": b"epilog", b"JOB_ID": b"42", b"RESTART": b"2"}]
+    (request,) = agent.requests
+    assert before_ns <= int(request.pop(b"HOOK_START_NS")) <= time.time_ns()
+    assert request == {b"OP": b"epilog", b"JOB_ID": b"42", b"RESTART": b"2"}
 
 
 def test_epilog_without_a_restart_count_invents_none(agent: Agent) -> None:
     env = {key: value for key, value in EPILOG.items() if key != "SLURM_JOB_RESTART_COUNT"}
     assert_silent(run_hook(agent.path, env))
-    assert agent.requests == [{b"OP": b"epilog", b"JOB_ID": b"42"}]
+    assert set(agent.requests[0]) == {b"OP", b"JOB_ID", b"HOOK_START_NS"}
 
 
 @pytest.mark.parametrize("env", [PROLOG, EPILOG], ids=["prolog", "epilog"])

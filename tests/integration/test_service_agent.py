@@ -295,6 +295,21 @@ def test_a_word_of_an_earlier_start_does_not_end_the_next_one(node: Node) -> Non
     assert node.jobs() == {1} and list((node.run / "ended").iterdir()) == []
 
 
+def test_messages_that_are_read_in_another_order_do_no_harm(node: Node) -> None:
+    """Several threads read them: the order is by what the hook says."""
+    node.start()
+    first, over, again = (time.time_ns() + second * 10**9 for second in range(3))
+    node.ask("epilog", JOB_ID=1, HOOK_START_NS=over)
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER="observe", HOOK_START_NS=first)
+    node.ask("attach", JOB_ID=1, UID=ALICE, STEP_ID=0, BOOTSEER="observe")
+    assert node.jobs() == set(), "it is over"
+    node.ask("prolog", JOB_ID=1, UID=ALICE, RESTART=1, BOOTSEER="observe", HOOK_START_NS=again)
+    node.ask("epilog", JOB_ID=1, HOOK_START_NS=over)
+    assert node.jobs() == {1}, "another start's"
+    node.ask("epilog", JOB_ID=1, HOOK_START_NS=again + 1)
+    assert node.jobs() == set()
+
+
 def test_the_next_agent_finds_epilogs_that_came_while_none_ran(node: Node) -> None:
     node.start()
     node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER="observe", HOOK_START_NS=time.time_ns())
@@ -368,6 +383,7 @@ def test_a_flood_of_connections_keeps_no_hook_waiting(node: Node) -> None:
         finally:
             child.kill()
     assert used_s < 1.0, "half a core for what is refused"
+    wait_until(node.answers)  # when what lies in the backlog is refused too
     assert node.jobs() == set(range(1, 21))
 
 

@@ -1,4 +1,14 @@
-"""Resolving an artifact: asking the process of the job's user, checking what it says, opening the blobs."""
+"""Resolving an artifact: asking the process of the job's user, checking what it says, opening the blobs.
+
+**Whose bytes may be shown over an original.** Programs with more rights than the job's user trust a path by
+its owner: sudo, setuid programs, PAM. So over an original go bytes of that file itself, or of a blob that its
+owner or root published (blob/published.py). Over what is the user's own, go all that his process names.
+
+Of a folder its own owner counts, whoever owns the entries: he can rename each away and put another in its
+place, also where the sticky bit is set. Set-user-ID bits in a blob have no effect, for mounts are nosuid. A
+layer that can be written to lies over an environment of the user's own only. What has no original covers
+nothing: it is served below a folder of root's, by a name that is there before.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +32,7 @@ from bootseer_slurm.blob.ref import ArtifactRef
 from bootseer_slurm.cache.sources import OnFault
 from bootseer_slurm.errors import InputError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.events import BELOW_LAYER
+from bootseer_slurm.image.signing import Key
 from bootseer_slurm.slurm.allocation import Rank
 from bootseer_slurm.userproc.client import Found, UserProcess
 from bootseer_slurm.userproc.protocol import CheckpointFolder, Resolve
@@ -29,12 +40,16 @@ from bootseer_slurm.userproc.protocol import CheckpointFolder, Resolve
 _HUGE_BYTES = 64 * 2**30
 
 
+class ShadowRefused(InputError):
+    """What the store has may not be shown over this original, which is another user's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """The surroundings in which artifacts of one job are resolved.
 
-    roots: below which originals may be shown. allow: asked before so many bytes of digests are kept in
-    memory; raises InputError when they are too many.
+    roots: below which originals may be shown. store_uri, key: of the site, which tell who published a blob.
+    allow: asked before so many bytes of digests are kept in memory; raises InputError when they are too many.
     """
 
     process: UserProcess
@@ -43,6 +58,8 @@ class Context:
     uid: int
     gid: int
     rank: Rank
+    store_uri: str
+    key: Key
     allow: Callable[[int], None]
 
 
@@ -127,11 +144,7 @@ class _Opening:
         """The blobs that stand for it: of the store, else the original itself. Raises BootseerError."""
         reply, ref, process = self.found.reply, self.ref, self.context.process
         size_bytes, handle = reply.size_bytes or 0, reply.original_handle
-        if reply.blobs:
-            descriptions = [
-                stored_blob(process, stored, fd, allow=self.context.allow)
-                for stored, fd in zip(reply.blobs, self.found.manifest_fds, strict=True)
-            ]
+        if descriptions := self._stored():
             if reply.size_bytes is not None and descriptions[0].layout.size_bytes != size_bytes:
                 raise IntegrityError(f"{ref.name}: the blob in the store has another size")
         elif handle is not None and self.original is not None:
@@ -141,6 +154,9 @@ class _Opening:
             descriptions = [self._describe_unmanaged(remote_id(reply.identity), size_bytes)]
         elif reply.warning:
             raise StoreError(reply.warning)
+        elif ref.kind == "environment" and self._is_anothers:
+            whose = f"environment {ref.name} {self._whose}"
+            raise ShadowRefused(f"{whose}, who shares no snapshot of it (`bootseer env save --share`)")
         elif ref.kind == "environment":
             raise NotFound(f"environment {ref.name}: no snapshot of it in the store (`bootseer env save`)")
         else:
@@ -150,6 +166,36 @@ class _Opening:
         if handle is not None and ref.kind != "environment":
             descriptions[0].sources.append(original_source(process, handle, descriptions[0].layout))
         return descriptions
+
+    def _stored(self) -> list[BlobDescription]:
+        """The store's blobs that stand for it; none of a file whose own bytes are to be used instead.
+
+        Raises BootseerError.
+        """
+        context = self.context
+        descriptions = [
+            stored_blob(
+                context.process, stored, fd, store_uri=context.store_uri, key=context.key, allow=context.allow
+            )
+            for stored, fd in zip(self.found.reply.blobs, self.found.manifest_fds, strict=True)
+        ]
+        publishers = {each.publisher for each in descriptions}
+        if self.original is None or not self._is_anothers or publishers <= {self.original.status.st_uid, 0}:
+            return descriptions
+        message = f"{self._whose}, and neither he nor root is known to have published what the store has"
+        if self.found.reply.original_handle is None:
+            raise ShadowRefused(f"{self.ref.kind} {self.ref.name} {message}")
+        self.on_fault("shadow_refused", f"{message}: it is read as it lies")
+        return []
+
+    @property
+    def _is_anothers(self) -> bool:
+        return self.original is not None and self.original.status.st_uid != self.context.uid
+
+    @property
+    def _whose(self) -> str:
+        owner = self.original.status.st_uid if self.original else None
+        return f"belongs to user {owner}"
 
     def _describe_unmanaged(self, blob_id: str, size_bytes: int) -> BlobDescription:
         """A file that is used as it lies. A digest a block is kept in memory: a huge one has large blocks."""

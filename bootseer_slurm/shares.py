@@ -64,7 +64,9 @@ def shares_of(run: Path) -> NodeShares:
     disk = os.statvfs(run)
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     plan_blocks = memory_bytes // _PLANS_PART_OF_MEMORY // _PLAN_BLOCK_BYTES
-    digest_bytes = disk.f_blocks * disk.f_frsize // _DIGESTS_PART_OF_RUN
+    digest_bytes = (
+        disk.f_blocks * disk.f_frsize // _DIGESTS_PART_OF_RUN or _DIGEST_BYTES
+    )  # 0: it has no bound
     return NodeShares(
         Share("memory for digests", min(_DIGEST_BYTES, digest_bytes)),
         Share("memory for plans", min(_PLAN_BLOCKS, plan_blocks)),

@@ -46,6 +46,17 @@ class MountPlace:
     writable: bool
     owner: int | None
 
+    @property
+    def is_own(self) -> bool:
+        return self.uid == self.owner
+
+    def name(self, told_by: str) -> str:
+        """The name of a mount of what has this digest.
+
+        Another's has the whole digest: a short one can be met, and what is mounted already is used again.
+        """
+        return told_by[:16] if self.is_own else told_by
+
 
 @dataclass(slots=True)
 class EnvironmentMount:
@@ -87,8 +98,8 @@ def mount_environment(
             mounted = list(pool.map(lambda layer: _mount_layer(layer, place, mount, on_fault), layers))
         lower = [path for path in mounted if path is not None]
         # The name tells the environment, not the blobs: what a job sees stays, whatever is saved.
-        told_by = os.fsencode(f"{original}\0{place.owner}")
-        over = place.folder / f"{hashlib.sha256(told_by).hexdigest()}.layers"
+        told_by = os.fsencode(original if place.is_own else f"{original}\0{place.owner}")
+        over = place.folder / f"{place.name(hashlib.sha256(told_by).hexdigest())}.layers"
         if len(lower) == len(layers) > 1 and not place.writable:
             try:
                 mount.overlay = Overlay.mount(lower, over, uid=place.uid, gid=place.gid, writable=False)
@@ -96,13 +107,11 @@ def mount_environment(
                 on_fault("overlay_failed", error.message)
                 lower = []
         if len(lower) < len(layers):
-            if place.uid not in (
-                0,
-                place.owner,
-            ):  # the files would be this user's, and another trusts the path
+            # The files would be this user's own, and another one trusts the path.
+            if not (place.is_own or place.uid == 0):
                 raise BootseerError(f"{original}: another user's, and this node can mount no snapshot of it")
             images = [layer.handle.served_path for layer in layers]
-            folder = place.disk / layers[0].description.id
+            folder = place.disk / place.name(layers[0].description.id)
             mount._unpacked = Unpacked.unpack(images, folder, uid=place.uid, gid=place.gid)
             lower = [mount._unpacked.path]
         if place.writable:
@@ -126,7 +135,7 @@ def _mount_layer(layer: Layer, place: MountPlace, mount: EnvironmentMount, on_fa
         return None
     snapshot = Snapshot.mount(
         layer.handle.served_path,
-        place.folder / layer.description.id,
+        place.folder / place.name(layer.description.id),
         uid=place.uid,
         gid=place.gid,
         all_root=all_root,

@@ -5,9 +5,10 @@ its owner: sudo, setuid programs, PAM. So over an original go bytes of that file
 owner or root published (blob/published.py). Over what is the user's own, go all that his process names.
 
 Of a folder its own owner counts, whoever owns the entries: he can rename each away and put another in its
-place, also where the sticky bit is set. Set-user-ID bits in a blob have no effect, for mounts are nosuid. A
-layer that can be written to lies over an environment of the user's own only. What has no original covers
-nothing: it is served below a folder of root's, by a name that is there before.
+place, also where the sticky bit is set. He cannot do that to a mount, so a folder with one in it stays.
+Set-user-ID bits in a blob have no effect, for mounts are nosuid. A layer that can be written to lies over an
+environment of the user's own only. What has no original covers nothing: it is served below a folder of
+root's, by a name that is there before.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bootseer_slurm import mounts
 from bootseer_slurm.artifacts.layer import Layer, trace_key
 from bootseer_slurm.artifacts.open_blobs import OpenBlobs, Use
 from bootseer_slurm.artifacts.resolved import Original, ResolvedArtifact
@@ -105,7 +107,7 @@ class _Opening:
         fd = self.found.take_original()
         if fd is not None:
             self.original = Original(fd)
-            self._check_roots(self.original)
+            self._check_place(self.original)
         descriptions = self._describe()
         for number, description in enumerate(descriptions):
             layer = self._open_layer(description, self.ref.name + (BELOW_LAYER if number else ""))
@@ -118,12 +120,16 @@ class _Opening:
         if self.original is not None:
             self.original.close()
 
-    def _check_roots(self, original: Original) -> None:
+    def _check_place(self, original: Original) -> None:
+        """See that it may be covered where it lies. Raises InputError."""
         roots = self.context.roots
         if not original.is_below(roots):
             listed = ", ".join(map(str, roots))
             what = f"{self.ref.kind} {original.path}"
             raise InputError(f"{what}: not below {listed}, where this site allows it to be shown")
+        inside = mounts.mounts_below(original.path) if self.ref.kind == "environment" else ()
+        if any(str(mount.point) != original.path for mount in inside):
+            raise InputError(f"{self.ref.kind} {original.path}: something else is mounted in it")
 
     def _open_layer(self, description: BlobDescription, label: str) -> Layer:
         context = self.context

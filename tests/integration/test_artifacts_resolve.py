@@ -140,6 +140,18 @@ def test_a_user_cannot_cover_a_file_of_roots(site: Site) -> None:
     assert "belongs to user 0" in message
 
 
+@pytest.mark.parametrize("how", ["hardlink_to", "symlink_to"])
+def test_nor_by_another_name_of_it_that_is_his(site: Site, how: str) -> None:
+    """The plugin mounts over the file that has this device and inode."""
+    module = site.original(0)
+    other = site.folder / "data" / "mine"
+    getattr(other, how)(module)
+    for name in (module, other):
+        site.published(BOB, name, os.urandom(SIZE_BYTES))
+    session = site.session_of(BOB)
+    assert site.shown(session, other) == module.read_bytes() and len(refusals(session)) == 1
+
+
 def test_nor_by_what_the_class_learned_or_after_a_restart(site: Site) -> None:
     module = site.original(ALICE)
     site.published(BOB, module, os.urandom(SIZE_BYTES))

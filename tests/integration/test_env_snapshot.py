@@ -595,6 +595,9 @@ def ended(node: Node, uid: int, job: int, view: Path | None) -> dict[str, str]:
 
 def test_a_colleagues_environment_is_shown_once_its_owner_shares_it(node: Node) -> None:
     root = make_venv(node)
+    configuration = node.folder / "data" / ".config" / "pip" / "pip.conf"
+    configuration.parent.mkdir(parents=True)
+    configuration.write_text("[global]\n")  # the owner's, at her home: a part of the key
     node.start()
     node.bootseer("env", "save", str(root))
     faults = ended(node, BOB, 1, shown_to(node, BOB, 1, root))
@@ -677,3 +680,20 @@ def test_what_root_saved_is_shown_to_all(node: Node) -> None:
         view = shown_to(node, uid, job, root)
         assert view is not None
         assert ended(node, uid, job, view) == {}
+
+
+def test_an_environment_with_a_mount_in_it_stays(node: Node) -> None:
+    """Its owner cannot take that away, and so what lies there is not his."""
+    root = make_venv(node)
+    node.bootseer("env", "save", str(root))
+    mounts.mount("tmpfs", root / "bin", "tmpfs", 0)
+    try:
+        os.chown(root / "bin", ALICE, ALICE)
+        (root / "bin" / "python").symlink_to(sys.executable)
+        give_alice(root / "bin")
+        node.start()
+        view = shown(node, 1, root)
+        assert view is None
+        assert any("something else is mounted" in str(event.get("message")) for event in end(node, 1, view))
+    finally:
+        mounts.unmount(root / "bin")

@@ -38,3 +38,5 @@ def test_a_small_node_shares_less(tmp_path: Path, mocker: MockerFixture) -> None
     shares.plans.take(1, 128_000)
     with pytest.raises(InputError):
         shares.plans.take(1, 1)
+    disk.f_blocks = 0  # a tmpfs without a bound
+    shares_of(tmp_path).digests.take(1, 2**29)

@@ -154,7 +154,7 @@ class _Opening:
             if reply.size_bytes is not None and descriptions[0].layout.size_bytes != size_bytes:
                 raise IntegrityError(f"{ref.name}: the blob in the store has another size")
         elif handle is not None and self.original is not None:
-            blob_id = unmanaged_id(self.original.path, self.original.status)
+            blob_id = unmanaged_id(self.original.path, self.original.status, self.context.uid)
             descriptions = [self._describe_unmanaged(blob_id, size_bytes)]
         elif handle is not None and reply.identity:  # a checkpoint of a URI, which has no path
             descriptions = [self._describe_unmanaged(remote_id(reply.identity), size_bytes)]

@@ -87,9 +87,16 @@ def original_source(process: UserProcess, handle: int, layout: Layout) -> Object
     return ObjectSource("origin", process, handle, replace(layout, objects=1))
 
 
-def unmanaged_id(path: str, status: os.stat_result) -> str:
-    """The id of a file that is used where it lies: another one when it was changed or replaced."""
-    identity = (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+def unmanaged_id(path: str, status: os.stat_result, uid: int) -> str:
+    """The id of a file that is used where it lies: another one when it was changed or replaced.
+
+    uid: of the user in whose cache it is. What agents kept of another's file before they looked at owners
+    counts no more: its reader could reach into the process that read it.
+    """
+    inode = (path, status.st_dev, status.st_ino)
+    content = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    owner = () if status.st_uid == uid else (status.st_uid,)
+    identity = inode + content + owner
     return "file-" + hashlib.sha256(repr(identity).encode()).hexdigest()
 
 

@@ -16,11 +16,13 @@ import pytest
 
 from bootseer_slurm import mounts
 from bootseer_slurm.artifacts.artifact import Artifact
-from bootseer_slurm.artifacts.source import stored_blob
+from bootseer_slurm.artifacts.reattached import _reopen_original
+from bootseer_slurm.artifacts.source import stored_blob, unmanaged_id
 from bootseer_slurm.blob.names import Name, file_fingerprint, user_folder, write_name
 from bootseer_slurm.blob.published import is_published
 from bootseer_slurm.blob.ref import ArtifactRef
 from bootseer_slurm.blob.writer import BlobWriter
+from bootseer_slurm.errors import NotFound
 from bootseer_slurm.identity import User
 from bootseer_slurm.image.signing import Key, sign
 from bootseer_slurm.job.session import Session
@@ -286,3 +288,20 @@ def test_where_the_store_has_no_files_the_sites_signature_tells(site: Site) -> N
     assert publisher("") is None and publisher(sign(key, BOB, record.blob)) is None
     assert publisher(sign(Key(b"x" * 32), ALICE, record.blob)) is None
     assert publisher(sign(key, ALICE, record.blob), "elsewhere/1/blobs/a") is None
+
+
+def test_what_was_kept_of_anothers_file_before_owners_counted_is_not_believed(site: Site) -> None:
+    """Its reader could reach into the process that read it. A job that has it mounted goes on, though."""
+    module = site.original(0)
+    status, path = module.stat(), str(module)
+    assert unmanaged_id(path, status, BOB) != unmanaged_id(path, status, 0)
+    session = site.session_of(BOB)
+    assert site.shown(session, module) == module.read_bytes()
+    (layer,) = session.artifacts.layers()
+    assert layer.description.id == unmanaged_id(path, status, BOB)
+    late = site.session_of(BOB, 8)
+    for uid in (BOB, 0):
+        found = replace(layer.found, blob=unmanaged_id(path, status, uid))
+        assert _reopen_original(late._process(), found, BOB) >= 0
+    with pytest.raises(NotFound, match="was replaced"):
+        _reopen_original(late._process(), replace(layer.found, blob="file-" + "0" * 64), BOB)

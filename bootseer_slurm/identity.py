@@ -1,7 +1,7 @@
 """Becoming a user: the one place where a process of root's takes a user's rights, for good.
 
-`User.popen_arguments` and `without_rights` are for what is begun with `subprocess`. All else changes the
-whole process.
+`User.popen_arguments`, `out_of_reach` and `without_rights` are for what is begun with `subprocess`. All else
+changes the whole process.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TypedDict
 
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
+_NOBODYS_UID = 61875  # behind those of image.packer, between Linux's own ranges
 
 
 class PopenRights(TypedDict):
@@ -50,6 +51,16 @@ class User:
         os.setgroups(self.groups)
         os.setresgid(self.gid, self.gid, self.gid)
         os.setresuid(self.uid, self.uid, self.uid)
+
+
+def out_of_reach(user: User) -> list[str]:
+    """The beginning of a command that opens files as this user, and that his other processes cannot trace.
+
+    Its real user is one that nobody is: to trace it all its ids must be one's own (ptrace(2)).
+    """
+    groups = f"--groups={','.join(map(str, user.groups))}" if user.groups else "--clear-groups"
+    ids = (f"--ruid={_NOBODYS_UID}", f"--euid={user.uid}", f"--regid={user.gid}")
+    return ["setpriv", *ids, groups, "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--"]
 
 
 def without_rights(uid: int) -> list[str]:

@@ -1,7 +1,7 @@
 """Mounts: the few system calls around them that Python does not offer.
 
 Owns: mount(2), umount2(2), unshare(2), the descriptor-based calls open_tree(2), mount_setattr(2) and
-move_mount(2), the user namespaces that idmapped mounts are made with, and the reading of
+move_mount(2), statx(2), the user namespaces that idmapped mounts are made with, and the reading of
 /proc/self/mountinfo. Does not own: what is mounted where, and when; the callers decide that.
 
 A *detached* mount is one that hangs in no mount namespace: only the descriptor holds it. It can be sent to
@@ -21,6 +21,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # linux/mount.h
 MS_RDONLY = 1
@@ -44,6 +45,8 @@ _MOUNT_ATTR_IDMAP = 1 << 20
 _AT_FDCWD = -100
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_EMPTY_PATH = 0x1000
+_AT_STATX_DONT_SYNC = 0x4000
+_STATX_UID = 8
 _CLONE_NEWNS = 0x20000
 _CLONE_NEWUSER = 0x10000000
 # asm-generic/unistd.h: calls this young have one number on x86_64 and aarch64
@@ -63,6 +66,26 @@ class _MountAttr(ctypes.Structure):
         ("propagation", ctypes.c_uint64),
         ("userns_fd", ctypes.c_uint64),
     )
+
+
+class _Statx(ctypes.Structure):
+    """The parts of struct statx of linux/stat.h that are wanted here."""
+
+    _fields_ = (
+        ("_until_uid", ctypes.c_uint32 * 5),
+        ("uid", ctypes.c_uint32),
+        ("_until_device", ctypes.c_uint32 * 28),
+        ("device_major", ctypes.c_uint32),
+        ("device_minor", ctypes.c_uint32),
+        ("_spare", ctypes.c_uint64 * 14),
+    )
+
+
+class Owner(NamedTuple):
+    """The owner of a file, and the device of the file system that says so."""
+
+    uid: int
+    device: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +244,22 @@ def map_root_to(uid: int, gid: int) -> int:
         for fd in (ready_read, leave_read, leave_write):
             os.close(fd)
         os.waitpid(child, 0)
+
+
+def owner_of(fd: int) -> Owner:
+    """The owner of an open file, as the kernel knows it: its file system is not asked, and cannot hang.
+
+    (statx(2) with AT_STATX_DONT_SYNC, which Python lacks.)
+    """
+    found = _Statx()
+    flags = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
+    _check(
+        _LIBC.statx(
+            ctypes.c_int(fd), b"", ctypes.c_int(flags), ctypes.c_uint(_STATX_UID), ctypes.byref(found)
+        ),
+        f"/proc/self/fd/{fd}",
+    )
+    return Owner(found.uid, os.makedev(found.device_major, found.device_minor))
 
 
 def _unescape(text: str) -> str:

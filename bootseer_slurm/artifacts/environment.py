@@ -35,7 +35,7 @@ class MountPlace:
     """Where a job's environments are mounted, and how.
 
     folder: for the mounts. disk: for files, where nothing can mount a snapshot. key: the site's.
-    writable: with a layer over each that goes with the job.
+    writable: with a layer over each that goes with the job. owner: of the environment.
     """
 
     folder: Path
@@ -44,6 +44,18 @@ class MountPlace:
     gid: int
     key: Key
     writable: bool
+    owner: int | None
+
+    @property
+    def is_own(self) -> bool:
+        return self.uid == self.owner
+
+    def name(self, told_by: str) -> str:
+        """The name of a mount of what has this digest.
+
+        Another's has the whole digest: a short one can be met, and what is mounted already is used again.
+        """
+        return told_by[:16] if self.is_own else told_by
 
 
 @dataclass(slots=True)
@@ -86,7 +98,8 @@ def mount_environment(
             mounted = list(pool.map(lambda layer: _mount_layer(layer, place, mount, on_fault), layers))
         lower = [path for path in mounted if path is not None]
         # The name tells the environment, not the blobs: what a job sees stays, whatever is saved.
-        over = place.folder / f"{hashlib.sha256(os.fsencode(original)).hexdigest()[:16]}.layers"
+        told_by = os.fsencode(original if place.is_own else f"{original}\0{place.owner}")
+        over = place.folder / f"{place.name(hashlib.sha256(told_by).hexdigest())}.layers"
         if len(lower) == len(layers) > 1 and not place.writable:
             try:
                 mount.overlay = Overlay.mount(lower, over, uid=place.uid, gid=place.gid, writable=False)
@@ -94,8 +107,11 @@ def mount_environment(
                 on_fault("overlay_failed", error.message)
                 lower = []
         if len(lower) < len(layers):
+            # The files would be this user's own, and another one trusts the path.
+            if not (place.is_own or place.uid == 0):
+                raise BootseerError(f"{original}: another user's, and this node can mount no snapshot of it")
             images = [layer.handle.served_path for layer in layers]
-            folder = place.disk / layers[0].description.id[:16]
+            folder = place.disk / place.name(layers[0].description.id)
             mount._unpacked = Unpacked.unpack(images, folder, uid=place.uid, gid=place.gid)
             lower = [mount._unpacked.path]
         if place.writable:
@@ -119,7 +135,7 @@ def _mount_layer(layer: Layer, place: MountPlace, mount: EnvironmentMount, on_fa
         return None
     snapshot = Snapshot.mount(
         layer.handle.served_path,
-        place.folder / layer.description.id[:16],
+        place.folder / place.name(layer.description.id),
         uid=place.uid,
         gid=place.gid,
         all_root=all_root,

@@ -73,9 +73,10 @@ class Layer:
         return self.handle.served_path if self.is_watched else self.handle.blob.bind_path()
 
     def is_signed(self, key: Key) -> bool:
-        """Whether the kernel may mount it: an agent packed it for this user, or root for all."""
-        uid, signature = self.handle.reader.uid, self.description.signature
-        return any(is_signed(key, each, self.description.id, signature) for each in (uid, 0))
+        """Whether the kernel may mount it: an agent packed it for this user or its publisher, or root did."""
+        uid, blob = self.handle.reader.uid, self.description
+        users = {uid, 0} if blob.publisher is None else {uid, 0, blob.publisher}
+        return any(is_signed(key, each, blob.id, blob.signature) for each in users)
 
     def mount_image(self) -> Path:
         """Have the kernel mount it, which must be signed; gives where. Raises BootseerError."""

@@ -37,12 +37,13 @@ class Found:
 class _LateSource:
     """Where the bytes of one such blob come from, opened when it is first read (cache.sources.Source)."""
 
-    def __init__(self, found: Found, layout: Layout, process: Callable[[], UserProcess]) -> None:
-        """process: gives the job's, or raises StoreError."""
+    def __init__(self, found: Found, layout: Layout, process: Callable[[], UserProcess], uid: int) -> None:
+        """process: gives the job's, or raises StoreError. uid: the job's user."""
         self.name = "store" if found.folder else "origin"
         self._layout = layout
         self._found = found
         self._process = process
+        self._uid = uid
         self._opened: ObjectSource | None = None
         self._lock = threading.Lock()
 
@@ -60,7 +61,8 @@ class _LateSource:
                     handle = process.reopen(found.blob, found.folder)
                     self._opened = ObjectSource(self.name, process, handle, self._layout)
                 else:
-                    self._opened = original_source(process, _reopen_original(process, found), self._layout)
+                    handle = _reopen_original(process, found, self._uid)
+                    self._opened = original_source(process, handle, self._layout)
             return self._opened
 
 
@@ -69,11 +71,11 @@ def reattach(
 ) -> BlobHandle:
     """A handle to a blob that a job used before. Raises BootseerError or OSError."""
     description = blobs.describe(found.blob, use.uid)
-    description.sources.append(_LateSource(found, description.layout, process))
+    description.sources.append(_LateSource(found, description.layout, process, use.uid))
     return blobs.open(description, use, on_fault)
 
 
-def _reopen_original(process: UserProcess, found: Found) -> int:
+def _reopen_original(process: UserProcess, found: Found, uid: int) -> int:
     """The handle of an unmanaged file. Raises StoreError, or NotFound when another file is there now."""
     try:
         resolved = process.resolve(Resolve(found.kind, found.path))
@@ -83,15 +85,16 @@ def _reopen_original(process: UserProcess, found: Found) -> int:
         raise NotFound(f"{found.path}: is a folder now")
     try:
         original = resolved.take_original()
+        blob_ids: set[str] = set()
         if resolved.reply.identity:
-            blob_id = remote_id(resolved.reply.identity)
+            blob_ids.add(remote_id(resolved.reply.identity))
         elif original is not None:
-            blob_id = unmanaged_id(found.path, os.fstat(original))
-        else:
-            blob_id = ""
+            status = os.fstat(original)
+            # Also as an earlier version's agent, which this one took over from, called another's file.
+            blob_ids |= {unmanaged_id(found.path, status, each) for each in (uid, status.st_uid)}
         if original is not None:
             os.close(original)
-        if blob_id != found.blob or resolved.reply.original_handle is None:
+        if found.blob not in blob_ids or resolved.reply.original_handle is None:
             raise NotFound(f"{found.path}: was replaced since it was looked up")
         return resolved.reply.original_handle
     finally:

@@ -1,4 +1,15 @@
-"""Resolving an artifact: asking the process of the job's user, checking what it says, opening the blobs."""
+"""Resolving an artifact: asking the process of the job's user, checking what it says, opening the blobs.
+
+**Whose bytes may be shown over an original.** Programs with more rights than the job's user trust a path by
+its owner: sudo, setuid programs, PAM. So over an original go bytes of that file itself, or of a blob that its
+owner or root published (blob/published.py). Over what is the user's own, go all that his process names.
+
+Of a folder its own owner counts, whoever owns the entries: he can rename each away and put another in its
+place, also where the sticky bit is set. He cannot do that to a mount, so a folder with one in it stays.
+Set-user-ID bits in a blob have no effect, for mounts are nosuid. A layer that can be written to lies over an
+environment of the user's own only. What has no original covers nothing: it is served below a folder of
+root's, by a name that is there before.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bootseer_slurm import mounts
 from bootseer_slurm.artifacts.layer import Layer, trace_key
 from bootseer_slurm.artifacts.open_blobs import OpenBlobs, Use
 from bootseer_slurm.artifacts.resolved import Original, ResolvedArtifact
@@ -22,6 +34,7 @@ from bootseer_slurm.blob.ref import ArtifactRef
 from bootseer_slurm.cache.sources import OnFault
 from bootseer_slurm.errors import InputError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.events import BELOW_LAYER
+from bootseer_slurm.image.signing import Key
 from bootseer_slurm.slurm.allocation import Rank
 from bootseer_slurm.userproc.client import Found, UserProcess
 from bootseer_slurm.userproc.protocol import CheckpointFolder, Resolve
@@ -29,12 +42,16 @@ from bootseer_slurm.userproc.protocol import CheckpointFolder, Resolve
 _HUGE_BYTES = 64 * 2**30
 
 
+class ShadowRefused(InputError):
+    """What the store has may not be shown over this original, which is another user's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """The surroundings in which artifacts of one job are resolved.
 
-    roots: below which originals may be shown. allow: asked before so many bytes of digests are kept in
-    memory; raises InputError when they are too many.
+    roots: below which originals may be shown. store_uri, key: of the site, which tell who published a blob.
+    allow: asked before so many bytes of digests are kept in memory; raises InputError when they are too many.
     """
 
     process: UserProcess
@@ -43,6 +60,8 @@ class Context:
     uid: int
     gid: int
     rank: Rank
+    store_uri: str
+    key: Key
     allow: Callable[[int], None]
 
 
@@ -88,7 +107,7 @@ class _Opening:
         fd = self.found.take_original()
         if fd is not None:
             self.original = Original(fd)
-            self._check_roots(self.original)
+            self._check_place(self.original)
         descriptions = self._describe()
         for number, description in enumerate(descriptions):
             layer = self._open_layer(description, self.ref.name + (BELOW_LAYER if number else ""))
@@ -101,12 +120,16 @@ class _Opening:
         if self.original is not None:
             self.original.close()
 
-    def _check_roots(self, original: Original) -> None:
+    def _check_place(self, original: Original) -> None:
+        """See that it may be covered where it lies. Raises InputError."""
         roots = self.context.roots
         if not original.is_below(roots):
             listed = ", ".join(map(str, roots))
             what = f"{self.ref.kind} {original.path}"
             raise InputError(f"{what}: not below {listed}, where this site allows it to be shown")
+        inside = mounts.mounts_below(original.path) if self.ref.kind == "environment" else ()
+        if any(str(mount.point) != original.path for mount in inside):
+            raise InputError(f"{self.ref.kind} {original.path}: something else is mounted in it")
 
     def _open_layer(self, description: BlobDescription, label: str) -> Layer:
         context = self.context
@@ -127,20 +150,19 @@ class _Opening:
         """The blobs that stand for it: of the store, else the original itself. Raises BootseerError."""
         reply, ref, process = self.found.reply, self.ref, self.context.process
         size_bytes, handle = reply.size_bytes or 0, reply.original_handle
-        if reply.blobs:
-            descriptions = [
-                stored_blob(process, stored, fd, allow=self.context.allow)
-                for stored, fd in zip(reply.blobs, self.found.manifest_fds, strict=True)
-            ]
+        if descriptions := self._stored():
             if reply.size_bytes is not None and descriptions[0].layout.size_bytes != size_bytes:
                 raise IntegrityError(f"{ref.name}: the blob in the store has another size")
         elif handle is not None and self.original is not None:
-            blob_id = unmanaged_id(self.original.path, self.original.status)
+            blob_id = unmanaged_id(self.original.path, self.original.status, self.context.uid)
             descriptions = [self._describe_unmanaged(blob_id, size_bytes)]
         elif handle is not None and reply.identity:  # a checkpoint of a URI, which has no path
             descriptions = [self._describe_unmanaged(remote_id(reply.identity), size_bytes)]
         elif reply.warning:
             raise StoreError(reply.warning)
+        elif ref.kind == "environment" and self._is_anothers:
+            whose = f"environment {ref.name} {self._whose}"
+            raise ShadowRefused(f"{whose}, who shares no snapshot of it (`bootseer env save --share`)")
         elif ref.kind == "environment":
             raise NotFound(f"environment {ref.name}: no snapshot of it in the store (`bootseer env save`)")
         else:
@@ -150,6 +172,36 @@ class _Opening:
         if handle is not None and ref.kind != "environment":
             descriptions[0].sources.append(original_source(process, handle, descriptions[0].layout))
         return descriptions
+
+    def _stored(self) -> list[BlobDescription]:
+        """The store's blobs that stand for it; none of a file whose own bytes are to be used instead.
+
+        Raises BootseerError.
+        """
+        context = self.context
+        descriptions = [
+            stored_blob(
+                context.process, stored, fd, store_uri=context.store_uri, key=context.key, allow=context.allow
+            )
+            for stored, fd in zip(self.found.reply.blobs, self.found.manifest_fds, strict=True)
+        ]
+        publishers = {each.publisher for each in descriptions}
+        if self.original is None or not self._is_anothers or publishers <= {self.original.status.st_uid, 0}:
+            return descriptions
+        message = f"{self._whose}, and neither he nor root is known to have published what the store has"
+        if self.found.reply.original_handle is None:
+            raise ShadowRefused(f"{self.ref.kind} {self.ref.name} {message}")
+        self.on_fault("shadow_refused", f"{message}: it is read as it lies")
+        return []
+
+    @property
+    def _is_anothers(self) -> bool:
+        return self.original is not None and self.original.status.st_uid != self.context.uid
+
+    @property
+    def _whose(self) -> str:
+        owner = self.original.status.st_uid if self.original else None
+        return f"belongs to user {owner}"
 
     def _describe_unmanaged(self, blob_id: str, size_bytes: int) -> BlobDescription:
         """A file that is used as it lies. A digest a block is kept in memory: a huge one has large blocks."""

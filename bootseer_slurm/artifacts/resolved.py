@@ -57,6 +57,11 @@ class Original:
         """Its status when first asked: a user's own file system may never answer, so after `is_below`."""
         return os.fstat(self._fd)
 
+    @property
+    def has_its_owner(self) -> bool:
+        """Whether its owner still is who it was then. Never waits."""
+        return mounts.owner_of(self._fd).uid == self.status.st_uid
+
     def is_below(self, roots: tuple[Path, ...]) -> bool:
         """Whether it lies below one of these folders, and is none of them."""
         path = Path(self.path)
@@ -130,6 +135,8 @@ class ResolvedArtifact:
             return Bind(mounts.bind_clone(path), status.st_dev, status.st_ino, str(served))
         if not (is_first and time.monotonic() - self._resolved_s < _FRESH_S):
             self._check_same(original)
+        if not original.has_its_owner:  # who may show what over it was decided for that one
+            raise InputError(f"{original.path}: was given to another user after it was looked up")
         fd = environment.clone() if environment else mounts.bind_clone(self.layers[0].bind_path)
         return Bind(fd, original.status.st_dev, original.status.st_ino, original.path)
 

@@ -13,6 +13,7 @@ from bootseer_slurm.artifacts.resolved import ResolvedArtifact
 from bootseer_slurm.blob.jobclass import Remembered
 from bootseer_slurm.blob.ref import ArtifactRef
 from bootseer_slurm.errors import InputError
+from bootseer_slurm.shares import NodeShares, Share
 
 _log = logging.getLogger(__name__)
 
@@ -22,12 +23,15 @@ _PLANNED_LIMIT_BLOCKS = 2**20  # of one job: 256 GiB, and some 250 bytes of memo
 
 
 class Quota:
-    """How much memory and work the artifacts of one job may cost. Thread-safe."""
+    """How much memory and work the artifacts of one job may cost, and the jobs of its user. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, shares: NodeShares, uid: int) -> None:
+        self._shares = shares
+        self._uid = uid
         self._look_ups = 0
         self._digest_bytes = 0
         self._planned_blocks = 0
+        self._closed = False
         self._lock = threading.Lock()
 
     @property
@@ -38,30 +42,50 @@ class Quota:
     def count_look_up(self, ref: ArtifactRef) -> None:
         """One look-up more. Raises InputError when they are too many."""
         with self._lock:
-            self._look_ups += 1
-            if self._look_ups > _LOOK_UPS:
+            if self._look_ups >= _LOOK_UPS:
                 raise InputError(f"{ref.kind} {ref.name}: this job asked for too much")
+            self._take(self._shares.artifacts, 1)
+            self._look_ups += 1
 
     def allow_digests(self, size_bytes: int) -> None:
         """So many bytes of digests more. Raises InputError when they are too many."""
         with self._lock:
-            self._digest_bytes += size_bytes
-            if self._digest_bytes > _DIGESTS_LIMIT_BYTES:
+            if self._digest_bytes + size_bytes > _DIGESTS_LIMIT_BYTES:
                 raise InputError("this job asked for too much: its blobs have too many blocks")
+            self._take(self._shares.digests, size_bytes)
+            self._digest_bytes += size_bytes
 
     def allow_plan(self, blocks: int) -> None:
         """A plan of so many blocks more. Raises InputError when they are too many."""
         with self._lock:
             if self._planned_blocks + blocks > _PLANNED_LIMIT_BLOCKS:
                 raise InputError(f"the plans of this job would have more than {_PLANNED_LIMIT_BLOCKS} blocks")
+            self._take(self._shares.plans, blocks)
             self._planned_blocks += blocks
+
+    def close(self) -> None:
+        """Give all back; nothing is allowed after this."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._shares.artifacts.give_back(self._uid, self._look_ups)
+        self._shares.digests.give_back(self._uid, self._digest_bytes)
+        self._shares.plans.give_back(self._uid, self._planned_blocks)
+
+    def _take(self, share: Share, count: int) -> None:
+        """Take of what the node's users share; the caller holds the lock."""
+        if self._closed:
+            raise InputError("the job is over")
+        share.take(self._uid, count)
 
 
 class Artifacts:
     """The table of one job."""
 
-    def __init__(self) -> None:
-        self.quota = Quota()
+    def __init__(self, shares: NodeShares, uid: int) -> None:
+        """shares: the node's. uid: the job's user."""
+        self.quota = Quota(shares, uid)
         self._artifacts: dict[ArtifactRef, Artifact] = {}
         self._resolved: list[ResolvedArtifact] = []  # all, those too that another one took the place of
         self._closed = False
@@ -153,6 +177,7 @@ class Artifacts:
                 _log.exception("%s %s is not closed", each.ref.kind, each.ref.name)
         for artifact in self.all():
             artifact.state = State.CLOSED
+        self.quota.close()
 
 
 def remembered(artifacts: Artifacts) -> list[Remembered]:

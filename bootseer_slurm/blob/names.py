@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -44,7 +45,7 @@ class Name:
     """The record that the store has of one path or URI.
 
     signature: says that the site made this blob itself, "" when it did not. Only the agent can tell whether
-    it is a good one.
+    it is a good one. shared: all users may read it.
     """
 
     kind: str
@@ -56,16 +57,29 @@ class Name:
     signature: str = ""
     key: dict[str, str] = field(default_factory=dict)
     base: Base | None = None
+    shared: bool = False
 
     @property
     def folders(self) -> tuple[str, ...]:
         """Where in the store its blobs lie."""
         return (self.folder,) if self.base is None else (self.folder, self.base.folder)
 
+    @property
+    def publisher(self) -> int | None:
+        """The user in whose part of the store they lie."""
+        return publisher_of(self.folder)
+
 
 def user_folder(uid: int) -> str:
     """Where in the store everything of a user lies."""
     return f"users/{uid}"
+
+
+def publisher_of(folder: str) -> int | None:
+    """The user in whose part of the store this folder lies; None: it is in no user's."""
+    parts = folder.split("/")
+    is_users = len(parts) > 2 and parts[0] == "users" and re.fullmatch("[0-9]{1,10}", parts[1])
+    return int(parts[1]) if is_users else None
 
 
 def file_fingerprint(status: os.stat_result) -> str:
@@ -81,11 +95,16 @@ def wait_while_racy(status: os.stat_result) -> None:
 
 
 def write_name(store: Store, uid: int, name: Name) -> None:
-    """Put a name into the store, in place of an older one for the same path."""
+    """Put a name into the store, in place of an older one for the same path. Raises StoreError."""
     record = {"version": 1, **asdict(name)}
-    if name.base is None:
-        del record["base"]
+    for key in ("base", "shared"):
+        if not record[key]:
+            del record[key]
+    for folder in name.folders if name.shared else ():
+        store.share(folder)
     store.write(_path(uid, name.name), json.dumps(record, sort_keys=True).encode())
+    if name.shared:
+        store.share(_path(uid, name.name))
 
 
 def read_name(store: Store, uid: int, name: str) -> Name | None:
@@ -103,15 +122,23 @@ def read_name(store: Store, uid: int, name: str) -> Name | None:
     return record
 
 
-def read_published(store: Store, uid: int, name: str) -> Name | None:
-    """As `read_name`; where the user has no such name, what root published under it."""
-    found = read_name(store, uid, name)
-    if found is not None or uid == 0:
-        return found
-    try:
-        return read_name(store, 0, name)
-    except (IntegrityError, StoreError):  # root's folder may be closed, or an impostor's
-        return None
+def read_published(store: Store, uid: int, name: str, *, owner: int | None = None) -> Name | None:
+    """As `read_name`; where the user has no such name, what root published under it.
+
+    owner: of the path that is named, where it has one. Of another user's path that user's own name is meant,
+    then root's. This user's comes last: the agent does not show it there, but says so.
+    """
+    is_own = owner in (None, uid)
+    for each in dict.fromkeys((uid, 0) if is_own else (owner or 0, 0, uid)):
+        try:
+            found = read_name(store, each, name)
+        except (IntegrityError, StoreError):  # another's folder may be closed, or an impostor's
+            if each == uid:
+                raise
+            continue
+        if found is not None:
+            return found
+    return None
 
 
 def list_names(store: Store, uid: int) -> tuple[list[Name], list[str]]:
@@ -149,6 +176,8 @@ def _decode(content: bytes, uid: int, name: str) -> Name:
             raise ValueError("a value is not text")
         if not isinstance(record.get("signature", ""), str):
             raise ValueError("its signature is not text")
+        if not isinstance(record.get("shared", False), bool):
+            raise ValueError("whether it is shared is not told")
         key = record.get("key", {})
         if not isinstance(key, dict) or not all(isinstance(part, str) for part in key.values()):
             raise ValueError("its key is not of texts")

@@ -29,7 +29,8 @@ _THREADS = 16  # they wait more than they work: to close a file of HDFS takes ha
 class Original:
     """The original that a blob is made of, as its name in the store tells it (blob/names.py).
 
-    name: the path or URI. key: of an environment. base: the blob that a layer lies over.
+    name: the path or URI. key: of an environment. base: the blob that a layer lies over. shared: all may read
+    the blob.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Original:
     fingerprint: str
     key: dict[str, str] = field(default_factory=dict)
     base: Base | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class BlobWriter:
             sign(blob),
             original.key,
             original.base,
+            original.shared,
         )
         write_name(self.store, os.getuid(), record)
         return record

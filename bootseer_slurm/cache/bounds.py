@@ -2,13 +2,16 @@
 
 Above a bound the blobs go that nobody uses, the longest unused first, until there are 5 % more room than
 that. Whether a blob is in use its folder tells (cache/disk.py), so this module knows no blob in memory.
-Thread-safe.
+
+What is in use cannot go, so a user's blobs in use may not take all: the last eighth of the room is for users
+with less than their share of it, half or less. Thread-safe.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 _STEP_BYTES = 64 * 2**20  # a blob writes this much between two looks at how much room is left
 _STEPS = 100  # but it takes so many to fill a small cache
+_RESERVE = 1 / 8  # of the room: a job lasts for days, and others begin meanwhile
 _SLACK = 0.05  # an eviction goes on to this much below the bounds: not every start should have to evict
 
 
@@ -49,15 +53,15 @@ class Bounds:
         self._evicted_blobs = self._evicted_bytes = 0
         self._lock = threading.Lock()
 
-    def allow(self, more_bytes: int, *, blob_bytes: int) -> bool:
-        """Whether a blob of so many bytes can grow by so much; unused blobs go for it.
+    def refusal(self, more_bytes: int, *, blob_bytes: int, uid: int) -> str:
+        """Why a blob of so many bytes, in use by this user, cannot grow by so much; "" when it can.
 
-        None goes for a blob that never fits.
+        Unused blobs go for it; none goes for a blob that never fits.
         """
         with self._lock:
-            if blob_bytes > self._max_bytes:
-                return self._excess_bytes(more_bytes) <= 0
-            return self._evict(more_bytes)
+            never_fits = blob_bytes > self._max_bytes
+            fits = self._excess_bytes(more_bytes) <= 0 if never_fits else self._evict(more_bytes)
+            return self._beyond_share(uid, more_bytes) if fits else "the cache's disk is full"
 
     def enforce(self) -> bool:
         """Evict until cache and disk are within their bounds; False when what is in use is too much."""
@@ -81,6 +85,22 @@ class Bounds:
             evicted_blobs=self._evicted_blobs,
             evicted_bytes=self._evicted_bytes,
         )
+
+    def _beyond_share(self, uid: int, more_bytes: int) -> str:
+        """Why a user's blobs in use would with so much more take what others are to find; "" if not."""
+        folders = blob_folders(self._root, self._live)
+        in_use: Counter[int] = Counter({uid: more_bytes})
+        for folder in folders:
+            if folder.live.exists():  # of a killed agent's too
+                in_use[folder.uid] += folder.disk_bytes
+        used_bytes = sum(folder.disk_bytes for folder in folders)
+        free_bytes = psutil.disk_usage(str(self._root)).free
+        room_bytes = min(self._max_bytes, used_bytes + free_bytes - self._min_free_bytes)
+        if in_use.total() <= (1 - _RESERVE) * room_bytes or in_use[uid] <= room_bytes / max(2, len(in_use)):
+            return ""
+        if len(in_use) == 1:
+            return "the cache is full, but for an eighth that is kept for other users"
+        return f"user {uid}'s share of the cache is used up"
 
     def _evict(self, more_bytes: int) -> bool:
         """Evict when there is not room for so much more; False when that does not make the room."""

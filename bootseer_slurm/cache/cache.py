@@ -58,7 +58,7 @@ class Cache:
     def __init__(self, root: Path, *, max_bytes: int, min_free_bytes: int, live: Path) -> None:
         """Open the cache. live: a folder on a tmpfs. Raises BootseerError when a folder cannot be used."""
         self._root = root
-        self._live = live
+        self.live = live
         self._bounds = Bounds(root, live, max_bytes=max_bytes, min_free_bytes=min_free_bytes)
         self._pinned: dict[tuple[int, str], _Pinned] = {}
         self._changed = threading.Condition()  # notified when a blob was let go
@@ -81,7 +81,7 @@ class Cache:
             while (pinned := self._pinned.get(key)) is not None and not pinned.pins:
                 self._changed.wait()  # it is just being let go
             if pinned is None:
-                folder = blob_folder(self._root, self._live, uid, blob_id)
+                folder = blob_folder(self._root, self.live, uid, blob_id)
                 try:
                     blob = CachedBlob(folder, layout, digests, gid=gid, bounds=self._bounds)
                 except OSError as error:
@@ -92,7 +92,7 @@ class Cache:
 
     def manifest(self, blob_id: str, uid: int) -> CachedManifest:
         """The manifest that the cache has of a blob. Raises IntegrityError or OSError when it has none."""
-        return read_manifest(blob_folder(self._root, self._live, uid, blob_id))
+        return read_manifest(blob_folder(self._root, self.live, uid, blob_id))
 
     def release(self, blob: CachedBlob, on_last: Callable[[], None] | None = None) -> None:
         """Save the blob's state and take a pin back. When it was the last, the latest `on_last` runs.
@@ -148,11 +148,11 @@ class Cache:
         For the start of an agent, before blobs are acquired. Reads no data.
         """
         removed = []
-        for path in self._live.iterdir():
+        for path in self.live.iterdir():
             uid, _, blob_id = path.name.partition(".")
             if not (is_live(path) and uid.isdecimal() and (self._root / uid / blob_id).is_dir()):
                 path.unlink(missing_ok=True)
-        for folder in blob_folders(self._root, self._live):
+        for folder in blob_folders(self._root, self.live):
             for left in folder.path.glob("*.new") if folder.path.is_dir() else ():
                 with contextlib.suppress(OSError):
                     left.unlink()
@@ -168,7 +168,7 @@ class Cache:
 
         For an agent that has recovered its jobs' sessions. May take long, as `save`.
         """
-        for folder in blob_folders(self._root, self._live):
+        for folder in blob_folders(self._root, self.live):
             if not is_live(folder.live):
                 continue
             try:

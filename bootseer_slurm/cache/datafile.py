@@ -34,8 +34,9 @@ class DataFile:
         self._bounds = bounds
         self._unasked_bytes = bounds.step_bytes
         self._writing = threading.Lock()  # the kernel takes one write of a file, and has others spin
-        # The disk or the cache is: bytes are no longer kept.
-        self.full = not bounds.allow(0, blob_bytes=size_bytes)
+        self._uid = folder.uid
+        self.why_full = bounds.refusal(0, blob_bytes=size_bytes, uid=folder.uid)
+        self.full = bool(self.why_full)  # the disk, the cache or its user's share is: bytes are not kept
 
     def write(self, offset: int, view: memoryview) -> bool:
         """Keep checked bytes; False when the disk or the cache has no room for them."""
@@ -45,8 +46,8 @@ class DataFile:
             self._unasked_bytes += len(view)
             if self._unasked_bytes >= self._bounds.step_bytes:
                 self._unasked_bytes = 0
-                if not self._bounds.allow(len(view), blob_bytes=self._size_bytes):
-                    self.full = True
+                if why := self._bounds.refusal(len(view), blob_bytes=self._size_bytes, uid=self._uid):
+                    self.why_full, self.full = why, True
                     return False
             done = 0
             with self._writing:
@@ -54,7 +55,7 @@ class DataFile:
                     done += os.pwrite(self.fd, view[done:], offset + done)
         except OSError as error:  # full, or now read-only: the bytes in hand are served all the same
             _log.warning("%s: blocks are no longer kept: %s", self.path, error.strerror)
-            self.full = True
+            self.why_full, self.full = "the cache's disk is full", True
             return False
         return True
 
@@ -71,7 +72,7 @@ class DataFile:
             os.fdatasync(self.fd)
         except OSError as error:
             _log.warning("%s: cannot be synced: %s", self.path, error)
-            self.full = True
+            self.why_full, self.full = "the cache's disk fails", True
             return False
         return True
 

@@ -129,7 +129,8 @@ class Fetching:
                     self._usage.disk_s += written_s - fetched_s
                     self._count(source, claim, demand=demand)
                 if not kept:
-                    self._sources.tell("cache_full", "the cache's disk is full: blocks are served, not kept")
+                    why = self._blob.file.why_full
+                    self._sources.tell("cache_full", f"{why}: blocks are served, not kept")
                 return
             raise failure
         finally:

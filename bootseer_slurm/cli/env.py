@@ -34,12 +34,26 @@ _Image = Annotated[
 
 
 @app.command("save")
-def env_save(folder: _Folder, image: _Image = "") -> None:
+def env_save(
+    folder: _Folder,
+    image: _Image = "",
+    share: Annotated[
+        bool, typer.Option("--share", help="Let all users read this snapshot, and those that replace it.")
+    ] = False,
+) -> None:
     """Save an environment; jobs that use it at this path are served from the snapshot.
 
     What changed since it was saved last becomes a layer over that snapshot.
     """
-    _tell_saved(*_save(folder, _digest(image)))
+    from dataclasses import replace
+
+    from bootseer_slurm.blob.names import write_name
+
+    settings.check_own(_resolve(folder))
+    record, saved = _save(folder, _digest(image))
+    if share and not record.shared:
+        write_name(settings.store(), os.getuid(), replace(record, shared=True))
+    _tell_saved(record, saved)
 
 
 @app.command("save-installed", hidden=True)

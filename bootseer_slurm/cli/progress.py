@@ -33,6 +33,7 @@ def store_with_progress(path: Path, kind: str, *, objects: int, name: str) -> No
     from bootseer_slurm.blob.names import file_fingerprint
     from bootseer_slurm.blob.writer import BlobWriter, Original
 
+    settings.check_own(path)
     with progress_bars() as progress:
         task = progress.add_task(name, total=path.stat().st_size)
         writer = BlobWriter(

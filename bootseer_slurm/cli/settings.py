@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,3 +38,15 @@ def real_path(path: Path) -> Path:
         return path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def check_own(path: Path) -> None:
+    """See that this user may put it into the store: jobs are shown no other's blob there.
+
+    Raises InputError.
+    """
+    owner = path.stat().st_uid
+    if os.getuid() not in (0, owner):
+        raise InputError(
+            f"{path}: belongs to user {owner}", hint="its owner or root can put it into the store"
+        )

@@ -1,6 +1,7 @@
 """Showing a snapshot that the kernel's driver may not or cannot mount, and layers over one.
 
-A user's squashfs is never given to the kernel's driver, but to squashfuse, run as the job's user. That cannot
+A user's squashfs is never given to the kernel's driver, but to squashfuse, run as the job's user; his other
+processes cannot reach into it, for it may show what another user published. That cannot
 mount without privilege either, so the agent mounts with an open /dev/fuse and hands that descriptor over as
 the mount point "/dev/fd/N" (libfuse 3.3, fuse_session_mount). The mount point lies in a folder that only root
 may enter; jobs see the mount through their shadow.
@@ -23,7 +24,7 @@ import psutil
 
 from bootseer_slurm import mounts
 from bootseer_slurm.errors import BootseerError
-from bootseer_slurm.identity import User
+from bootseer_slurm.identity import User, out_of_reach
 from bootseer_slurm.tail import last_lines
 
 _log = logging.getLogger(__name__)
@@ -69,15 +70,14 @@ class Snapshot:
             try:
                 mounts.mount("squashfuse", target, "fuse.squashfuse", flags, f"fd={fd},{options}")
                 snapshot._process = subprocess.Popen(
-                    [*command, "-f", str(image), f"/dev/fd/{fd}"],
+                    [*out_of_reach(User(uid, gid, ())), *command, "-f", str(image), f"/dev/fd/{fd}"],
                     pass_fds=(fd,),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     cwd="/",
-                    env={"LANG": "C.UTF-8"},
+                    env={"LANG": "C.UTF-8", "PATH": _PATH},
                     start_new_session=True,
-                    **User(uid, gid, ()).popen_arguments(),
                 )
             finally:
                 os.close(fd)

@@ -111,10 +111,12 @@ def save(
             listener.stage("storing", file.stat().st_size)
             scratch.mark_finished(file)
             base = before.base if before and layer else None
+            replaced = _record(store, name)
+            shared = replaced is not None and replaced.shared
             writer = BlobWriter(store, beside={FILES: encode_files(written)}, progress=listener.progress)
             return writer.store_named(
                 file,
-                Original("environment", name, fingerprint, _shortened(key), base),
+                Original("environment", name, fingerprint, _shortened(key), base, shared),
                 sign=packing.signature if packing else lambda blob: "",
             )
 

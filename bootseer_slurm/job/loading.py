@@ -12,7 +12,7 @@ from bootseer_slurm.artifacts.artifact import Artifact
 from bootseer_slurm.artifacts.environment import MountPlace, mount_environment
 from bootseer_slurm.artifacts.layer import Layer, fetch_plan
 from bootseer_slurm.artifacts.open_blobs import OpenBlobs
-from bootseer_slurm.artifacts.resolve import Context, resolve_artifact
+from bootseer_slurm.artifacts.resolve import Context, ShadowRefused, resolve_artifact
 from bootseer_slurm.artifacts.resolved import ResolvedArtifact
 from bootseer_slurm.artifacts.table import Artifacts, image_name
 from bootseer_slurm.blob.jobclass import Remembered
@@ -58,8 +58,9 @@ class Loader:
         self._recording = recording
         self._journal = journal
         self._rank = job.rank(context.node)
+        self._site_key = read_key(config.image.site_key)
         no_key = Key(b"", "kernel_mount is off")
-        self._key = no_key if config.image.kernel_mount == "off" else read_key(config.image.site_key)
+        self._key = no_key if config.image.kernel_mount == "off" else self._site_key
         self.folder = config.agent.mounts / "env" / job.folder_name
         self.disk = unpacked_folder(config.cache.path) / job.folder_name
         self.writable = False  # environments get a layer to write to
@@ -88,9 +89,12 @@ class Loader:
                 self._begin_prefetch(artifact, resolved, scheduler)
             return resolved
         except (BootseerError, OSError) as error:
-            artifact.dropped = artifact.is_learned and isinstance(error, InputError)
+            is_refused = isinstance(error, ShadowRefused)
+            artifact.dropped = is_refused or (artifact.is_learned and isinstance(error, InputError))
             artifact.fail(str(error))
-            if isinstance(error, NotFound) and (artifact.is_learned or ref.can_be_imported):
+            if is_refused:
+                self._context.fault("shadow_refused", str(error))
+            elif isinstance(error, NotFound) and (artifact.is_learned or ref.can_be_imported):
                 pass
             elif artifact.is_learned:
                 self._context.log.emit("plan", "not_used", target=ref.name, what=ref.kind, message=str(error))
@@ -126,6 +130,8 @@ class Loader:
             job.uid,
             job.gid,
             self._rank,
+            config.store.uri,
+            self._site_key,
             self._artifacts.quota.allow_digests,
         )
 
@@ -140,7 +146,12 @@ class Loader:
             if resolved.reply.warning:
                 self._context.fault("store_not_used", resolved.reply.warning)
             if is_environment:
-                place = MountPlace(self.folder, self.disk, job.uid, job.gid, self._key, self.writable)
+                if self.writable and job.uid not in (0, resolved.owner):
+                    whose = f"environment {resolved.path} belongs to user {resolved.owner}"
+                    raise ShadowRefused(f"{whose}, so this job cannot install to it")
+                place = MountPlace(
+                    self.folder, self.disk, job.uid, job.gid, self._key, self.writable, resolved.owner
+                )
                 resolved.environment = mount_environment(resolved.layers, resolved.path, place, on_fault)
         except BaseException:
             resolved.close()

@@ -61,7 +61,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         self._blobs = blobs
         self._journal = journal
         self._reattached: list[BlobHandle] = []
-        self.artifacts = Artifacts()
+        self.artifacts = Artifacts(blobs.shares, job.uid)
         self._process = JobProcess(job.uid, job.gid, config, spare)
         self._threads = Threads(context)
         self._budget = MemoryBudget()

@@ -106,6 +106,17 @@ class Store(Protocol):
         Raises StoreError.
         """
 
+    def descriptor(self, path: str) -> int | None:
+        """An open descriptor of an object, which the caller closes; None where objects are no files.
+
+        Raises StoreError.
+        """
+        return None
+
+    def share(self, path: str) -> None:
+        """Let all users read an object or a folder of objects, who know its path. Raises StoreError."""
+        raise StoreError(f"{path}: on this store an admin says who may read it")
+
     def changed_ns(self, path: str) -> int:
         """When an object was written, in ns since 1970 by the clock of the store's server.
 

@@ -82,7 +82,10 @@ class Resolve(Request, frozen=True):
 
 
 class StoredBlob(Struct, frozen=True):
-    """A blob in the store; its manifest comes as a descriptor."""
+    """A blob in the store; its manifest comes as a descriptor.
+
+    That is of a memory file, or of the store's own: of files, where the original is another user's.
+    """
 
     folder: _Path
     handle: _Natural

@@ -241,7 +241,7 @@ def test_a_folder_that_cannot_be_made_is_not_left_half_made(tmp_path: Path) -> N
 
 def test_what_cannot_be_named_does_not_lose_the_mounts_of_the_rest(mocker: MockerFixture) -> None:
     """A job that ends while a step begins lets go of its blobs one after the other."""
-    artifacts, bind = Artifacts(), Bind(7, 1, 2, "/ckpt/a")
+    artifacts, bind = Artifacts(mocker.Mock(), 7), Bind(7, 1, 2, "/ckpt/a")
 
     class Gone:
         path, bind = "", staticmethod(lambda **_: None)

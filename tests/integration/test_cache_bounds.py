@@ -91,3 +91,39 @@ def test_a_full_disk(node: Node, small_disk: Path) -> None:
     for block in range(BLOCKS):
         if again.blocks.states[block] != MISSING:
             assert again.file.read(block * BLOCK, BLOCK) == content(1)[block * BLOCK : (block + 1) * BLOCK]
+
+
+def test_a_long_job_leaves_room_for_another_users(node: Node) -> None:
+    """What is in use cannot go: one user's blobs were all that the cache could hold, for days."""
+    before = node.cache()
+    each = acquire_whole(before, 1, uid=1)
+    cache = node.cache(max_bytes=8 * each)
+    for seed in range(2, 8):
+        acquire_whole(cache, seed, uid=1)
+    greedy = acquire(cache, 8, uid=1)
+    fill(greedy, content(8))
+    assert greedy.file.full and "kept for other users" in greedy.file.why_full
+    modest = acquire(cache, 9, uid=2)
+    fill(modest, content(9))
+    assert modest.complete, "its eighth is there"
+    assert greedy.file.path.read_bytes() != content(8)
+    late = acquire(cache, 10, uid=1)
+    assert late.file.full and late.file.why_full == "user 1's share of the cache is used up"
+
+
+def test_unused_blobs_of_a_user_go_for_anothers(node: Node) -> None:
+    cache = node.cache()
+    folders = [stored(cache, seed) for seed in range(3)]
+    each = (folders[0] / "data").stat().st_blocks * 512
+    small = node.cache(max_bytes=4 * each)
+    acquire_whole(small, 3, uid=2)
+    acquire_whole(small, 4, uid=2)
+    assert [folder.exists() for folder in folders].count(True) < 3
+
+
+def acquire_whole(cache: Cache, seed: int, uid: int) -> int:
+    """A blob in use, all of it; gives its bytes on the disk."""
+    blob = acquire(cache, seed, uid)
+    fill(blob, content(seed))
+    assert blob.complete
+    return blob.folder.disk_bytes

@@ -20,7 +20,7 @@ from bootseer_slurm.env import snapshot
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.image.signing import make_key
 from bootseer_slurm.store import FileStore
-from tests.integration.node import ALICE, Node, node, node_of, wait_until
+from tests.integration.node import ALICE, BOB, Node, node, node_of, wait_until
 from tests.integration.test_env_snapshot import (
     OLD,
     as_alice,
@@ -28,6 +28,7 @@ from tests.integration.test_env_snapshot import (
     contents,
     contents_of,
     end,
+    ended,
     give_alice,
     kind_of,
     make_venv,
@@ -35,6 +36,7 @@ from tests.integration.test_env_snapshot import (
     package,
     pytestmark,
     shown,
+    shown_to,
     start_where_programs_may_lack,
 )
 from tests.integration.test_service_recovery import attach
@@ -190,6 +192,20 @@ def test_the_kernel_mounts_both_where_agents_packed_them() -> None:
         assert list((node.folder / f"store/users/{ALICE}/traces").glob(f"*/{blob}/*")), (
             "the layer is read by mounting it"
         )
+
+
+def test_the_kernel_mounts_for_a_colleague_what_an_agent_packed_for_the_owner() -> None:
+    with node_of() as node:
+        make_key(node.folder / "site.key")
+        root = make_large_venv(node)
+        node.start()
+        assert shown(node, 1, root) is None
+        saved(node, 1)
+        end(node, 1)
+        node.bootseer("env", "save", "--share", str(root))
+        view = shown_to(node, BOB, 2, root)
+        assert view is not None and kind_of(view) == "squashfs"
+        assert ended(node, BOB, 2, view) == {}
 
 
 def test_a_file_with_the_size_and_time_of_another(node: Node) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bootseer_slurm import mounts
@@ -19,7 +20,7 @@ from bootseer_slurm.env import snapshot
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.image.signing import make_key
 from bootseer_slurm.store import FileStore
-from tests.integration.node import ALICE, Node, node, node_of, wait_until
+from tests.integration.node import ALICE, BOB, Node, node, node_of, wait_until
 from tests.integration.test_service_recovery import attach, needs_squashfuse
 
 __all__ = ["node"]
@@ -588,3 +589,126 @@ assert libc.capset(ctypes.byref(header), data) == 0
     assert view is not None, node.log
     assert (view / "pyvenv.cfg").exists()
     end(node, 1, view)
+
+
+def shown_to(node: Node, uid: int, job: int, root: Path, **wishes: object) -> Path | None:
+    """The environment as a step of a new job of any user's sees it; the job trains at once."""
+    node.ask("prolog", JOB_ID=job, UID=uid, BOOTSEER=1, ENV=root, **wishes)
+    reply, fds = node.request("attach", JOB_ID=job, UID=uid, STEP_ID=0)
+    assert len(fds) == len([key for key, _ in reply if key == "BIND"]) <= 1
+    return Path(f"/proc/self/fd/{fds[0]}") if fds else None
+
+
+def ended(node: Node, uid: int, job: int, view: Path | None) -> dict[str, str]:
+    """The job ends; gives its faults."""
+    if view is not None:
+        os.close(int(view.name))
+    node.ask("epilog", JOB_ID=job)
+    events = node.events(job, uid)
+    return {str(event["name"]): str(event["message"]) for event in events if event["kind"] == "fault"}
+
+
+def test_a_colleagues_environment_is_shown_once_its_owner_shares_it(node: Node) -> None:
+    root = make_venv(node)
+    configuration = node.folder / "data" / ".config" / "pip" / "pip.conf"
+    configuration.parent.mkdir(parents=True)
+    configuration.write_text("[global]\n")  # the owner's, at her home: a part of the key
+    node.start()
+    node.bootseer("env", "save", str(root))
+    faults = ended(node, BOB, 1, shown_to(node, BOB, 1, root))
+    assert "bootseer env save --share" in faults["shadow_refused"]
+    assert "in the store already" in node.bootseer("env", "save", "--share", str(root))
+    view = shown_to(node, BOB, 2, root)
+    assert (
+        view is not None
+        and (view / package(root).relative_to(root) / "__init__.py").read_text() == "VALUE = 1\n"
+    )
+    assert ended(node, BOB, 2, view) == {}
+    (package(root) / "large").write_bytes(os.urandom(2**16))
+    (package(root).parent / "thing-1.0.dist-info").rename(package(root).parent / "thing-1.1.dist-info")
+    node.bootseer("env", "save", str(root))
+    view = shown_to(node, BOB, 3, root)
+    assert view is not None and (view / package(root).relative_to(root) / "large").exists(), (
+        "what replaces it is shared"
+    )
+    assert ended(node, BOB, 3, view) == {}
+    view = shown_to(node, BOB, 4, root, PROFILE="writable = true\n")
+    assert view is None, "and nobody installs to another's"
+    assert "cannot install" in ended(node, BOB, 4, view)["shadow_refused"]
+
+
+def test_what_shows_a_colleagues_environment_is_out_of_its_readers_reach(node: Node) -> None:
+    """squashfuse opens the blob as the job's user; traced by him it would show what he likes."""
+    root = make_venv(node)
+    node.bootseer("env", "save", "--share", str(root))
+    node.start()
+    view = shown_to(node, BOB, 1, root)
+    (server,) = (each for each in psutil.process_iter() if each.name().startswith("squashfuse") and str(node.run) in " ".join(each.cmdline()))
+    script = f"""
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.ptrace(16, {server.pid}, 0, 0) == -1 and ctypes.get_errno() == 1
+for name in ("mem", "fd/0", "root", "maps"):
+    try:
+        os.open(f"/proc/{server.pid}/{{name}}", os.O_RDONLY)
+    except PermissionError:
+        continue
+    raise AssertionError(name)
+"""
+    node.as_user(sys.executable, "-c", script, uid=BOB)
+    assert ended(node, BOB, 1, view) == {}
+
+
+def test_where_no_program_mounts_it_a_colleagues_environment_stays(node: Node) -> None:
+    """The files that are unpacked elsewhere are the job's user's own."""
+    root = make_venv(node)
+    node.bootseer("env", "save", "--share", str(root))
+    start_where_programs_may_lack(node).write_text("squashfuse_ll squashfuse")
+    view = shown_to(node, BOB, 1, root)
+    assert view is None
+    assert "another user's" in ended(node, BOB, 1, view)["environment_not_used"]
+
+
+def test_a_users_own_snapshot_of_anothers_environment_is_not_shown(node: Node) -> None:
+    root = make_venv(node)
+    with pytest.raises(AssertionError, match="belongs to user"):
+        node.bootseer("env", "save", str(root), uid=BOB)
+    node.bootseer("env", "save", str(root))
+    parts = node.folder / "store" / "users"
+    shutil.move(parts / str(ALICE), parts / str(BOB))
+    for folder, folders, files in os.walk(parts / str(BOB)):
+        for path in (folder, *(os.path.join(folder, each) for each in (*folders, *files))):
+            os.lchown(path, BOB, BOB)
+    for path in (parts / str(BOB) / "names").iterdir():
+        path.write_text(path.read_text().replace(f"users/{ALICE}", f"users/{BOB}"))
+    node.start()
+    view = shown_to(node, BOB, 1, root)
+    assert view is None
+    assert "neither he nor root" in ended(node, BOB, 1, view)["shadow_refused"]
+
+
+def test_what_root_saved_is_shown_to_all(node: Node) -> None:
+    root = make_venv(node)
+    node.bootseer("env", "save", str(root), uid=0)
+    node.start()
+    for job, uid in enumerate((ALICE, BOB), 1):
+        view = shown_to(node, uid, job, root)
+        assert view is not None
+        assert ended(node, uid, job, view) == {}
+
+
+def test_an_environment_with_a_mount_in_it_stays(node: Node) -> None:
+    """Its owner cannot take that away, and so what lies there is not his."""
+    root = make_venv(node)
+    node.bootseer("env", "save", str(root))
+    mounts.mount("tmpfs", root / "bin", "tmpfs", 0)
+    try:
+        os.chown(root / "bin", ALICE, ALICE)
+        (root / "bin" / "python").symlink_to(sys.executable)
+        give_alice(root / "bin")
+        node.start()
+        view = shown(node, 1, root)
+        assert view is None
+        assert any("something else is mounted" in str(event.get("message")) for event in end(node, 1, view))
+    finally:
+        mounts.unmount(root / "bin")

@@ -24,6 +24,7 @@ from bootseer_slurm.job.journal import Journal
 from bootseer_slurm.job.request import Request
 from bootseer_slurm.job.session import Session
 from bootseer_slurm.phase import Phase
+from bootseer_slurm.shares import NodeShares, Share
 from bootseer_slurm.slurm.allocation import Job
 from bootseer_slurm.userproc.spare import Spare
 
@@ -235,3 +236,27 @@ def test_a_view_of_what_was_closed_still_knows_its_path(scene: Scene) -> None:
     assert artifact.resolved is not None and artifact.resolved.path == str(model)
     with pytest.raises(NotFound, match="the job is over"):
         artifact.resolved.bind()
+
+
+def test_digests_of_a_users_sparse_files_leave_room_for_others(scene: Scene) -> None:
+    """Each job was within its bound; the digests of files of 1 TiB that hold nothing filled /run all the same."""
+    share_bytes = 12 * 2**20
+    scene.blobs.shares = NodeShares(Share("memory for digests", 2 * share_bytes), Share("plans", 100), Share("artifacts", 100))
+    sessions = [scene.session(job_id) for job_id in range(1, 5)]
+    for number, session in enumerate(sessions[:3]):
+        path = scene.file(f"sparse{number}", 1)
+        os.truncate(path, 2**40)
+        os.utime(path, (OLD, OLD))
+        session.begin(asks(path), hook_start_ns=None)
+        session.intake.wait_looked_up(time.monotonic() + 10)
+    kept = [len(session.artifacts.layers()) for session in sessions[:3]]
+    assert kept == [1, 0, 0], "8 MiB each"
+    assert sum(path.stat().st_blocks * 512 for path in (scene.folder / "live").iterdir()) < share_bytes
+    (event,) = (event for event in sessions[1].context.log.events() if event.name == "checkpoint_not_used")
+    assert "share of this node's memory for digests is used up" in str(event.message)
+    binds, _ = sessions[1].attach("0")
+    assert binds == [], "the original stays"
+    sessions[0].end("job ended")
+    sessions[3].begin(asks(scene.folder / "sparse1"), hook_start_ns=None)
+    sessions[3].intake.wait_looked_up(time.monotonic() + 10)
+    assert len(sessions[3].artifacts.layers()) == 1

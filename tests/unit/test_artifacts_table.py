@@ -15,6 +15,7 @@ from bootseer_slurm.artifacts.table import Artifacts, Quota, image_name, remembe
 from bootseer_slurm.blob.jobclass import Remembered
 from bootseer_slurm.blob.ref import ArtifactRef
 from bootseer_slurm.errors import InputError
+from bootseer_slurm.shares import NodeShares, Share
 
 IMAGE, MODEL = ArtifactRef("image", "/a.sqsh"), ArtifactRef("checkpoint", "/model")
 
@@ -23,8 +24,12 @@ def asked(ref: ArtifactRef, *, by_job: bool = True, **about: Any) -> Artifact:
     return Artifact(ref, by_job=by_job, **about)
 
 
+def shares(digests: int = 10**9) -> NodeShares:
+    return NodeShares(Share("memory for digests", digests), Share("memory for plans", 1000), Share("descriptors", 1000))
+
+
 def test_each_thing_is_in_it_once() -> None:
-    artifacts = Artifacts()
+    artifacts = Artifacts(shares(), 7)
     first, is_new = artifacts.request(asked(MODEL, by_job=False, owner=7))
     assert is_new and first.is_learned and artifacts.has_new((MODEL,)), "learned is not asked for"
     again, is_new = artifacts.request(asked(MODEL, role="model"))
@@ -35,7 +40,7 @@ def test_each_thing_is_in_it_once() -> None:
 
 def test_what_is_too_much_is_refused_and_holds_nobody_up(mocker: MockerFixture) -> None:
     mocker.patch.object(table, "_LOOK_UPS", 2)
-    artifacts = Artifacts()
+    artifacts = Artifacts(shares(), 7)
     for number in range(2):
         artifacts.request(asked(ArtifactRef("image", f"/{number}")))
     late, is_new = artifacts.request(asked(IMAGE))
@@ -47,7 +52,7 @@ def test_what_is_too_much_is_refused_and_holds_nobody_up(mocker: MockerFixture) 
 def test_the_quota_counts_what_artifacts_cost(mocker: MockerFixture) -> None:
     mocker.patch.object(table, "_LOOK_UPS", 1)
     mocker.patch.object(table, "_DIGESTS_LIMIT_BYTES", 100)
-    quota = Quota()
+    quota = Quota(shares(), 7)
     quota.count_look_up(IMAGE)
     assert not quota.has_look_ups
     with pytest.raises(InputError, match=r"image /a\.sqsh: this job asked for too much"):
@@ -57,8 +62,29 @@ def test_the_quota_counts_what_artifacts_cost(mocker: MockerFixture) -> None:
         quota.allow_digests(1)
 
 
+def test_all_jobs_of_a_user_together_take_his_share_until_they_end() -> None:
+    """Each job is within its own bound; a hundred of them were not."""
+    node = shares(digests=100)
+    first, second, other = Artifacts(node, 7), Artifacts(node, 7), Artifacts(node, 8)
+    first.quota.allow_digests(40)
+    with pytest.raises(InputError, match="user 7's share of this node's memory for digests is used up"):
+        second.quota.allow_digests(20)
+    other.quota.allow_digests(50)
+    second.quota.allow_digests(10)
+    for allow, share in ((second.quota.allow_plan, "plans"), (lambda _: second.quota.count_look_up(MODEL), "descriptors")):
+        with pytest.raises(InputError, match=share):
+            for _ in range(64):
+                allow(501)
+            other.quota._shares.artifacts.take(7, 500 - 63)
+    first.close()
+    first.close()
+    second.quota.allow_digests(40)
+    with pytest.raises(InputError, match="the job is over"):
+        first.quota.allow_digests(1)
+
+
 def test_only_what_was_learned_is_dropped(mocker: MockerFixture) -> None:
-    artifacts, resolved = Artifacts(), mocker.Mock(layers=["layer"])
+    artifacts, resolved = Artifacts(shares(), 7), mocker.Mock(layers=["layer"])
     learned, _ = artifacts.request(asked(IMAGE, by_job=False))
     own, _ = artifacts.request(asked(MODEL))
     of_own, _ = artifacts.request(asked(ArtifactRef("checkpoint", "/model/a"), by_job=False, folder=own))
@@ -71,7 +97,7 @@ def test_only_what_was_learned_is_dropped(mocker: MockerFixture) -> None:
 
 
 def test_what_is_resolved_when_the_job_has_ended_is_closed(mocker: MockerFixture) -> None:
-    artifacts, resolved, late = Artifacts(), mocker.Mock(), mocker.Mock()
+    artifacts, resolved, late = Artifacts(shares(), 7), mocker.Mock(), mocker.Mock()
     artifact, _ = artifacts.request(asked(MODEL))
     assert artifacts.add_resolved(artifact, resolved)
     artifacts.refuse_more()
@@ -84,7 +110,7 @@ def test_what_is_resolved_when_the_job_has_ended_is_closed(mocker: MockerFixture
 
 
 def test_one_that_cannot_be_closed_holds_up_no_other(mocker: MockerFixture) -> None:
-    artifacts, bad, good = Artifacts(), mocker.Mock(), mocker.Mock()
+    artifacts, bad, good = Artifacts(shares(), 7), mocker.Mock(), mocker.Mock()
     bad.close.side_effect = OSError("busy")
     artifact, _ = artifacts.request(asked(MODEL))
     for each in (bad, good):
@@ -94,7 +120,7 @@ def test_one_that_cannot_be_closed_holds_up_no_other(mocker: MockerFixture) -> N
 
 
 def test_waiting_ends_when_all_are_looked_up_or_the_time_is_over(mocker: MockerFixture) -> None:
-    artifacts = Artifacts()
+    artifacts = Artifacts(shares(), 7)
     artifact, _ = artifacts.request(asked(MODEL))
     begin_s = time.monotonic()
     artifacts.wait_looked_up(begin_s + 0.1)

@@ -37,6 +37,7 @@ from bootseer_slurm.blob.trace import (
     trace_name,
 )
 from bootseer_slurm.errors import InputError, IntegrityError
+from bootseer_slurm.shares import NodeShares, Share
 
 NOW_NS = 1_800_000_000 * 10**9
 DAY_NS = 24 * 3600 * 10**9
@@ -415,7 +416,7 @@ def test_what_the_last_start_did_not_read_is_not_brought_again() -> None:
 
 
 def test_the_plans_of_one_job_are_bounded() -> None:
-    quota = Quota()
+    quota = Quota(NodeShares(*(Share("memory", 2**40) for _ in range(3))), 7)
     for _ in range(8):
         quota.allow_plan(MAX_TOUCHES)
     for _ in range(2):

@@ -137,15 +137,16 @@ class Resolver:
         Raises BootseerError.
         """
         kind, name = request.kind, found.name
+        owner = os.fstat(found.fds[0]).st_uid if found.fds else None
         opened: list[_OpenBlob] = []
         if kind == "environment":
-            environment = self._environments.look_up(name, request.image, request.job_class)
+            environment = self._environments.look_up(name, request.image, request.job_class, owner)
             record, found.fingerprint = environment.record, environment.fingerprint
             found.said["image"] = environment.image
             if environment.installed:
                 opened = self._open_blobs(environment.installed)
         else:
-            record = self._record(name, request.digest)
+            record = self._record(name, request.digest, owner)
             if record and kind == "image" and name.startswith(_SNAPSHOTS):
                 found.fingerprint = record.fingerprint  # what its tag means now is asked elsewhere, if at all
         if not opened and record and record.kind == kind and record.fingerprint == found.fingerprint:
@@ -153,8 +154,8 @@ class Resolver:
         if record is None and kind == "checkpoint" and "://" in name:
             return False
         if opened:
+            found.fds += [self._manifest_fd(blob, owner) for blob in opened]
             found.said["blobs"] = tuple(blob.said for blob in opened)
-            found.fds += [make_memory_file(blob.manifest) for blob in opened]
             found.readable = opened[0].reader
         elif record:
             changes = self._environments.changes(name, record)
@@ -175,10 +176,10 @@ class Resolver:
         handle, size_bytes = self._handles.keep(opened.objects), opened.layout.size_bytes
         return Resolved(original_handle=handle, size_bytes=size_bytes, identity=identity), []
 
-    def _record(self, name: str, digest: str) -> Name | None:
+    def _record(self, name: str, digest: str, owner: int | None) -> Name | None:
         """The record of a name in the store, or of an image under the digest that its tag stands for now."""
         store, uid = self._store.open(), os.getuid()
-        record = read_published(store, uid, name)
+        record = read_published(store, uid, name, owner=owner)
         if digest and name.startswith("docker://") and not (record and record.fingerprint == digest):
             pinned = read_published(store, uid, registry_reference(name).pinned(digest).name)
             return pinned if pinned and pinned.fingerprint == digest else record
@@ -203,3 +204,9 @@ class Resolver:
         readers = open_stripes(store, folder, manifest.layout)
         said = StoredBlob(folder, self._handles.keep(readers), blob.signature)
         return _OpenBlob(said, content, Stripes(manifest.layout, readers))
+
+    def _manifest_fd(self, blob: _OpenBlob, owner: int | None) -> int:
+        """What the agent reads the manifest from: over another user's file it looks whose that is."""
+        is_own, folder = owner in (None, os.getuid()), blob.said.folder
+        fd = None if is_own else self._store.open().descriptor(f"{folder}/manifest")
+        return make_memory_file(blob.manifest) if fd is None else fd

@@ -6,6 +6,7 @@ thread, since the kernel's probe forks, but for the store, which may hang.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -58,6 +59,7 @@ def doctor() -> None:
 def findings(config: Config) -> Iterator[Finding]:
     """All findings, in the order of a job's start."""
     yield _agent(config)
+    yield _job_groups(config)
     yield from _store_and_cache(config)
     yield _digests()
     yield _fuse()
@@ -84,6 +86,24 @@ def _agent(config: Config) -> Finding:
     except BootseerError as error:
         return Finding("node agent", False, f"jobs start without Bootseer: {error.message}")
     return Finding("node agent", True, f"answers at {config.agent.socket}")
+
+
+def _job_groups(config: Config) -> Finding:
+    """Whether what runs for jobs in the agent's service is bounded."""
+    from bootseer_slurm.agentapi import client, protocol
+
+    name = "groups of jobs"
+    try:
+        reply = client.request("status", socket_path=str(config.agent.socket))
+        pid = json.loads(protocol.first(reply, "STATUS_JSON"))["pid"]
+        groups = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    except (BootseerError, OSError, ValueError, LookupError) as error:
+        return Finding(name, None, f"not known: {error}")
+    if any(line.startswith("0::") and line.endswith("/agent") for line in groups):
+        return Finding(name, True, "what runs for a job is bounded, and ends with the job (cgroups)")
+    return Finding(
+        name, None, "processes that work for jobs are not bounded: the agent has no cgroup v2 that is its own"
+    )
 
 
 def _records(config: Config) -> Finding:

@@ -6,7 +6,10 @@ It is worth more than the mount: `import torch` takes 8.4 s without, 2.6 s with 
 from __future__ import annotations
 
 import os
+import re
+import stat
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +17,10 @@ from bootseer_slurm.env.key import package_folders
 from bootseer_slurm.env.tree import Tree, source_of
 
 _TIMEOUT_S = 1800
+_VERSION = re.compile(r"(?:^|/)python(\d+\.\d+)/")
+# The variable that says: no program of the environment's is run. The agent sets it, for it would run in its
+# service.
+RUN_NOTHING = "BOOTSEER_RUN_NOTHING"
 
 
 def uncompiled(root: Path, tree: Tree) -> list[str]:
@@ -27,21 +34,42 @@ def uncompiled(root: Path, tree: Tree) -> list[str]:
     ]
 
 
-def compile_aside(root: Path, sources: Sequence[str], folder: Path) -> None:
-    """Compile these with the environment's own interpreter into the new folder `folder`.
+def interpreter(root: Path) -> list[str]:
+    """The beginning of a command that compiles for this environment; empty where none may.
 
-    One that does not run here leaves them as they are.
+    Its own Python runs code of its owner, also on its way to the compiler. With RUN_NOTHING this project's or
+    the system's of the same version does it, without the environment's packages.
     """
+    if RUN_NOTHING not in os.environ:
+        return [str(root / "bin" / "python")]
+    version = next(
+        (match[1] for folder in package_folders(str(root)) if (match := _VERSION.search(folder))), None
+    )
+    if version == f"{sys.version_info.major}.{sys.version_info.minor}":
+        return [sys.executable, "-I", "-S"]
+    system = Path(f"/usr/bin/python{version}")
+    try:
+        status = system.stat()
+    except OSError:
+        return []
+    is_roots = status.st_uid == 0 and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return [str(system), "-I", "-S"] if is_roots else []
+
+
+def compile_aside(root: Path, sources: Sequence[str], folder: Path) -> None:
+    """Compile these into the new folder `folder`. Without an interpreter that can, they stay as they are."""
+    command = interpreter(root)
+    if not command:
+        return
     listed = folder.with_name(f"{folder.name}.txt")
     # compileall reads one UTF-8 name a line, without the white space around it.
     paths = [path for path in sources if path.isprintable() and path == path.strip()]
     listed.write_text("".join(f"{root / path}\n" for path in paths), encoding="utf-8", errors="replace")
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    environ["PYTHONPYCACHEPREFIX"] = str(folder)
     try:
         # Files that no Python can compile (templates, Python 2 tests) make it exit 1; the rest is compiled.
         subprocess.run(
-            [str(root / "bin" / "python"), "-m", "compileall", "-q", "-i", str(listed)],
+            [*command, "-X", f"pycache_prefix={folder}", "-m", "compileall", "-q", "-i", str(listed)],
             capture_output=True,
             check=False,
             env=environ,

@@ -6,6 +6,7 @@ import logging
 import threading
 from dataclasses import dataclass, field
 
+from bootseer_slurm.cgroups import JobGroup
 from bootseer_slurm.config import Config
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.phase import JobPhase
@@ -16,13 +17,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class JobContext:
-    """The job, its class, this node as Slurm names it, the job's events and its phase."""
+    """The job, its class, this node as Slurm names it, the job's events, its cgroup here, and its phase."""
 
     job: Job
     job_class: str
     node: str
     config: Config
     log: EventLog
+    group: JobGroup
     phase: JobPhase = field(default_factory=JobPhase)
 
     def fault(self, name: str, message: str) -> None:

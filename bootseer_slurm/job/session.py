@@ -21,6 +21,7 @@ from bootseer_slurm.artifacts.resolved import Bind
 from bootseer_slurm.artifacts.step_view import StepView
 from bootseer_slurm.artifacts.table import Artifacts
 from bootseer_slurm.blob.jobclass import job_class
+from bootseer_slurm.cgroups import job_group, service_folder
 from bootseer_slurm.config import Config
 from bootseer_slurm.env.mounting import unmount_left
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
@@ -57,12 +58,13 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
     ) -> None:
         log = EventLog(job.job_id, job.restart, node, path=journal.events_path(job.job_id, job.restart))
         of_class = job_class(job.uid, job.account, job.name)
-        context = self.context = JobContext(job, of_class, node, config, log)
+        group = job_group(service_folder(), job.folder_name)
+        context = self.context = JobContext(job, of_class, node, config, log, group)
         self._blobs = blobs
         self._journal = journal
         self._reattached: list[BlobHandle] = []
         self.artifacts = Artifacts(blobs.shares, job.uid)
-        self._process = JobProcess(job.uid, job.gid, config, spare)
+        self._process = JobProcess(job.uid, job.gid, config, spare, group)
         self._threads = Threads(context)
         self._budget = MemoryBudget()
         self.scheduler = Scheduler(
@@ -221,6 +223,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
                 close()
             except Exception:  # the others are let go all the same
                 _log.exception("a blob is not let go", extra={"job": job.job_id})
+        self.context.group.end()
         unmount_left(self._loader.folder)
         shutil.rmtree(self._loader.disk, ignore_errors=True)
         self.context.log.close()

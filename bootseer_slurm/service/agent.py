@@ -16,6 +16,7 @@ import threading
 from bootseer_slurm.agentapi.operations import OPERATIONS
 from bootseer_slurm.artifacts.open_blobs import OpenBlobs
 from bootseer_slurm.cache.cache import Cache
+from bootseer_slurm.cgroups import end_left, service_folder
 from bootseer_slurm.config import Config
 from bootseer_slurm.env.mounting import unpacked_folder
 from bootseer_slurm.errors import BootseerError
@@ -119,6 +120,7 @@ class Agent:
         self._blobs.close_unused()
         self._cache.forget_left()
         used = {session.context.job.folder_name for session in self._sessions.all()}
+        end_left(service_folder(), used)
         unpacked = unpacked_folder(self._config.cache.path)
         for folder in unpacked.iterdir() if unpacked.exists() else ():
             if folder.name not in used:

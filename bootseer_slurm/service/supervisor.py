@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bootseer_slurm import mounts
+from bootseer_slurm import cgroups, mounts
 from bootseer_slurm.agentapi import protocol
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import BootseerError
@@ -96,6 +96,7 @@ class Supervisor:
     def run(self) -> int:
         """Keep until told to stop; gives the exit status. Raises BootseerError when it cannot mount."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        cgroups.settle()
         if not self._resources.mounts:
             _clear_left(self._config.agent.mounts, self._home)
         try:

@@ -7,7 +7,7 @@ import os
 import pwd
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from bootseer_slurm.userproc.link import Link
 from bootseer_slurm.userproc.memory_file import make_memory_file, read_memory_file
 from bootseer_slurm.userproc.protocol import CheckpointFolder, Order, Reply, Request, Resolve, Resolved
 from bootseer_slurm.userproc.ring import Ring
-from bootseer_slurm.userproc.spare import Spare, Started
+from bootseer_slurm.userproc.spare import Started, start
 
 _TIMEOUT_S = 20.0
 _AnyReply = TypeVar("_AnyReply", bound=Reply)
@@ -185,12 +185,13 @@ def start_user_process(
     *,
     streams: int,
     timeout_s: float,
-    spare: Spare | None = None,
+    take: Callable[[], Started] = start,
     link: Link | None = None,
 ) -> UserProcess:
-    """Start a process for a user, or give him the spare one.
+    """Give a user a process of his own.
 
-    streams: parallel prefetch reads. timeout_s: when a read has failed. link: of the job. Raises StoreError.
+    streams: parallel prefetch reads. timeout_s: when a read has failed. take: gives one that has no user yet.
+    link: of the job. Raises StoreError.
     """
     ring = Ring(streams)
     home = ""
@@ -199,7 +200,7 @@ def start_user_process(
     order = Order(user.uid, user.gid, user.groups, home, store_uri, ring.slots, CHUNK_BYTES)
     started: Started | None = None
     try:
-        started = (spare or Spare()).take()
+        started = take()
         started.give_order(protocol.encode_order(order), ring.fd)
     except (OSError, subprocess.SubprocessError) as error:
         if started is not None:

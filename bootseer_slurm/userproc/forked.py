@@ -25,7 +25,8 @@ import msgspec
 from msgspec import Struct
 
 from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
-from bootseer_slurm.identity import User, close_to_tracers
+from bootseer_slurm.identity import User, close_to_tracers, gain_no_rights
+from bootseer_slurm.seccomp import forbid_execution
 from bootseer_slurm.store import Store, open_store
 from bootseer_slurm.userproc.frames import Frame, read_frames, write_all
 
@@ -106,11 +107,13 @@ def _serve(user: User, store_uri: str, produce: Produce, writing: int) -> None:
     os.dup2(null, 0)
     os.dup2(writing, 1)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    gain_no_rights()
     if user.uid:
         user.become()
         close_to_tracers()  # it is a copy of root's process
         with contextlib.suppress(KeyError):  # where clients of stores look for the user's credentials
             os.environ["HOME"] = pwd.getpwuid(user.uid).pw_dir
+    forbid_execution()
     with os.fdopen(1, "wb", buffering=1 << 20) as pipe:
         write_all(pipe, lambda: _frames(store_uri, produce))
     os._exit(0)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import threading
 
+from bootseer_slurm.cgroups import NO_GROUP, JobGroup
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import StoreError
 from bootseer_slurm.identity import User
 from bootseer_slurm.userproc.client import UserProcess, start_user_process
 from bootseer_slurm.userproc.link import Link
-from bootseer_slurm.userproc.spare import Spare
+from bootseer_slurm.userproc.spare import Spare, Started
 
 
 class JobProcess:
     """Gives the one process of a job. Thread-safe."""
 
-    def __init__(self, uid: int, gid: int, config: Config, spare: Spare) -> None:
+    def __init__(self, uid: int, gid: int, config: Config, spare: Spare, group: JobGroup = NO_GROUP) -> None:
         self.link = Link()
         self._uid, self._gid = uid, gid
         self._config = config
         self._spare = spare
+        self._group = group
         self._user: User | None = None
         self._process: UserProcess | None = None
         self._over = False
@@ -39,10 +41,15 @@ class JobProcess:
                     self._config.store.uri,
                     streams=self._config.prefetch.streams,
                     timeout_s=self._config.store.timeout_s,
-                    spare=self._spare,
+                    take=self._take,
                     link=self.link,
                 )
             return self._process
+
+    def _take(self) -> Started:
+        started = self._spare.take()
+        self._group.add(started.process.pid)  # while it is root's
+        return started
 
     @property
     def started(self) -> bool:

@@ -643,7 +643,11 @@ def test_what_shows_a_colleagues_environment_is_out_of_its_readers_reach(node: N
     node.bootseer("env", "save", "--share", str(root))
     node.start()
     view = shown_to(node, BOB, 1, root)
-    (server,) = (each for each in psutil.process_iter() if each.name().startswith("squashfuse") and str(node.run) in " ".join(each.cmdline()))
+    (server,) = (
+        each
+        for each in psutil.process_iter()
+        if each.name().startswith("squashfuse") and str(node.run) in " ".join(each.cmdline())
+    )
     script = f"""
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)

@@ -241,7 +241,9 @@ def test_a_view_of_what_was_closed_still_knows_its_path(scene: Scene) -> None:
 def test_digests_of_a_users_sparse_files_leave_room_for_others(scene: Scene) -> None:
     """Each job was within its bound; the digests of files of 1 TiB that hold nothing filled /run all the same."""
     share_bytes = 12 * 2**20
-    scene.blobs.shares = NodeShares(Share("memory for digests", 2 * share_bytes), Share("plans", 100), Share("artifacts", 100))
+    scene.blobs.shares = NodeShares(
+        Share("memory for digests", 2 * share_bytes), Share("plans", 100), Share("artifacts", 100)
+    )
     sessions = [scene.session(job_id) for job_id in range(1, 5)]
     for number, session in enumerate(sessions[:3]):
         path = scene.file(f"sparse{number}", 1)

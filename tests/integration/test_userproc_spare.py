@@ -38,7 +38,7 @@ def waiting_process(spare: Spare) -> psutil.Process:
 
 def start(spare: Spare, user: User = ALICE) -> UserProcess:
     """A process that has answered, and so has become its user."""
-    process = start_user_process(user, "file:///", streams=1, timeout_s=5, spare=spare)
+    process = start_user_process(user, "file:///", streams=1, timeout_s=5, take=spare.take)
     process.recall("c")
     return process
 

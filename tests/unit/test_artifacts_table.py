@@ -25,7 +25,9 @@ def asked(ref: ArtifactRef, *, by_job: bool = True, **about: Any) -> Artifact:
 
 
 def shares(digests: int = 10**9) -> NodeShares:
-    return NodeShares(Share("memory for digests", digests), Share("memory for plans", 1000), Share("descriptors", 1000))
+    return NodeShares(
+        Share("memory for digests", digests), Share("memory for plans", 1000), Share("descriptors", 1000)
+    )
 
 
 def test_each_thing_is_in_it_once() -> None:
@@ -71,7 +73,10 @@ def test_all_jobs_of_a_user_together_take_his_share_until_they_end() -> None:
         second.quota.allow_digests(20)
     other.quota.allow_digests(50)
     second.quota.allow_digests(10)
-    for allow, share in ((second.quota.allow_plan, "plans"), (lambda _: second.quota.count_look_up(MODEL), "descriptors")):
+    for allow, share in (
+        (second.quota.allow_plan, "plans"),
+        (lambda _: second.quota.count_look_up(MODEL), "descriptors"),
+    ):
         with pytest.raises(InputError, match=share):
             for _ in range(64):
                 allow(501)

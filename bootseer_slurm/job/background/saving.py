@@ -1,7 +1,7 @@
 """Making snapshots of environments that had none, or that a start installed to, once that start is over.
 
 On one node of the job, the first of its nodelist: `bootseer env save`, in the background. What a start
-installed is saved where it is seen over the snapshot, as the job's steps see it (run_in_mount_ns.py). Owns
+installed is saved where it is seen over the snapshot, as the job's steps see it (run_as_user.py). Owns
 one thread, which waits for that. The event "snapshot" says how it ended.
 """
 
@@ -18,6 +18,7 @@ from bootseer_slurm.artifacts.environment import View
 from bootseer_slurm.artifacts.table import Artifacts, image_name
 from bootseer_slurm.blob.names import user_folder
 from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.job.background.run_as_user import SeenAt
 from bootseer_slurm.job.background.work import Background
 from bootseer_slurm.job.context import JobContext
 
@@ -105,7 +106,7 @@ class Saving:
             return self._background.run(command)
         view = environment.view()
         try:
-            seen_at = [*map(str, view), environment.path]
+            seen_at = SeenAt(*view, environment.path)
             return self._background.run(command, seen_at=seen_at, fds=(view.fd,))
         finally:
             os.close(view.fd)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import pwd
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from bootseer_slurm.config import Config
+from bootseer_slurm.env.bytecode import RUN_NOTHING
 from bootseer_slurm.identity import User
+from bootseer_slurm.job.background.run_as_user import SeenAt, Task
 from bootseer_slurm.job.context import JobContext
 from bootseer_slurm.tail import last_lines
 
@@ -36,15 +36,15 @@ class Background:
         self,
         arguments: Sequence[str],
         *,
-        seen_at: Sequence[str] = (),
+        seen_at: SeenAt | None = None,
         fds: Sequence[int] = (),
         when_to_go_on: Callable[[], bool] = lambda: True,
     ) -> tuple[str, bool]:
         """Run `python -m ARGUMENTS` and wait; gives what it said last, and whether it failed.
 
-        seen_at: of run_in_mount_ns.py, where the program sees a mount in the place of a folder; that makes it
-        the user's then. fds: that it inherits. when_to_go_on: asked again and again; once it says so, the
-        program's stdin ends. Raises OSError, ValueError or SubprocessError.
+        seen_at: a mount that the program sees in the place of a folder. fds: that it inherits. when_to_go_on:
+        asked again and again; once it says so, the program's stdin ends. Raises OSError, ValueError or
+        SubprocessError.
         """
         with self._turn:
             with self._lock:
@@ -67,20 +67,12 @@ class Background:
         return (lines or [f"exit status {process.returncode}"])[-1][:300], process.returncode != 0
 
     def _start(
-        self, arguments: Sequence[str], seen_at: Sequence[str], fds: Sequence[int]
+        self, arguments: Sequence[str], seen_at: SeenAt | None, fds: Sequence[int]
     ) -> subprocess.Popen[bytes]:
         job = self._context.job
         user = User.of(job.uid, job.gid)
-        command = [sys.executable, "-I", "-m", *arguments]
-        rights: dict[str, Any] = dict(user.popen_arguments())
-        if seen_at:
-            groups = ",".join(map(str, user.groups))
-            whose = [str(user.uid), str(user.gid), groups]
-            program = [sys.executable, "-I", "-m", "bootseer_slurm.job.background.run_in_mount_ns"]
-            command = [*program, *seen_at, *whose, *command]
-            rights = {}
-        return subprocess.Popen(
-            [*_GENTLY, *command],
+        process = subprocess.Popen(
+            [*_GENTLY, *Task(user, tuple(arguments), seen_at).command()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -88,8 +80,9 @@ class Background:
             env=_environ(user, self._context.config) | {"SLURM_JOB_ID": str(job.job_id)},
             start_new_session=True,
             pass_fds=fds,
-            **rights,
         )
+        self._context.group.add(process.pid)
+        return process
 
     def stop(self) -> None:
         """The job is over: end what runs, and begin nothing more."""
@@ -114,6 +107,7 @@ def _environ(user: User, config: Config) -> dict[str, str]:
         "LANG": "C.UTF-8",
         "BOOTSEER_STORE_URI": config.store.uri,
         "BOOTSEER_AGENT_SOCKET": str(config.agent.socket),
+        RUN_NOTHING: "1",
     }
     environ["TMPDIR"] = "/var/tmp"  # /tmp may be memory
     with contextlib.suppress(KeyError):

@@ -2,7 +2,8 @@
 
 The agent starts one for each job and node. It holds no secret and decides nothing: the agent believes no byte
 of it unless a digest agrees, or unless the bytes are shown to this user alone. When a file system hangs, the
-agent kills this process and stays well itself.
+agent kills this process and stays well itself. It executes nothing: no library that reads a user's settings
+can run a program of his here.
 
     python -I -m bootseer_slurm.userproc.worker <socket fd>
 
@@ -22,7 +23,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bootseer_slurm.identity import User, close_to_tracers
+from bootseer_slurm.identity import User, close_to_tracers, gain_no_rights
+from bootseer_slurm.seccomp import forbid_execution
 from bootseer_slurm.userproc import protocol
 from bootseer_slurm.userproc.protocol import AnyRequest, Order, Reply
 from bootseer_slurm.userproc.worker.handles import Handles, StoreOfUser
@@ -79,11 +81,13 @@ def _content(fd: int) -> bytes:
 
 def _become(order: Order) -> None:
     """Be the job's user for good; an agent that is not root has its own rights to give only."""
+    gain_no_rights()
     if os.geteuid() == 0:
         User(order.uid, order.gid, order.groups).become()
     if order.home:
         os.environ["HOME"] = order.home
     close_to_tracers()
+    forbid_execution()
 
 
 def main() -> None:

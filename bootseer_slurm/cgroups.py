@@ -1,0 +1,112 @@
+"""A cgroup for what runs for each job in the agent's service, where systemd has delegated the service's own.
+
+    <service>/agent          supervisor and agent
+    <service>/<job.restart>  the job's user's process, and the programs that work for him in the background
+
+The job's group bounds processes and memory, and ends with the job, with all that is in it: what a user's
+process left behind goes too. Version 2 only (cgroups(7); systemd's CGROUP_DELEGATION). Elsewhere nothing is
+bounded, and all works as well: `bootseer doctor` tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import psutil
+
+_AGENT = "agent"
+_DELEGATED = "trusted.delegate"  # systemd's mark, with Delegate=yes
+# Threads count. mksquashfs has three for each core.
+_MOST_TASKS = 256 + 4 * (os.cpu_count() or 1)
+# Of the node's memory: what mksquashfs takes, and what a user's process reads counts as its page cache.
+_MEMORY_SHARE = 4
+_END_S = 2.0  # what is killed goes at once, but for one that a file system holds
+
+
+class JobGroup:
+    """The group of one job; one without a folder does nothing."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def add(self, pid: int) -> None:
+        """Have a process, and all that it begins, be in the group."""
+        if self.folder is not None:
+            with contextlib.suppress(OSError):  # it has ended, or the group has
+                (self.folder / "cgroup.procs").write_text(f"{pid}\n")
+
+    def end(self) -> None:
+        """Kill all that is in it, and take it away."""
+        if self.folder is None:
+            return
+        with contextlib.suppress(OSError):
+            (self.folder / "cgroup.kill").write_text("1\n")
+        deadline_s = time.monotonic() + _END_S
+        while self.folder.exists() and time.monotonic() < deadline_s:
+            with contextlib.suppress(OSError):  # busy while one of them is there
+                self.folder.rmdir()
+                return
+            time.sleep(0.01)
+
+
+NO_GROUP = JobGroup()
+
+
+def settle() -> None:
+    """Have this process, and what it begins, be in the group `agent` of the service's. For the supervisor."""
+    service = service_folder()
+    if service is None:
+        return
+    with contextlib.suppress(OSError):
+        (service / _AGENT).mkdir(exist_ok=True)
+        (service / _AGENT / "cgroup.procs").write_text(f"{os.getpid()}\n")
+    for controller in ("pids", "memory"):
+        with contextlib.suppress(OSError):  # this kernel has it in version 1
+            (service / "cgroup.subtree_control").write_text(f"+{controller}\n")
+
+
+def service_folder() -> Path | None:
+    """The folder of the service's delegated group; None without one."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
+    mounted = [each.mountpoint for each in psutil.disk_partitions(all=True) if each.fstype == "cgroup2"]
+    if own is None or not mounted:
+        return None
+    folder = Path(mounted[0], own)
+    if folder.name == _AGENT:
+        folder = folder.parent
+    try:
+        return folder if os.getxattr(folder, _DELEGATED) == b"1" else None
+    except OSError:
+        return None
+
+
+def job_group(service: Path | None, name: str) -> JobGroup:
+    """The group of a job, made or found. Without the service's own there is none."""
+    if service is None:
+        return NO_GROUP
+    folder = service / name
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError:
+        return NO_GROUP
+    for file, limit in (
+        ("pids.max", _MOST_TASKS),
+        ("memory.max", psutil.virtual_memory().total // _MEMORY_SHARE),
+    ):
+        with contextlib.suppress(OSError):
+            (folder / file).write_text(f"{limit}\n")
+    return JobGroup(folder)
+
+
+def end_left(service: Path | None, used: set[str]) -> None:
+    """End the groups of jobs that an agent left which was killed. used: the names of those that go on."""
+    for folder in service.iterdir() if service is not None else ():
+        if folder.is_dir() and folder.name != _AGENT and folder.name not in used:
+            JobGroup(folder).end()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.lib.cluster.client import Cluster
+from scripts.lib.cluster.client import BOOTSEER, Cluster
 from tests.slurm.conftest import no_cluster_because
 from tests.slurm.stand_in import HOME, NODE, SOCKET, fake_agent, make, output, shown
 
@@ -134,3 +134,10 @@ def test_the_agent_serves_jobs_here_too(cluster: Cluster, folder: Path) -> None:
     assert inode != str((folder / "step_1.pt").stat().st_ino)
     assert shown(folder / "step_1.pt") == path
     wait_idle(cluster)
+
+
+def test_doctor_knows(cluster: Cluster) -> None:
+    text = cluster.run(NODE, "env", "COLUMNS=300", BOOTSEER, "doctor")
+    (line,) = [line for line in text.splitlines() if line.startswith("namespace of a job")]
+    assert "yes" in line
+    assert "job_container/tmpfs: each step is shown its files in a copy of it" in line

@@ -150,7 +150,7 @@ void attach_opener_stop(struct attach_opener *opener)
 	if (opener->sock >= 0)
 		close(opener->sock);
 	kill(opener->pid, SIGKILL);
-	/* Dead at once, unless a file server holds it; then slurmstepd reaps it with its tasks. */
+	/* Dead at once, unless a file server holds it; then it is left to the program that the task becomes. */
 	for (int i = 0; i < 20 && waitpid(opener->pid, NULL, WNOHANG) == 0; i++)
 		usleep(1000);
 	opener->pid = -1;

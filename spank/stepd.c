@@ -272,7 +272,8 @@ void stepd_task_show(spank_t spank)
 	else if (turn < 0)
 		error = turn;
 	if (error != 0)
-		report_not_shown("the paths of some tasks", strerror(-error));
+		report_not_shown("all paths of a task",
+				 error == -ETIMEDOUT ? "the task that shows them took too long" : strerror(-error));
 }
 
 void stepd_attach(spank_t spank)

@@ -6,6 +6,7 @@ A cluster of its own, of one node; the agent is the stand-in of stand_in.py.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,11 +129,14 @@ def test_the_agent_serves_jobs_here_too(cluster: Cluster, folder: Path) -> None:
     """The real agent: a file at its own path, and one that has none by a variable."""
     content = "checkpoint " * 100_000
     path = make(folder / "step_1.pt", content)
-    script = 'stat -c %i {path}; srun sh -c "wc -c < {path}; grep -c {path} /proc/self/mountinfo"'
-    inode, size, mounts = output(cluster, script.format(path=path), f"--bootseer-checkpoint={path}").split()
-    assert (int(size), int(mounts)) == (len(content), 1)
-    assert inode != str((folder / "step_1.pt").stat().st_ino)
-    assert shown(folder / "step_1.pt") == path
+    done = cluster.exec("login", BOOTSEER, "checkpoint", "stripe", path, f"file://{path}.s", user="alice")
+    assert done.returncode == 0, done.stderr
+    for checkpoint, read, mounts in [(path, path, "1"), (f"{path}.s", "$BOOTSEER_CHECKPOINT", "0")]:
+        (folder / "job.sh").write_text(f"wc -c < {read}; grep -c {path} /proc/self/mountinfo; true\n")
+        script = f"sh {shown(folder / 'job.sh')}; srun --ntasks=2 sh {shown(folder / 'job.sh')}"
+        lines = output(cluster, script, "--ntasks=2", f"--bootseer-checkpoint={checkpoint}").split()
+        assert sorted(lines) == sorted([str(len(content)), mounts] * 3)
+    shutil.rmtree(folder / "step_1.pt.s")
     wait_idle(cluster)
 
 

@@ -8,15 +8,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "agent.h"
 #include "kernel.h"
-
-#define ANOTHER_FILE (-1) /* an answer of the opener: the target is not the inode that the agent saw */
 
 static bool parse_number(const char **text, uint64_t *number)
 {
@@ -58,7 +58,9 @@ static int become_user(const struct attach_user *user)
 {
 	if (syscall(SYS_setgroups, user->gid_count, user->gids) != 0 ||
 	    syscall(SYS_setresgid, user->gid, user->gid, user->gid) != 0 ||
-	    syscall(SYS_setresuid, user->uid, user->uid, user->uid) != 0)
+	    syscall(SYS_setresuid, user->uid, user->uid, user->uid) != 0 ||
+	    /* The user may not trace it, whatever fs.suid_dumpable says. */
+	    prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0)
 		return -errno;
 	return 0;
 }
@@ -86,6 +88,15 @@ static void answer(int sock, int code, int fd)
 		_exit(1);
 }
 
+/* Whether `fd` is what the agent saw. Asks no file server: the kernel knows the numbers of an open file. */
+static bool is_what_was_seen(int fd, const struct attach_bind *bind)
+{
+	struct statx st;
+
+	return statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_INO, &st) == 0 && st.stx_ino == bind->ino &&
+	       makedev(st.stx_dev_major, st.stx_dev_minor) == bind->dev;
+}
+
 /* The child: opens targets[index] for each index it is sent, until the parent goes. Async-signal-safe calls only. */
 static void serve_targets(int sock, const struct attach_user *user, const struct attach_bind *binds, size_t count)
 {
@@ -93,7 +104,6 @@ static void serve_targets(int sock, const struct attach_user *user, const struct
 	size_t index;
 
 	while (recv(sock, &index, sizeof(index), 0) == (ssize_t)sizeof(index)) {
-		struct stat st;
 		int fd, code = -failed;
 
 		if (failed != 0 || index >= count) {
@@ -101,10 +111,8 @@ static void serve_targets(int sock, const struct attach_user *user, const struct
 			continue;
 		}
 		fd = kernel_open_place(binds[index].target);
-		if (fd < 0 || fstat(fd, &st) != 0)
+		if (fd < 0)
 			code = errno;
-		else if (st.st_dev != binds[index].dev || st.st_ino != binds[index].ino)
-			code = ANOTHER_FILE;
 		answer(sock, code, code == 0 ? fd : -1);
 		if (fd >= 0)
 			close(fd);
@@ -117,7 +125,7 @@ int attach_opener_start(struct attach_opener *opener, const struct attach_user *
 {
 	int socks[2];
 
-	*opener = (struct attach_opener){ .pid = -1, .sock = -1 };
+	*opener = (struct attach_opener){ .pid = -1, .sock = -1, .binds = binds };
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, socks) != 0)
 		return -errno;
 	opener->pid = fork();
@@ -142,7 +150,7 @@ void attach_opener_stop(struct attach_opener *opener)
 	if (opener->sock >= 0)
 		close(opener->sock);
 	kill(opener->pid, SIGKILL);
-	/* Dead at once, unless a file server holds it; then slurmstepd reaps it with its tasks. */
+	/* Dead at once, unless a file server holds it; then it is left to the program that the task becomes. */
 	for (int i = 0; i < 20 && waitpid(opener->pid, NULL, WNOHANG) == 0; i++)
 		usleep(1000);
 	opener->pid = -1;
@@ -188,13 +196,17 @@ static int open_target(struct attach_opener *opener, size_t bind_index, int64_t 
 	c = CMSG_FIRSTHDR(&header);
 	if (c != NULL && c->cmsg_type == SCM_RIGHTS && c->cmsg_len == CMSG_LEN(sizeof(int)))
 		memcpy(&fd, CMSG_DATA(c), sizeof(int));
-	if (code == ANOTHER_FILE)
-		snprintf(reason, ATTACH_REASON_MAX_BYTES, "another file is there than the agent saw");
-	else if (code == ELOOP)
+	if (code == ELOOP)
 		snprintf(reason, ATTACH_REASON_MAX_BYTES, "a symbolic link is in the path");
 	else if (code != 0 || fd < 0)
 		snprintf(reason, ATTACH_REASON_MAX_BYTES, "opening the path: %s", strerror(code));
-	return fd;
+	else if (!is_what_was_seen(fd, &opener->binds[bind_index]))
+		snprintf(reason, ATTACH_REASON_MAX_BYTES, "another file is there than the agent saw");
+	else
+		return fd;
+	if (fd >= 0)
+		close(fd);
+	return -1;
 }
 
 bool attach_show(struct attach_opener *opener, size_t bind_index, int mount_fd, int64_t deadline_ns,

@@ -2,7 +2,8 @@
  * The shadow: detached mounts, given by the agent, put over the job's paths in a mount namespace of the step's own.
  *
  * Targets are opened by a child process that has become the job's user: that user's rights decide, a file server
- * that hangs can only hang the child, and no failure can leave slurmstepd with the wrong ids.
+ * that hangs can only hang the child, and no failure can leave a task with the wrong ids. What it opened is compared
+ * here: it may be the user's by then.
  */
 #ifndef BOOTSEER_ATTACH_H
 #define BOOTSEER_ATTACH_H
@@ -30,6 +31,7 @@ struct attach_bind {
 struct attach_opener {
 	pid_t pid;
 	int sock;
+	const struct attach_bind *binds;
 };
 
 /* Reads "<index>:<dev>:<ino>:<absolute path>". Returns false when it is not that. */

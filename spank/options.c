@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "profile.h"
+#include "text.h"
 
 #define CHECK_TIMEOUT_MS 5000
 #define SHOWN_MAX_BYTES 120
@@ -75,15 +76,8 @@ static const char pyxis_image_variable[] = "_SLURM_SPANK_OPTION_pyxis_container_
 /* A value as it can be shown in one line of a terminal. */
 static const char *shown(const char *value)
 {
-	static char text[SHOWN_MAX_BYTES + 4];
-	size_t length = 0;
-
-	for (; value[length] != '\0' && length < SHOWN_MAX_BYTES; length++) {
-		unsigned char c = (unsigned char)value[length];
-		text[length] = c < 0x20 || c == 0x7f ? '?' : (char)c;
-	}
-	strcpy(text + length, value[length] == '\0' ? "" : "...");
-	return text;
+	static char text[SHOWN_MAX_BYTES];
+	return text_show(value, text, sizeof(text));
 }
 
 static int remember(enum request_key key, char *text)

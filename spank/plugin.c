@@ -42,6 +42,14 @@ int slurm_spank_init_post_opt(spank_t spank, int ac, char **av)
 	return 0;
 }
 
+int slurm_spank_task_init_privileged(spank_t spank, int ac, char **av)
+{
+	(void)ac;
+	(void)av;
+	stepd_task_show(spank);
+	return 0;
+}
+
 int slurm_spank_task_post_fork(spank_t spank, int ac, char **av)
 {
 	(void)ac;
@@ -55,6 +63,7 @@ int slurm_spank_exit(spank_t spank, int ac, char **av)
 	(void)spank;
 	(void)ac;
 	(void)av;
+	stepd_end();
 	options_reset();
 	return 0;
 }

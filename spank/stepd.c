@@ -13,9 +13,14 @@
 
 #include "agent.h"
 #include "attach.h"
+#include "gate.h"
 #include "options.h"
+#include "text.h"
 
 #define TELL_TIMEOUT_MS 50
+/* A task waits for the first one as long as that may take to open all targets, and a little more. */
+#define GATE_MARGIN_MS 500
+#define SHOWN_MAX_BYTES 400
 
 /* One slurmstepd is one step. */
 static struct {
@@ -23,6 +28,10 @@ static struct {
 	bool tell_failed; /* it did not take one in time: no more of them, so that many tasks do not wait each */
 	uint32_t job_id;
 	char step_id[16];
+	struct agent_reply reply; /* binds point into it */
+	struct attach_bind binds[AGENT_FDS_MAX];
+	size_t bind_count;
+	struct gate gate; /* open when there are binds */
 } step;
 
 static void tell(const char *name, const char *detail, const uint32_t *task)
@@ -137,45 +146,38 @@ static void add_identity(spank_t spank, const struct attach_user *user, struct a
 
 static void report_not_shown(const char *target, const char *reason)
 {
-	char detail[512];
+	char path[SHOWN_MAX_BYTES], detail[SHOWN_MAX_BYTES + ATTACH_REASON_MAX_BYTES + 2];
 
-	snprintf(detail, sizeof(detail), "%.*s: %s", 300, target, reason);
+	snprintf(detail, sizeof(detail), "%s: %s", text_show(target, path, sizeof(path)), reason);
 	slurm_info("bootseer: the original stays at %s", detail);
 	tell("shadow_failed", detail, NULL);
 }
 
-/* Puts the reply's mounts where they belong, each on its own: one that fails leaves the original there. */
-static void show_binds(const struct agent_reply *reply, const struct attach_user *user, int64_t deadline_ns)
+/* Keeps the reply's mounts for the tasks. */
+static void keep_binds(struct agent_reply *reply)
 {
-	struct attach_bind binds[AGENT_FDS_MAX];
-	struct attach_opener opener;
-	char reason[ATTACH_REASON_MAX_BYTES];
-	size_t count = 0;
 	int error;
 
 	for (const char *s = agent_reply_next(reply, NULL); s != NULL; s = agent_reply_next(reply, s)) {
 		if (strncmp(s, "BIND=", 5) != 0)
 			continue;
-		if (count == AGENT_FDS_MAX || !attach_parse_bind(s + 5, reply->fd_count, &binds[count]))
+		if (step.bind_count == AGENT_FDS_MAX ||
+		    !attach_parse_bind(s + 5, reply->fd_count, &step.binds[step.bind_count]))
 			slurm_error("bootseer: the agent sent a bind that is none");
 		else
-			count++;
+			step.bind_count++;
 	}
-	if (count == 0)
-		return;
-	error = attach_private_namespace();
-	if (error == 0)
-		error = attach_opener_start(&opener, user, binds, count);
+	error = step.bind_count == 0 ? 0 : gate_open(&step.gate);
 	if (error != 0) {
-		snprintf(reason, sizeof(reason), "no mount namespace: %s", strerror(-error));
-		for (size_t i = 0; i < count; i++)
-			report_not_shown(binds[i].target, reason);
+		for (size_t i = 0; i < step.bind_count; i++)
+			report_not_shown(step.binds[i].target, strerror(-error));
+		step.bind_count = 0;
+	}
+	if (step.bind_count == 0) {
+		agent_reply_free(reply);
 		return;
 	}
-	for (size_t i = 0; i < count; i++)
-		if (!attach_show(&opener, i, reply->fds[binds[i].fd_index], deadline_ns, reason))
-			report_not_shown(binds[i].target, reason);
-	attach_opener_stop(&opener);
+	step.reply = *reply;
 }
 
 /* SETENV=NAME=VALUE, for names that are ours. */
@@ -229,6 +231,51 @@ static bool get_user(spank_t spank, struct attach_user *user)
 	return true;
 }
 
+/* Puts the mounts where they belong, each on its own: one that fails leaves the original there. True when there is
+ * one in the task's new namespace. */
+static bool show_binds(const struct attach_user *user, int64_t deadline_ns)
+{
+	struct attach_opener opener;
+	char reason[ATTACH_REASON_MAX_BYTES];
+	bool any = false;
+	int error = attach_private_namespace();
+
+	if (error == 0)
+		error = attach_opener_start(&opener, user, step.binds, step.bind_count);
+	if (error != 0) {
+		snprintf(reason, sizeof(reason), "no mount namespace: %s", strerror(-error));
+		for (size_t i = 0; i < step.bind_count; i++)
+			report_not_shown(step.binds[i].target, reason);
+		return false;
+	}
+	for (size_t i = 0; i < step.bind_count; i++) {
+		if (attach_show(&opener, i, step.reply.fds[step.binds[i].fd_index], deadline_ns, reason))
+			any = true;
+		else
+			report_not_shown(step.binds[i].target, reason);
+	}
+	attach_opener_stop(&opener);
+	return any;
+}
+
+void stepd_task_show(spank_t spank)
+{
+	int64_t deadline_ns = agent_now_ns() + (int64_t)plugin_config.timeout_ms * 1000000;
+	struct attach_user user;
+	int turn, error = 0;
+
+	if (step.bind_count == 0)
+		return;
+	turn = gate_enter(&step.gate, deadline_ns + (int64_t)GATE_MARGIN_MS * 1000000);
+	if (turn == GATE_FIRST)
+		error = gate_pass(&step.gate, get_user(spank, &user) && show_binds(&user, deadline_ns));
+	else if (turn < 0)
+		error = turn;
+	if (error != 0)
+		report_not_shown("all paths of a task",
+				 error == -ETIMEDOUT ? "the task that shows them took too long" : strerror(-error));
+}
+
 void stepd_attach(spank_t spank)
 {
 	int64_t deadline_ns = agent_now_ns() + (int64_t)plugin_config.timeout_ms * 1000000;
@@ -264,13 +311,14 @@ void stepd_attach(spank_t spank)
 		if (asked) /* containers of a job that is only observed start as without us */
 			put_libexec_first();
 		set_environment(spank, &reply);
-		show_binds(&reply, &user, agent_now_ns() + (int64_t)plugin_config.timeout_ms * 1000000);
+		keep_binds(&reply);
 	} else {
 		const char *message = agent_reply_get(&reply, "MESSAGE");
-		slurm_error("bootseer: the step starts without the agent: %.400s",
-			    message == NULL ? "no message" : message);
+		char text[SHOWN_MAX_BYTES];
+		slurm_error("bootseer: the step starts without the agent: %s",
+			    text_show(message == NULL ? "no message" : message, text, sizeof(text)));
+		agent_reply_free(&reply);
 	}
-	agent_reply_free(&reply);
 }
 
 void stepd_task_start(spank_t spank)
@@ -281,4 +329,13 @@ void stepd_task_start(spank_t spank)
 	if (!step.attached || spank_get_item(spank, S_TASK_GLOBAL_ID, &task) != ESPANK_SUCCESS)
 		return;
 	tell("task_start", NULL, &task);
+}
+
+void stepd_end(void)
+{
+	if (step.bind_count == 0)
+		return;
+	agent_reply_free(&step.reply);
+	gate_close(&step.gate);
+	step.bind_count = 0;
 }

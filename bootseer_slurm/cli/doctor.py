@@ -31,6 +31,9 @@ _PLUGSTACK = Path("/etc/slurm")
 _STORE_TIMEOUT_S = 5.0
 _COLLECT_LATE_S = 3600.0  # the timer's rounds are ten minutes
 _MKSQUASHFS_VERSION = (4, 5)
+_SLURM_TIMEOUT_S = 5.0
+# By 22.05 to 25.05 and from 25.11 on.
+_NAMESPACE_SETTING = re.compile(r"^(?:JobContainerType|NamespaceType)\s*=\s*(\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ def findings(config: Config) -> Iterator[Finding]:
     yield from _store_and_cache(config)
     yield _digests()
     yield _fuse()
+    yield _job_namespace()
     by_kernel = list(_kernel_mounts(config))
     yield from by_kernel
     yield _packing()
@@ -185,6 +189,36 @@ def _fuse() -> Finding:
     if not Path("/dev/fuse").exists():
         return Finding("FUSE", False, "nothing can be shown before it is whole: modprobe fuse")
     return Finding("FUSE", True, "blobs are shown while they are still coming")
+
+
+def _job_namespace() -> Finding:
+    """What Slurm itself does with a job's mounts, by `scontrol show config`."""
+    thing = "namespace of a job"
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "config"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SLURM_TIMEOUT_S,
+            check=False,
+        )
+    except OSError:
+        return Finding(thing, None, "scontrol is not installed here")
+    except subprocess.TimeoutExpired:
+        return Finding(thing, None, f"scontrol did not answer in {_SLURM_TIMEOUT_S:g} s")
+    if done.returncode != 0:
+        return Finding(thing, None, f"scontrol: {done.stderr.strip() or done.returncode}")
+    setting = _NAMESPACE_SETTING.search(done.stdout)
+    name = setting[1] if setting else "(null)"
+    if name in ("(null)", "job_container/none"):
+        return Finding(thing, True, "Slurm gives it none; each step is shown its files in one of its own")
+    if name in ("job_container/tmpfs", "namespace/tmpfs", "namespace/linux"):
+        return Finding(
+            thing, True, f"{name}: each step is shown its files in a copy of it; not those in private folders"
+        )
+    return Finding(thing, None, f"{name} was not tried: a step may start with the originals")
 
 
 def _kernel_mounts(config: Config) -> Iterator[Finding]:

@@ -97,6 +97,48 @@ def test_the_stand_in_has_to_come_first(config: Config, bins: tuple[Path, Path])
     assert "comes first" in _found(config)["stand-in for squashfuse"][1]
 
 
+@pytest.mark.parametrize(
+    ("said", "works", "meaning"),
+    [
+        ("echo 'JobContainerType        = job_container/none'", True, "Slurm gives it none"),
+        ("echo 'JobContainerType        = (null)'", True, "Slurm gives it none"),
+        ("echo 'NamespaceType           = (null)'", True, "Slurm gives it none"),
+        (
+            "echo 'JobContainerType        = job_container/tmpfs'",
+            True,
+            "job_container/tmpfs: each step is shown",
+        ),
+        ("echo 'NamespaceType           = namespace/tmpfs'", True, "namespace/tmpfs: each step is shown"),
+        ("echo 'NamespaceType           = namespace/linux'", True, "namespace/linux: each step is shown"),
+        ("echo 'JobContainerType        = job_container/cncu'", None, "job_container/cncu was not tried"),
+        ("echo no such host >&2; exit 1", None, "scontrol: no such host"),
+        ("exec sleep 60", None, "scontrol did not answer in 0.2 s"),
+    ],
+    ids=range(9),
+)
+def test_namespace_of_a_job(
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    works: bool | None,
+    meaning: str,
+) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    _program(folder / "scontrol", f"#!/bin/sh\n[ \"$*\" = 'show config' ] || exit 2\n{said}\n")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(doctor, "_SLURM_TIMEOUT_S", 0.2 if "sleep" in said else 20.0)
+    found = _found(config)["namespace of a job"]
+    assert found[0] is works
+    assert found[1].startswith(meaning)
+
+
+def test_a_node_without_scontrol(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert _found(config)["namespace of a job"] == (None, "scontrol is not installed here")
+
+
 def test_enroot_and_pyxis(config: Config, bins: tuple[Path, Path], tmp_path: Path) -> None:
     etc = tmp_path / "etc"
     etc.mkdir()

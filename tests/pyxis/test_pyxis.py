@@ -6,6 +6,8 @@ a wrong byte, a container that was not entered, and a mount by other means all f
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from dataclasses import replace
 
 import pytest
 
+from scripts.lib.cluster.client import ALICE
 from tests.pyxis.containers import HOME, Site
 
 pytestmark = [pytest.mark.pyxis, pytest.mark.timeout(300)]
@@ -46,6 +49,24 @@ def test_pyxis_and_enroot_work_without_us(site: Site) -> None:
 def test_an_image_given_as_a_path_is_shown_through_the_shadow(site: Site) -> None:
     assert site.run(f"{HOME}/app.sqsh", "--bootseer") == site.expected(FUSE, shadow=True)
     assert_nothing_left(site)
+
+
+def test_a_container_is_saved_over_the_image_that_it_started_from(site: Site) -> None:
+    home = site.cluster.shared / "home/alice"
+    image, shown = home / "saved.sqsh", f"{HOME}/saved.sqsh"
+    shutil.copy(home / "app.sqsh", image)
+    os.chown(image, ALICE, ALICE)
+    argv = ["srun", "-w", "n1", "--bootseer", f"--container-image={shown}", f"--container-save={shown}"]
+    for note in ("", "one", "onetwo"):
+        # What was saved before, and by what this container's image came: unpacked, from the shadow.
+        script = f"cat /note /etc/start; printf {'one' if not note else 'two'} >> /note"
+        done = site.cluster.exec(
+            "login", *argv, "--container-writable", "sh", "-c", script, user="alice", timeout_s=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == f"{note}shadow"
+        assert_nothing_left(site)
+    image.unlink()
 
 
 def test_a_registry_image_is_imported_once_and_then_comes_from_the_store(site: Site) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +60,15 @@ def spare_cluster() -> Iterator[Cluster]:
     instance = Cluster(Path(f"/var/tmp/bootseer-cluster-test-{os.getpid()}"))
     yield instance
     instance.script("down")
+
+
+@pytest.fixture
+def folder(cluster: Cluster) -> Iterator[Path]:
+    """A folder of alice on the shared storage, as this host sees it; see `shown`."""
+    path = cluster.shared / "home" / "alice" / f"plugin-{time.monotonic_ns()}"
+    path.mkdir()
+    os.chown(path, 20001, 20001)
+    yield path
+    for entry in path.iterdir():
+        entry.unlink()
+    path.rmdir()

@@ -1,29 +1,23 @@
 """The plugin and the hook in a real Slurm: options, what the prolog sees, and the shadow in a job's steps.
 
-The agent is a stand-in here (tests/spank/fake_agent.py), which gives real detached mounts and writes down
-what it is asked; the real one is stopped on that node meanwhile.
+The agent is a stand-in here (stand_in.py).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.slurm.stand_in import HOME, NODE, SOCKET, fake_agent, make, output, shown
+
 pytestmark = pytest.mark.slurm
 
-REPO = Path(__file__).resolve().parents[2]
-FAKE_AGENT = REPO / "tests" / "spank" / "fake_agent.py"
-NODE = "n1"
-HOME = "/shared/home/alice"
-SOCKET = "/run/bootseer/root.sock"
+SAVER = Path(__file__).resolve().parents[1] / "spank" / "saver.c"
 OPTIONS = ["--bootseer", "--bootseer-image", "--bootseer-env", "--bootseer-checkpoint", "--no-bootseer"]
 # Runs after the hook or before it; whichever, each run adds its environment to a file of the node.
 DUMP = '#!/bin/sh\n{ /bin/cat /proc/self/environ; echo; } >> "/run/env.$SLURM_SCRIPT_CONTEXT.$SLURM_JOB_ID"\n'
@@ -82,88 +76,6 @@ def bootseer_variables(environment: dict[str, str]) -> dict[str, str]:
     }
 
 
-class Fake:
-    """The stand-in for the agent on NODE."""
-
-    def __init__(self, cluster: Any, log: str) -> None:
-        self._cluster, self._log = cluster, log
-
-    def requests(self, operation: str, count: int = 1) -> list[dict[str, Any]]:
-        """What it was asked with that OP; waits until there are `count`."""
-        deadline_s = time.monotonic() + 30
-        while True:
-            lines = self._cluster.exec(NODE, "cat", self._log).stdout.splitlines()
-            found = [request for request in map(json.loads, lines) if request.get("OP") == operation]
-            if len(found) >= count:
-                return found
-            assert time.monotonic() < deadline_s, lines
-            time.sleep(0.1)
-
-
-@contextmanager
-def fake_agent(cluster: Any, *args: str) -> Iterator[Fake]:
-    """Have the stand-in answer on NODE, in place of the agent."""
-    cluster.agent(NODE, "stop")
-    log = f"/run/fake-agent.{time.monotonic_ns()}"
-    argv = [
-        str(REPO / "scripts/cluster"),
-        "exec",
-        NODE,
-        "/usr/bin/python3",
-        str(FAKE_AGENT),
-        SOCKET,
-        log,
-        *args,
-    ]
-    env = os.environ | {"BOOTSEER_CLUSTER_DIR": str(cluster.state_dir)}
-    try:
-        with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout
-            word, pid = process.stdout.readline().split()
-            assert word == "ready"
-            try:
-                yield Fake(cluster, log)
-            finally:
-                cluster.exec(NODE, "kill", pid)
-    finally:
-        cluster.exec(NODE, "rm", "-f", SOCKET, log)
-        cluster.agent(NODE, "start")
-
-
-def output(cluster: Any, script: str, *args: str, node: str = NODE) -> str:
-    """What a batch job on one node prints; it must succeed."""
-    job_id = cluster.sbatch(script, f"--nodelist={node}", "--output=out-%j", *args)
-    path = cluster.shared / "home" / "alice" / f"out-{job_id}"
-    state = cluster.wait(job_id)
-    text = path.read_text()
-    assert state == "COMPLETED", text
-    return str(text)
-
-
-@pytest.fixture
-def folder(cluster: Any) -> Iterator[Path]:
-    """A folder of alice on the shared storage, as this host sees it; see `shown`."""
-    path = cluster.shared / "home" / "alice" / f"plugin-{time.monotonic_ns()}"
-    path.mkdir()
-    os.chown(path, 20001, 20001)
-    yield path
-    for entry in path.iterdir():
-        entry.unlink()
-    path.rmdir()
-
-
-def shown(path: Path) -> str:
-    """The path in the cluster of something in `folder`."""
-    return f"{HOME}/{path.parent.name}/{path.name}"
-
-
-def make(path: Path, content: str) -> str:
-    """Write alice's file; its path in the cluster."""
-    path.write_text(content)
-    os.chown(path, 20001, 20001)
-    return shown(path)
-
-
 # --- options
 
 
@@ -182,7 +94,7 @@ REFUSED = [
     ("--bootseer=/dev/x.toml", "cannot use the profile /dev/x.toml: No such file or directory"),
     ("--bootseer-image=", "--bootseer-image=: it is empty"),
     ("--bootseer-image=HTTP://x", "--bootseer-image=HTTP://x: the scheme before :// must be lower-case"),
-    ("--bootseer-checkpoint=a\nb", "--bootseer-checkpoint=a?b: it has a control character in it"),
+    ("--bootseer-checkpoint=a\nb", "--bootseer-checkpoint=a\\nb: it has a control character in it"),
     ("--bootseer-checkpoint=/" + "x" * 4096, "it is longer than 4096 bytes"),
     ("--bootseer-env=s3://x/y", "--bootseer-env=s3://x/y: it must be a folder, not a URI"),
 ]
@@ -535,12 +447,52 @@ def test_srun_and_salloc_attach(cluster: Any, folder: Path) -> None:
 
 def test_failed_bind_leaves_the_original(cluster: Any, folder: Path) -> None:
     target, blob = make(folder / "target", "slow"), make(folder / "blob", "fast")
-    (folder / "link").symlink_to("target")
-    linked = shown(folder / "link")
+    (folder / "link\n<0>forged").symlink_to("target")
+    linked = shown(folder / "link\n<0>forged")
     with fake_agent(cluster, "--bind", f"{blob}={linked}", "--bind", f"{blob}={target}") as agent:
         assert output(cluster, f"cat {target}", "--bootseer") == "fast"
         stages = [stage for stage in agent.requests("stage", 2) if stage["NAME"] == "shadow_failed"]
-    assert [stage["DETAIL"] for stage in stages] == [f"{linked}: a symbolic link is in the path"]
+    one_line = shown(folder / "link\\n<0>forged")
+    assert [stage["DETAIL"] for stage in stages] == [f"{one_line}: a symbolic link is in the path"]
+
+
+@pytest.fixture
+def saver(cluster: Any) -> Iterator[None]:
+    """A plugin that saves over a file after the step, as pyxis does: --save-over=FILE (tests/spank/saver.c)."""
+    library = cluster.state_dir / "saver.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wall", "-o", library, SAVER], check=True)
+    line = cluster.state_dir / "etc/slurm/plugstack.conf.d/saver.conf"
+    line.write_text(f"required {library}\n")
+    yield
+    line.unlink()
+    library.unlink()
+
+
+def test_a_step_that_saves_over_what_it_started_from(cluster: Any, saver: None, folder: Path) -> None:
+    """srun --container-image=F --container-save=F: the start is fast, and the work is not lost."""
+    target, blob = make(folder / "target", "slow"), make(folder / "blob", "fast")
+    step = f"srun --ntasks=2 --save-over={target} sh -c 'echo $STARTED_FROM $(cat {target})'"
+    with fake_agent(cluster, "--bind", f"{blob}={target}"):
+        # The batch step has the shadow too, until the file below it is another one.
+        script = f"cat {target}; echo; {step}; cat {target}; echo; {step}"
+        text = output(cluster, script, "--ntasks=2", "--bootseer")
+        assert text == "fast\n" + "fast fast\n" * 2 + "saved\n" + "fast fast\n" * 2
+    assert (folder / "target").read_text() == "saved"
+
+
+def test_what_a_task_writes_is_refused_aloud(cluster: Any, folder: Path) -> None:
+    """A shadow cannot be written to, replaced or removed; what fails says so, and the original is as it was."""
+    target, blob = make(folder / "target", "slow"), make(folder / "blob", "fast")
+    tries = [f"echo new > {target}", f"mv {shown(folder / 'other')} {target}", f"rm {target}"]
+    make(folder / "other", "other")
+    with fake_agent(cluster, "--bind", f"{blob}={target}"):
+        text = output(
+            cluster, "\n".join(f"{each} 2>&1 && echo done" for each in tries) + "\ntrue", "--bootseer"
+        )
+    lines = text.splitlines()
+    assert "Read-only file system" in lines[0]
+    assert ["busy" in line for line in lines[1:]] == [True, True]
+    assert (folder / "target").read_text() == "slow"
 
 
 def test_without_an_agent(cluster: Any) -> None:

@@ -2,16 +2,20 @@
 #include <dirent.h>
 #include <errno.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "agent.h"
 #include "attach.h"
+#include "gate.h"
 #include "options.h"
 #include "profile.h"
+#include "text.h"
 
 static int count_fds(void)
 {
@@ -107,7 +111,17 @@ static int tell(char **av)
 	return 0;
 }
 
-/* SOCKET TIMEOUT_MS UID STOP COMMAND: shows what the agent gives, then runs the command there. */
+/* Whose the opener's memory is: root's where the process's user may not trace it. It has answered before. */
+static void print_owner(pid_t pid)
+{
+	char path[64];
+	struct stat st;
+
+	snprintf(path, sizeof(path), "/proc/%d/mem", (int)pid);
+	printf("the opener is %s\n", stat(path, &st) == 0 && st.st_uid == 0 ? "root's" : "the user's");
+}
+
+/* SOCKET TIMEOUT_MS UID stop|owner|go COMMAND: shows what the agent gives, then runs the command there. */
 static int attach(char **av)
 {
 	char operation[] = "OP=attach";
@@ -136,11 +150,62 @@ static int attach(char **av)
 		else
 			printf("not shown %s: %s\n", binds[i].target, reason);
 	}
+	if (strcmp(av[3], "owner") == 0)
+		print_owner(opener.pid);
 	attach_opener_stop(&opener);
 	agent_reply_free(&reply);
 	printf("%s\n", waitpid(-1, NULL, WNOHANG) < 0 && errno == ECHILD ? "no child is left" : "a child is left");
 	fflush(stdout);
 	return system(av[4]) == 0 ? 0 : 1;
+}
+
+/* TEXT SIZE */
+static int show_text(char **av)
+{
+	char *shown = malloc((size_t)atoi(av[1])); /* on the heap: the sanitizer knows its end */
+	puts(text_show(av[0], shown, (size_t)atoi(av[1])));
+	free(shown);
+	return 0;
+}
+
+/* What a task does at the gate, from which it comes out in some namespace. */
+static void task(const struct gate *gate, int timeout_ms, const char *first)
+{
+	static const char *const words[] = { "first", "entered", "nothing" };
+	char namespace[64] = "", cwd[4096];
+	int turn = gate_enter(gate, agent_now_ns() + (int64_t)timeout_ms * 1000000), error = 0;
+
+	if (turn == GATE_FIRST && strcmp(first, "dies") == 0)
+		_exit(0);
+	if (turn == GATE_FIRST && strcmp(first, "shares") == 0)
+		error = attach_private_namespace();
+	if (turn == GATE_FIRST && error == 0)
+		error = gate_pass(gate, strcmp(first, "shares") == 0);
+	if (readlink("/proc/self/ns/mnt", namespace, sizeof(namespace) - 1) < 0 || getcwd(cwd, sizeof(cwd)) == NULL)
+		error = -errno;
+	printf("%s %s %s\n", turn < 0 ? strerrorname_np(-turn) : words[turn],
+	       error == 0 ? namespace : strerrorname_np(-error), cwd);
+	fflush(stdout);
+	_exit(0);
+}
+
+/* TASKS TIMEOUT_MS shares|keeps|dies: tasks that were forked when the gate was open. */
+static int meet(char **av)
+{
+	struct gate gate;
+	int fds_before = count_fds();
+
+	if (gate_open(&gate) != 0)
+		return 1;
+	for (int i = 0; i < atoi(av[0]); i++)
+		if (fork() == 0)
+			task(&gate, atoi(av[1]), av[2]);
+	gate_close(&gate);
+	while (wait(NULL) > 0)
+		;
+	if (count_fds() != fds_before)
+		puts("descriptors are left");
+	return 0;
 }
 
 int main(int ac, char **av)
@@ -159,5 +224,9 @@ int main(int ac, char **av)
 		return tell(av + 2);
 	if (ac == 7 && strcmp(av[1], "attach") == 0)
 		return attach(av + 2);
+	if (ac == 4 && strcmp(av[1], "show") == 0)
+		return show_text(av + 2);
+	if (ac == 5 && strcmp(av[1], "gate") == 0)
+		return meet(av + 2);
 	return 2;
 }

@@ -1,4 +1,4 @@
-/* Slurm's functions that options.c names, for the linker: nothing that driver.c calls comes to them. */
+/* Slurm's functions that options.c and gate.c name, for the linker: nothing that driver.c calls comes to them. */
 #include <stdlib.h>
 
 #define NOT_CALLED(name)   \
@@ -8,6 +8,7 @@
 		abort();   \
 	}
 
+NOT_CALLED(slurm_debug)
 NOT_CALLED(slurm_error)
 NOT_CALLED(slurm_info)
 NOT_CALLED(spank_context)

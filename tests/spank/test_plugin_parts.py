@@ -38,7 +38,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("spank") / "spank"
     shutil.copytree(SPANK, folder, ignore=shutil.ignore_patterns("*.o", "*.so"))
     subprocess.run(["make", "-C", folder], check=True, stdout=subprocess.DEVNULL)
-    parts = [folder / f"{part}.c" for part in ("options", "profile", "agent", "attach")]
+    parts = [folder / f"{part}.c" for part in ("options", "profile", "agent", "attach", "gate", "text")]
     flags = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-g", "-I", folder]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-o", folder / "driver"]
     subprocess.run(["gcc", *flags, HERE / "driver.c", HERE / "no_slurm.c", *parts], check=True)
@@ -83,6 +83,7 @@ def test_exports_only_what_slurm_looks_for(build: Path) -> None:
         "slurm_spank_exit",
         "slurm_spank_init",
         "slurm_spank_init_post_opt",
+        "slurm_spank_task_init_privileged",
         "slurm_spank_task_post_fork",
     }
 
@@ -521,6 +522,20 @@ def test_a_user_who_stops_the_opener_stops_nothing_else(place: Place) -> None:
 
 
 @needs_root
+def test_a_user_may_not_trace_the_opener(place: Place) -> None:
+    """Not even where the kernel lets users trace what has changed its user."""
+    original, blob = place.file("original", "slow"), place.file("blob", "fast")
+    setting = Path("/proc/sys/fs/suid_dumpable")
+    before = setting.read_text()
+    try:
+        setting.write_text("1")
+        printed = place.attach(f"{blob}={original}", command=f"cat {original}", stop="owner")
+    finally:
+        setting.write_text(before)
+    assert printed == f"shown {original}\nthe opener is root's\nno child is left\nfast"
+
+
+@needs_root
 def test_mounts_of_the_host_still_arrive(build: Path, tmp_path: Path) -> None:
     """Inside a namespace whose mounts are shared, as systemd has them, the step's are its slaves."""
     for name in ("original", "blob"):
@@ -545,3 +560,71 @@ def test_mounts_of_the_host_still_arrive(build: Path, tmp_path: Path) -> None:
     assert " master:" in lines[2], done.stdout + done.stderr
     assert " shared:" not in lines[2]
     assert lines[3] == "bloboriginal"
+
+
+# --- the gate, where the tasks of a step meet
+
+
+def meet(drive: Callable[..., str], tasks: int, first: str, timeout_ms: int = 15_000) -> list[list[str]]:
+    """What the tasks say: their turn, their mount namespace and their folder. The first one comes first."""
+    said = [line.split() for line in drive("gate", tasks, timeout_ms, first, cwd="/tmp").splitlines()]
+    return sorted(said, key=lambda words: words[0] != "first")
+
+
+@needs_root
+def test_tasks_share_the_namespace_that_the_first_one_makes(drive: Callable[..., str]) -> None:
+    before = os.readlink("/proc/self/ns/mnt")
+    first, *others = meet(drive, 40, "shares")
+    assert first[0] == "first"
+    assert first[1] != before
+    assert others == [["entered", first[1], "/tmp"]] * 39
+    assert meet(drive, 1, "shares")[0][0] == "first"
+
+
+@needs_root
+def test_tasks_stay_where_the_first_one_has_nothing(drive: Callable[..., str]) -> None:
+    before = os.readlink("/proc/self/ns/mnt")
+    assert meet(drive, 5, "keeps") == [["first", before, "/tmp"]] + [["nothing", before, "/tmp"]] * 4
+
+
+@needs_root
+def test_a_first_task_that_dies_costs_the_others_their_wait(drive: Callable[..., str]) -> None:
+    before = os.readlink("/proc/self/ns/mnt")
+    assert meet(drive, 3, "dies", 200) == [["ETIMEDOUT", before, "/tmp"]] * 2
+
+
+# --- text of others in our lines
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/a/b c.pt", "/a/b c.pt"),
+        ("/größe/模型/🙂", "/größe/模型/🙂"),
+        ("a\nNov 28 slurmd: error: forged", "a\\nNov 28 slurmd: error: forged"),
+        ("a\n<0>panic", "a\\n<0>panic"),
+        ("a\\nb", "a\\\\nb"),  # a backslash is no line end
+        ("\x1b[2Ja\r\t\x7f", "\\x1b[2Ja\\x0d\\x09\\x7f"),
+        (b"\xc2\x9b2J", "\\xc2\\x9b2J"),  # a terminal may take it for ESC [
+        (b"\xe2\x80\xa8x\xe2\x80\xaey", "\\xe2\\x80\\xa8x\\xe2\\x80\\xaey"),  # a line end; right to left
+        (b"\xff\xc0\xaf\xed\xa0\x80\xe2\x82", "\\xff\\xc0\\xaf\\xed\\xa0\\x80\\xe2\\x82"),  # no UTF-8
+        ("", ""),
+    ],
+    ids=range(10),
+)
+def test_text_stays_in_its_line(drive: Callable[..., str], text: str | bytes, shown: str) -> None:
+    raw = text if isinstance(text, str) else os.fsdecode(text)
+    assert drive("show", raw, 200) == shown + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "shown"),
+    [
+        ("x" * 9, 10, "xxxxxx..."),
+        ("x" * 6, 10, "xxxxxx"),
+        ("xxxxx\n\n", 10, "xxxxx..."),
+        ("ü" * 5, 10, "üüü..."),
+    ],
+)
+def test_text_that_is_too_long(drive: Callable[..., str], text: str, size: int, shown: str) -> None:
+    assert drive("show", text, size) == shown + "\n"

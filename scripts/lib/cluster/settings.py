@@ -95,8 +95,11 @@ roots = ["/shared"]
 """
 
 
-def write(layout: Layout, nodes: list[str], cpus: int) -> None:
-    """Write everything below etc/ for a cluster of these nodes, each of which claims so many cores."""
+def write(layout: Layout, nodes: list[str], cpus: int, *, private_tmp: bool = False) -> None:
+    """Write everything below etc/ for a cluster of these nodes, each of which claims so many cores.
+
+    private_tmp: each job has its own /tmp.
+    """
     _check_users()
     words = {
         "ctl": CONTROLLER,
@@ -113,7 +116,13 @@ def write(layout: Layout, nodes: list[str], cpus: int) -> None:
     _put(layout.slurm_conf, SLURM_CONF.format(**words))
     _put(slurm / "cgroup.conf", "CgroupAutomount=no\n")
     _put(slurm / "slurmdbd.conf", SLURMDBD_CONF.format(**words), owner="slurm", mode=0o600)
-    _put(slurm / "slurm.conf.d" / "bootseer.conf", (REPO / "conf/slurm.conf.d/bootseer.conf").read_text())
+    shipped = (REPO / "conf/slurm.conf.d/bootseer.conf").read_text()
+    if private_tmp:
+        # The plugin makes a job's namespace in its extern step, which there is only with this flag.
+        shipped = shipped.replace("PrologFlags=Alloc", "PrologFlags=Alloc,Contain")
+        shipped += "\nJobContainerType=job_container/tmpfs\n"
+        _put(slurm / "job_container.conf", "AutoBasePath=true\nBasePath=/var/spool/job_container\n")
+    _put(slurm / "slurm.conf.d" / "bootseer.conf", shipped)
     _write_plugstack(slurm)
     _install_hook(slurm)
     _put(layout.bootseer_toml, BOOTSEER_TOML)

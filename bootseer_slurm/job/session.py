@@ -7,7 +7,6 @@ threads of the job's: `begin` and `mark` return at once, `attach` waits `attach_
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 
@@ -21,7 +20,6 @@ from bootseer_slurm.artifacts.step_view import StepView
 from bootseer_slurm.artifacts.table import Artifacts
 from bootseer_slurm.blob.jobclass import job_class
 from bootseer_slurm.config import Config
-from bootseer_slurm.env.mounting import unmount_left
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.job.background.after_start import AfterStart
@@ -221,8 +219,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
                 close()
             except Exception:  # the others are let go all the same
                 _log.exception("a blob is not let go", extra={"job": job.job_id})
-        unmount_left(self._loader.folder)
-        shutil.rmtree(self._loader.disk, ignore_errors=True)
+        self._loader.close()
         self.context.log.close()
         self._journal.forget(job.job_id, job.restart)
 

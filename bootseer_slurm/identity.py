@@ -16,7 +16,7 @@ from typing import TypedDict
 # When the node's memory is full, users' processes go first, and the agent last (conf/systemd).
 _OOM_SCORE_ADJUST = "500"
 # The beginning of a command that runs as a user.
-KILLED_FIRST = ("choom", "-n", _OOM_SCORE_ADJUST, "--")
+KILLED_FIRST = ("sh", "-c", f'echo {_OOM_SCORE_ADJUST} > /proc/self/oom_score_adj; exec "$@"', "sh")
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 

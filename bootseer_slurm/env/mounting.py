@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 _LOW_LEVEL, _HIGH_LEVEL = "squashfuse_ll", "squashfuse"
 _PATH = "/usr/local/bin:/usr/bin:/bin"
+_BEGIN_LIMIT_S = 60.0  # a step does not wait that long; the store may be slow
 _STOP_TIMEOUT_S = 2.0
 _MEMORY_SHARE = 8
 _NO_OVERLAY = {errno.ENODEV, errno.EINVAL, errno.EOPNOTSUPP}
@@ -102,14 +104,19 @@ class Snapshot(PrivateMount):
             raise BootseerError("squashfuse is not installed on this node", hint="apt-get install squashfuse")
         try:
             target.mkdir(mode=0o700, parents=True, exist_ok=True)
-            snapshot._serve(command, image, user)
-            namespace.run(lambda: os.listdir(target))  # waits for squashfuse; fails when the image is none
+            process = snapshot._serve(command, image, user)
+            too_late = threading.Timer(_BEGIN_LIMIT_S, process.kill)  # its user may have stopped it
+            too_late.start()
+            try:
+                namespace.run(lambda: os.listdir(target))  # fails when the image is none
+            finally:
+                too_late.cancel()
         except (OSError, subprocess.SubprocessError) as error:
             snapshot.close()
             raise BootseerError(f"snapshot cannot be mounted: {error}") from error
         return snapshot
 
-    def _serve(self, command: Sequence[str], image: Path, user: User) -> None:
+    def _serve(self, command: Sequence[str], image: Path, user: User) -> subprocess.Popen[bytes]:
         """Mount, and have squashfuse serve the mount."""
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -132,6 +139,7 @@ class Snapshot(PrivateMount):
             )
         finally:
             os.close(fd)
+        return self._process
 
     def close(self) -> None:
         """Unmount, and end squashfuse when the last step that uses it is gone (at once if it has to)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -87,7 +86,7 @@ def fd_store(node: Node) -> Iterator[FdStore]:
         store.close()
 
 
-_CGROUP = Path("/sys/fs/cgroup/unified")
+_CGROUP = next((folder for folder in map(Path, ("/sys/fs/cgroup/unified", "/sys/fs/cgroup")) if (folder / "cgroup.procs").exists()), None)
 # PID 1 of namespaces: what it mounts and starts is in them alone.
 _START = """
 set -e
@@ -97,7 +96,7 @@ umount -l /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir -p /run/systemd/system
 printf '[Unit]\\nDefaultDependencies=no\\n' > /run/systemd/system/nothing.target
-container=other exec "$1" --system --unit=nothing.target --log-target=null --show-status=no
+container=other exec /lib/systemd/systemd --system --unit=nothing.target --log-target=null --show-status=no
 """
 
 
@@ -109,9 +108,8 @@ class Systemd:
         self._cgroup = Path(tempfile.mkdtemp(prefix="bootseer-systemd-", dir=_CGROUP))
         enter = f'echo $$ > {self._cgroup}/cgroup.procs; exec "$@"'
         apart = ["unshare", "--fork", "--pid", "--mount", "--cgroup", "--ipc", "--uts", "--kill-child", "--mount-proc"]
-        program = shutil.which("systemd") or "/lib/systemd/systemd"
         self._process = subprocess.Popen(
-            ["sh", "-c", enter, "sh", *apart, "sh", "-c", _START, "sh", program],
+            ["sh", "-c", enter, "sh", *apart, "sh", "-c", _START],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
@@ -156,8 +154,8 @@ def _removed(folder: Path) -> bool:
 
 @pytest.fixture
 def systemd() -> Iterator[Systemd]:
-    if not (_CGROUP / "cgroup.procs").exists() or not Path("/lib/systemd/systemd").exists():
-        pytest.skip("needs systemd, and cgroups of version 2 at /sys/fs/cgroup/unified")
+    if _CGROUP is None or not Path("/lib/systemd/systemd").exists():
+        pytest.skip("needs systemd, and cgroups of version 2")
     made = Systemd()
     try:
         yield made

@@ -76,6 +76,25 @@ def test_who_stops_his_squashfuse_stops_nobody_on_the_host(node: Node) -> None:
     wait_until(lambda: list((node.run / "env").iterdir()) == [])
 
 
+def test_who_stops_his_squashfuse_before_it_answers_starts_plain(node: Node) -> None:
+    folder = make_environment(node)
+    node.start("""
+from bootseer_slurm.env import mounting
+mounting._BEGIN_LIMIT_S = 1.0
+real = mounting.Snapshot._serve
+def serve(*arguments):
+    process = real(*arguments)
+    process.send_signal(19)
+    return process
+mounting.Snapshot._serve = serve
+""")
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, ENV=folder)
+    assert attach(node, 1) == {}
+    assert squashfuses(node) == [] and node.environments() == []
+    node.ask("epilog", JOB_ID=1)
+    assert [event["name"] for event in node.events(1) if event["kind"] == "fault"] == ["environment_not_used"]
+
+
 def test_squashfuse_keeps_no_namespace_and_is_killed_before_the_agent(node: Node) -> None:
     folder = make_environment(node)
     supervisor = node.start()

@@ -183,6 +183,12 @@ def test_the_unit_under_systemd(node: Node, systemd: Systemd) -> None:
     assert node.answers(), node.log
     node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model, ENV=folder)
     shown = attach(node, 1)
+    script = "for each in /proc/[0-9]*; do echo $(stat -c %u $each):$(cat $each/oom_score_adj):$(cat $each/comm); done"
+    scores = {tuple(line.split(":")) for line in systemd.run("sh", "-c", script, check=False).stdout.split()}
+    show = systemd.ctl("show", "bootseer-agent", "-p", "OOMPolicy,OOMScoreAdjust").stdout
+    assert set(show.split()) == {"OOMPolicy=continue", "OOMScoreAdjust=-900"}  # which needs CAP_SYS_RESOURCE here
+    assert (str(ALICE), "500", "squashfuse_ll") in scores
+    assert {score for uid, score, _ in scores if uid == str(ALICE)} == {"500"}
     with reader(f"/proc/{os.getpid()}/fd/{shown[str(model)]}", 4096) as each:
         for _ in range(3):
             pid = main_pid(systemd)

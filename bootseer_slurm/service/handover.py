@@ -3,7 +3,7 @@
 Owns: what is said to systemd (sd_notify(3)), and the variables in which names and numbers come. Does not own
 the descriptors. Children get nothing of it: the variables are taken out of the environment.
 
-    BOOTSEER_KEPT                             {name: number}, from the process that this one was
+    BOOTSEER_HANDED_ON                        {name: number}, from the process that this one was
     LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES    from systemd (sd_listen_fds(3)): what was stored before
 
 systemd keeps what is stored over a restart of the service, and lets go of it when the service is stopped.
@@ -21,7 +21,9 @@ from collections.abc import Iterable, Mapping
 
 _log = logging.getLogger(__name__)
 
-_HANDED_ON = "BOOTSEER_KEPT"
+# Another layout of what is handed over needs another name here: a supervisor of the code before then sees its
+# trial fail, for an agent runs already, and goes on.
+_HANDED_ON = "BOOTSEER_HANDED_ON"
 _TRIAL = "trial"  # instead: a process that loads all the same, and ends
 _NOTIFY = "NOTIFY_SOCKET"
 _FIRST_FD = 3  # SD_LISTEN_FDS_START

@@ -35,7 +35,8 @@ class FdStore:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "notify"
         self.fds: dict[str, int] = {}
-        self.said: list[str] = []
+        self.stored: list[str] = []  # names, as often as they were stored
+        self.is_ready = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(self.path))
         threading.Thread(target=self._take, daemon=True).start()
@@ -49,10 +50,11 @@ class FdStore:
             if "FDSTORE" in said:
                 assert len(said["FDNAME"]) < 256 and ":" not in said["FDNAME"]
                 self.fds[said["FDNAME"]] = fds[0]
+                self.stored.append(said["FDNAME"])
             elif "FDSTOREREMOVE" in said:
                 with contextlib.suppress(KeyError):
                     os.close(self.fds.pop(said["FDNAME"]))
-            self.said += said
+            self.is_ready = self.is_ready or said.get("READY") == "1"
 
     def launch(self, node: Node, changes: str = "") -> subprocess.Popen[bytes]:
         """Start a supervisor as systemd would."""

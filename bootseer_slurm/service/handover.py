@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 _HANDED_ON = "BOOTSEER_HANDED_ON"
 _TRIAL = "trial"  # instead: a process that loads all the same, and ends
 _NOTIFY = "NOTIFY_SOCKET"
+_UNIT = "BOOTSEER_UNIT"  # the unit's name, as the unit says it
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
 
 
@@ -43,18 +44,14 @@ class Handover:
     """What this process was handed, and who keeps it for the next one."""
 
     def __init__(self) -> None:
-        """Take what was handed to this process: `received`, by name."""
+        """Take what was handed to this process: `received`, by name; `unit` is "" where it is no service."""
         self._notify = os.environ.pop(_NOTIFY, "")
+        self.unit = os.environ.pop(_UNIT, "")
         handed_on = os.environ.pop(_HANDED_ON, "")
         listen = [os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")]
         self.received: dict[str, int] = json.loads(handed_on) if handed_on else _listed(*listen)
         for fd in self.received.values():
             os.set_inheritable(fd, False)
-
-    @property
-    def is_service(self) -> bool:
-        """Whether systemd started this process."""
-        return bool(self._notify)
 
     def store(self, fds: Mapping[str, int]) -> None:
         """Have systemd keep these."""
@@ -81,7 +78,7 @@ class Handover:
 
     def exec_anew(self, fds: Mapping[str, int]) -> None:
         """Become a process of the code that is installed now, with these. Raises OSError."""
-        handed_on = {_HANDED_ON: json.dumps(dict(fds))} | ({_NOTIFY: self._notify} if self._notify else {})
+        handed_on = {_HANDED_ON: json.dumps(dict(fds)), _NOTIFY: self._notify, _UNIT: self.unit}
         for fd in fds.values():
             os.set_inheritable(fd, True)
         try:

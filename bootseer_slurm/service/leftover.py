@@ -23,9 +23,12 @@ _LIMIT_S = 2.0  # one that a file system holds is not waited for
 _LOOK_EVERY_S = 0.02
 
 
-def end_leftover() -> None:
-    """Kill all other processes of this process's service, and those that they begin meanwhile."""
-    folder = _service_folder()
+def end_leftover(unit: str) -> None:
+    """Kill all other processes of this process's service, and those that they begin meanwhile.
+
+    unit: the name of the service; where this process is in another one, or in none, nobody is killed.
+    """
+    folder = _service_folder(unit)
     deadline_s = time.monotonic() + _LIMIT_S
     while folder and (pids := list(_processes(folder))):
         for pid in pids:
@@ -37,16 +40,13 @@ def end_leftover() -> None:
         time.sleep(_LOOK_EVERY_S)
 
 
-def _service_folder() -> Path | None:
-    """The cgroup of the service; None where this process is in none."""
+def _service_folder(unit: str) -> Path | None:
+    """The cgroup of the service; None where this process is not in it."""
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     paths = [line[3:] for line in lines if line.startswith("0::")]
     roots = [mount.point for mount in mounts.mounts_below("/") if mount.fstype == "cgroup2"]
     parts = Path(paths[0]).parts[1:] if paths and roots else ()
-    for number, part in enumerate(parts):
-        if part.endswith(".service"):
-            return roots[0].joinpath(*parts[: number + 1])
-    return None
+    return roots[0].joinpath(*parts[: parts.index(unit) + 1]) if unit in parts else None
 
 
 def _processes(folder: Path) -> Iterator[int]:

@@ -156,8 +156,7 @@ class Supervisor:
             return self._keep()
         finally:
             self._handover.forget(self._fds())
-            if self._handover.is_service:
-                end_leftover()
+            end_leftover(self._handover.unit)
             self._config.agent.socket.unlink(missing_ok=True)
             self._resources.close()
 

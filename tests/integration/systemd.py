@@ -88,7 +88,7 @@ def fd_store(node: Node) -> Iterator[FdStore]:
         store.close()
 
 
-_CGROUP = next((folder for folder in map(Path, ("/sys/fs/cgroup/unified", "/sys/fs/cgroup")) if (folder / "cgroup.procs").exists()), None)
+CGROUP = next((folder for folder in map(Path, ("/sys/fs/cgroup/unified", "/sys/fs/cgroup")) if (folder / "cgroup.procs").exists()), None)
 # PID 1 of namespaces: what it mounts and starts is in them alone.
 _START = """
 set -e
@@ -107,7 +107,7 @@ class Systemd:
 
     def __init__(self) -> None:
         """Raises OSError or AssertionError where none can be run."""
-        self._cgroup = Path(tempfile.mkdtemp(prefix="bootseer-systemd-", dir=_CGROUP))
+        self._cgroup = Path(tempfile.mkdtemp(prefix="bootseer-systemd-", dir=CGROUP))
         enter = f'echo $$ > {self._cgroup}/cgroup.procs; exec "$@"'
         apart = ["unshare", "--fork", "--pid", "--mount", "--cgroup", "--ipc", "--uts", "--kill-child", "--mount-proc"]
         self._process = subprocess.Popen(
@@ -156,7 +156,7 @@ def _removed(folder: Path) -> bool:
 
 @pytest.fixture
 def systemd() -> Iterator[Systemd]:
-    if _CGROUP is None or not Path("/lib/systemd/systemd").exists():
+    if CGROUP is None or not Path("/lib/systemd/systemd").exists():
         pytest.skip("needs systemd, and cgroups of version 2")
     made = Systemd()
     try:

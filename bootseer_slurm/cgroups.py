@@ -4,8 +4,8 @@
     <service>/<job.restart>  the job's user's process, and the programs that work for him in the background
 
 The job's group bounds processes and memory, and ends with the job, with all that is in it: what a user's
-process left behind goes too. Version 2 only (cgroups(7); systemd's CGROUP_DELEGATION). Elsewhere nothing is
-bounded, and all works as well: `bootseer doctor` tells.
+process left behind goes too. Version 2 only (cgroups(7); systemd's CGROUP_DELEGATION), and to bound it takes
+DelegateSubgroup= of systemd 254. Elsewhere all works as well: `bootseer doctor` tells.
 """
 
 from __future__ import annotations
@@ -60,9 +60,13 @@ def settle() -> None:
     service = service_folder()
     if service is None:
         return
-    with contextlib.suppress(OSError):
-        (service / _AGENT).mkdir(exist_ok=True)
-        (service / _AGENT / "cgroup.procs").write_text(f"{os.getpid()}\n")
+    if _own_folder() == service:
+        # systemd before 254 begins the service in its own group, and could not do so again below which groups
+        # are bounded ("no internal processes", cgroups(7)).
+        with contextlib.suppress(OSError):
+            (service / _AGENT).mkdir(exist_ok=True)
+            (service / _AGENT / "cgroup.procs").write_text(f"{os.getpid()}\n")
+        return
     for controller in ("pids", "memory"):
         with contextlib.suppress(OSError):  # this kernel has it in version 1
             (service / "cgroup.subtree_control").write_text(f"+{controller}\n")
@@ -70,21 +74,26 @@ def settle() -> None:
 
 def service_folder() -> Path | None:
     """The folder of the service's delegated group; None without one."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
+    folder = _own_folder()
+    if folder is None:
         return None
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
-    mounted = [each.mountpoint for each in psutil.disk_partitions(all=True) if each.fstype == "cgroup2"]
-    if own is None or not mounted:
-        return None
-    folder = Path(mounted[0], own)
     if folder.name == _AGENT:
         folder = folder.parent
     try:
         return folder if os.getxattr(folder, _DELEGATED) == b"1" else None
     except OSError:
         return None
+
+
+def _own_folder() -> Path | None:
+    """The folder of this process's group of version 2; None without one."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
+    mounted = [each.mountpoint for each in psutil.disk_partitions(all=True) if each.fstype == "cgroup2"]
+    return Path(mounted[0], own) if own is not None and mounted else None
 
 
 def job_group(service: Path | None, name: str) -> JobGroup:

@@ -10,8 +10,13 @@ import ctypes
 import os
 import pwd
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
+# When the node's memory is full, users' processes go first, and the agent last (conf/systemd).
+_OOM_SCORE_ADJUST = "500"
+# The beginning of a command that runs as a user.
+KILLED_FIRST = ("sh", "-c", f'echo {_OOM_SCORE_ADJUST} > /proc/self/oom_score_adj; exec "$@"', "sh")
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 _NOBODYS_UID = 61875  # behind those of image.packer, between Linux's own ranges
@@ -48,6 +53,7 @@ class User:
 
     def become(self) -> None:
         """Take this user's ids and groups, all of them. For root. Raises OSError."""
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJUST)
         os.setgroups(self.groups)
         os.setresgid(self.gid, self.gid, self.gid)
         os.setresuid(self.uid, self.uid, self.uid)
@@ -60,13 +66,22 @@ def out_of_reach(user: User) -> list[str]:
     """
     groups = f"--groups={','.join(map(str, user.groups))}" if user.groups else "--clear-groups"
     ids = (f"--ruid={_NOBODYS_UID}", f"--euid={user.uid}", f"--regid={user.gid}")
-    return ["setpriv", *ids, groups, "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--"]
+    return [
+        *KILLED_FIRST,
+        "setpriv",
+        *ids,
+        groups,
+        "--no-new-privs",
+        "--bounding-set=-all",
+        "--inh-caps=-all",
+        "--",
+    ]
 
 
 def without_rights(uid: int) -> list[str]:
     """The beginning of a command that runs as this user and group, without any right nor a way to get one."""
     rights = ("--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all")
-    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", *rights, "--"]
+    return [*KILLED_FIRST, "setpriv", f"--reuid={uid}", f"--regid={uid}", *rights, "--"]
 
 
 def close_to_tracers() -> None:

@@ -1,16 +1,17 @@
 """Mounts: the few system calls around them that Python does not offer.
 
-Owns: mount(2), umount2(2), unshare(2), the descriptor-based calls open_tree(2), mount_setattr(2) and
-move_mount(2), statx(2), the user namespaces that idmapped mounts are made with, and the reading of
-/proc/self/mountinfo. Does not own: what is mounted where, and when; the callers decide that.
+Owns: mount(2), umount2(2), unshare(2), setns(2), the descriptor-based calls open_tree(2), mount_setattr(2)
+and move_mount(2), statx(2), the user namespaces that idmapped mounts are made with, and the reading of a
+thread's mountinfo. Does not own: what is mounted where, and when; the callers decide that.
 
 A *detached* mount is one that hangs in no mount namespace: only the descriptor holds it. It can be sent to
 another process (SCM_RIGHTS) and attached there, in that process's namespace, and it goes away with its last
 descriptor.
 
 Threads and processes: no state, safe from any thread. `unshare_mount_namespace` changes the calling thread
-only; `map_root_to` forks, and `unshare_user_namespace` changes the process: both are for processes of one
-thread. Every failure is an OSError with the kernel's errno, its text and the path.
+only, and a `Namespace` works in threads of its own; `map_root_to` forks, and `unshare_user_namespace` changes
+the process: both are for processes of one thread. Every failure is an OSError with the kernel's errno, its
+text and the path.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import ctypes
 import errno
 import os
 import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 # linux/mount.h
 MS_RDONLY = 1
@@ -47,6 +50,7 @@ _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_EMPTY_PATH = 0x1000
 _AT_STATX_DONT_SYNC = 0x4000
 _STATX_UID = 8
+_CLONE_FS = 0x200
 _CLONE_NEWNS = 0x20000
 _CLONE_NEWUSER = 0x10000000
 # asm-generic/unistd.h: calls this young have one number on x86_64 and aarch64
@@ -55,6 +59,8 @@ _SYS_MOVE_MOUNT = 429
 _SYS_MOUNT_SETATTR = 442
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+
+_Result = TypeVar("_Result")
 
 
 class _MountAttr(ctypes.Structure):
@@ -90,7 +96,7 @@ class Owner(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
+    """One line of a mountinfo (proc_pid_mountinfo(5))."""
 
     mount_id: int
     device: str  # "major:minor", also the name under /sys/class/bdi
@@ -208,6 +214,45 @@ def unshare_mount_namespace() -> None:
     mount(None, "/", None, MS_REC | MS_SLAVE)
 
 
+class Namespace:
+    """A mount namespace that no process needs to be in: its descriptor, and what inherits that, keep it."""
+
+    def __init__(self, fd: int) -> None:
+        """Takes the descriptor of a mount namespace."""
+        self.fd = fd
+
+    @classmethod
+    def create(cls) -> Namespace:
+        """A copy of this process's; what is mounted in it is not seen outside. Raises OSError."""
+
+        def make() -> int:
+            unshare_mount_namespace()
+            return os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+
+        return cls(_in_thread(make))
+
+    def run(self, function: Callable[[], _Result]) -> _Result:
+        """Call a function in a thread of its own that is in the namespace; gives what it gives, or raises.
+
+        Descriptors are the process's. A process that the function began would keep the namespace.
+        """
+
+        def enter() -> _Result:
+            _check(_LIBC.unshare(ctypes.c_int(_CLONE_FS)), "/")  # setns(2) wants it
+            _check(_LIBC.setns(ctypes.c_int(self.fd), ctypes.c_int(_CLONE_NEWNS)), "/proc/self/ns/mnt")
+            return function()
+
+        return _in_thread(enter)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _in_thread(function: Callable[[], _Result]) -> _Result:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
 def unshare_user_namespace() -> None:
     """Give this process, of one thread, a user namespace, and a mount namespace that belongs to it.
 
@@ -277,9 +322,9 @@ def _parse(line: str) -> Mount:
 def mounts_below(path: Path | str) -> list[Mount]:
     """Return the mounts at path and beneath it, what is on top last (proc_pid_mountinfo(5)).
 
-    path is taken as it is written: absolute, without symbolic links.
+    path is taken as it is written: absolute, without symbolic links. As the calling thread sees them.
     """
-    lines = Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape").splitlines()
+    lines = Path("/proc/thread-self/mountinfo").read_bytes().decode(errors="surrogateescape").splitlines()
     return [entry for entry in map(_parse, lines) if entry.point.is_relative_to(path)]
 
 

@@ -2,6 +2,7 @@
 
 In this order: the kernel's driver, where an agent signed the snapshot; squashfuse as the job's user; files
 unpacked on the node's disk. A snapshot of two layers, and one that is written to, lies in an overlay.
+Nothing is unpacked after a squashfuse that ended: its user can kill it, and would choose the disk.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from typing import NamedTuple
 from bootseer_slurm import mounts
 from bootseer_slurm.artifacts.layer import Layer
 from bootseer_slurm.cache.sources import OnFault
-from bootseer_slurm.env.mounting import Overlay, Snapshot, Unpacked, squashfuse
+from bootseer_slurm.cgroups import JobGroup
+from bootseer_slurm.env.mounting import NoOverlay, Overlay, PrivateMount, Snapshot, squashfuse
+from bootseer_slurm.env.unpacking import DiskBounds, Unpacked
 from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.identity import User
 from bootseer_slurm.image.signing import Key
 
 
@@ -34,21 +38,24 @@ class View(NamedTuple):
 class MountPlace:
     """Where a job's environments are mounted, and how.
 
-    folder: for the mounts. disk: for files, where nothing can mount a snapshot. key: the site's.
-    writable: with a layer over each that goes with the job. owner: of the environment.
+    namespace, folder: for the mounts. disk, bounds: for files, where nothing can mount a snapshot.
+    key: the site's. writable: with a layer over each that goes with the job. owner: of the environment.
+    group: of the job, for programs that serve mounts.
     """
 
+    namespace: mounts.Namespace
     folder: Path
     disk: Path
-    uid: int
-    gid: int
+    bounds: DiskBounds
+    user: User
     key: Key
     writable: bool
     owner: int | None
+    group: JobGroup
 
     @property
     def is_own(self) -> bool:
-        return self.uid == self.owner
+        return self.user.uid == self.owner
 
     def name(self, told_by: str) -> str:
         """The name of a mount of what has this digest.
@@ -62,10 +69,9 @@ class MountPlace:
 class EnvironmentMount:
     """A mounted environment."""
 
-    path: Path = Path()
     overlay: Overlay | None = None
     _unpacked: Unpacked | None = None
-    _snapshots: list[Snapshot] = field(default_factory=list)
+    _layers: list[PrivateMount] = field(default_factory=list)
 
     @property
     def is_writable(self) -> bool:
@@ -73,16 +79,16 @@ class EnvironmentMount:
 
     def clone(self) -> int:
         """A detached mount of it for one step; the caller closes the descriptor. Raises OSError."""
-        return mounts.bind_clone(self.path, read_only=not self.is_writable)
+        return (self.overlay or self._layers[0]).clone(read_only=not self.is_writable)
 
     def close(self) -> None:
         """Take the mounts away; steps that still run keep theirs."""
         if self.overlay:
             self.overlay.close()
+        for layer in self._layers:
+            layer.close()
         if self._unpacked:
             self._unpacked.close()
-        for snapshot in self._snapshots:
-            snapshot.close()
 
 
 def mount_environment(
@@ -95,51 +101,60 @@ def mount_environment(
     mount = EnvironmentMount()
     try:
         with ThreadPoolExecutor(len(layers)) as pool:
-            mounted = list(pool.map(lambda layer: _mount_layer(layer, place, mount, on_fault), layers))
-        lower = [path for path in mounted if path is not None]
+            made = [pool.submit(_mount_layer, layer, place, on_fault) for layer in layers]
+        mounted = [each.result() for each in made if each.exception() is None]
+        mount._layers = [each for each in mounted if each is not None]
+        for each in made:
+            each.result()  # raises what went wrong
         # The name tells the environment, not the blobs: what a job sees stays, whatever is saved.
         told_by = os.fsencode(original if place.is_own else f"{original}\0{place.owner}")
         over = place.folder / f"{place.name(hashlib.sha256(told_by).hexdigest())}.layers"
-        if len(lower) == len(layers) > 1 and not place.writable:
+        is_unpacked = None in mounted
+        if len(layers) > 1 and not is_unpacked and not place.writable:
             try:
-                mount.overlay = Overlay.mount(lower, over, uid=place.uid, gid=place.gid, writable=False)
-            except BootseerError as error:
+                mount.overlay = Overlay.mount(mount._layers, over, place.user, writable=False)
+            except NoOverlay as error:
                 on_fault("overlay_failed", error.message)
-                lower = []
-        if len(lower) < len(layers):
+                is_unpacked = True
+        if is_unpacked:
             # The files would be this user's own, and another one trusts the path.
-            if not (place.is_own or place.uid == 0):
+            if not (place.is_own or place.user.uid == 0):
                 raise BootseerError(f"{original}: another user's, and this node can mount no snapshot of it")
-            images = [layer.handle.served_path for layer in layers]
-            folder = place.disk / place.name(layers[0].description.id)
-            mount._unpacked = Unpacked.unpack(images, folder, uid=place.uid, gid=place.gid)
-            lower = [mount._unpacked.path]
+            _unpack(layers, place, mount)
         if place.writable:
-            mount.overlay = Overlay.mount(lower, over, uid=place.uid, gid=place.gid, writable=True)
-        mount.path = mount.overlay.path if mount.overlay else lower[0]
+            mount.overlay = Overlay.mount(mount._layers, over, place.user, writable=True)
     except BaseException:
         mount.close()
         raise
     return mount
 
 
-def _mount_layer(layer: Layer, place: MountPlace, mount: EnvironmentMount, on_fault: OnFault) -> Path | None:
+def _mount_layer(layer: Layer, place: MountPlace, on_fault: OnFault) -> PrivateMount | None:
     """Mount one layer; None: the node has no way. Raises BootseerError."""
+    target = place.folder / place.name(layer.description.id)
     if layer.is_signed(place.key):
         try:
-            return layer.mount_image()
-        except BootseerError as error:
-            on_fault("kernel_mount_failed", error.message)
+            layer.mount_image()
+            return PrivateMount.attach(place.namespace, layer.clone_mounted(), target)
+        except (BootseerError, OSError) as error:
+            on_fault("kernel_mount_failed", str(error))
     all_root = bool(layer.description.signature)
-    if not squashfuse(place.uid, place.gid, all_root=all_root):
+    if not squashfuse(place.user.uid, place.user.gid, all_root=all_root):
         return None
-    snapshot = Snapshot.mount(
-        layer.handle.served_path,
-        place.folder / place.name(layer.description.id),
-        uid=place.uid,
-        gid=place.gid,
-        all_root=all_root,
-    )
-    mount._snapshots.append(snapshot)
-    layer.mounted = snapshot.path
-    return layer.mounted
+    image = layer.handle.served_path
+    snapshot = Snapshot.mount(place.namespace, image, target, place.user, all_root=all_root)
+    if snapshot.pid:
+        place.group.add(snapshot.pid)
+    layer.mounted = snapshot.clone
+    return snapshot
+
+
+def _unpack(layers: Sequence[Layer], place: MountPlace, mount: EnvironmentMount) -> None:
+    """Have the mount show files on the disk, and no layers. Raises BootseerError or OSError."""
+    images = [layer.handle.served_path for layer in layers]
+    name = place.name(layers[0].description.id)
+    mount._unpacked = Unpacked.unpack(images, place.disk / name, place.user, place.bounds)
+    for layer in mount._layers:
+        layer.close()
+    fd = mounts.bind_clone(mount._unpacked.path)
+    mount._layers = [PrivateMount.attach(place.namespace, fd, place.folder / f"{name}.files")]

@@ -5,19 +5,21 @@ An artifact has one; an environment that was saved over another snapshot has two
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bootseer_slurm import mounts
 from bootseer_slurm.artifacts.handle import BlobHandle
 from bootseer_slurm.artifacts.reattached import Found
 from bootseer_slurm.artifacts.source import BlobDescription
 from bootseer_slurm.blob.ref import ArtifactRef
 from bootseer_slurm.blob.trace import SETTLED_STARTS, Plan
 from bootseer_slurm.cache.waits import Waited
-from bootseer_slurm.errors import InputError, IntegrityError, StoreError
+from bootseer_slurm.errors import InputError, IntegrityError, NotFound, StoreError
 from bootseer_slurm.image.signing import Key, is_signed
 from bootseer_slurm.userproc.client import UserProcess
 from bootseer_slurm.userproc.protocol import MakePlan
@@ -32,7 +34,7 @@ class Layer:
     label: what events call it. trace_key: what its traces are kept under. path: of the original, or URI.
     is_layered: it is one of two. is_watched: a checkpoint of which it is not known yet what this node reads.
     is_shown: a step can read it. is_settled: the plan says all that a start touches.
-    mounted: where, if it is an image or an environment.
+    mounted: gives a detached mount of it, if it is an image or an environment.
     """
 
     ref: ArtifactRef
@@ -46,7 +48,7 @@ class Layer:
     is_shown: bool = False
     plan: Plan = field(default_factory=Plan)
     is_settled: bool = False
-    mounted: Path | None = None
+    mounted: Callable[[], int] | None = None
 
     @property
     def found(self) -> Found:
@@ -78,10 +80,16 @@ class Layer:
         users = {uid, 0} if blob.publisher is None else {uid, 0, blob.publisher}
         return any(is_signed(key, each, blob.id, blob.signature) for each in users)
 
-    def mount_image(self) -> Path:
-        """Have the kernel mount it, which must be signed; gives where. Raises BootseerError."""
-        self.mounted = self.handle.blob.mount_image()
-        return self.mounted
+    def mount_image(self) -> None:
+        """Have the kernel mount it, which must be signed. Raises BootseerError."""
+        self.mounted = functools.partial(mounts.bind_clone, self.handle.blob.mount_image())
+
+    def clone_mounted(self) -> int:
+        """A detached mount of it; the caller closes the descriptor. Raises NotFound, OSError."""
+        mounted = self.mounted
+        if mounted is None:
+            raise NotFound(f"{self.label}: it is not mounted any more")
+        return mounted()
 
     def close(self) -> None:
         """Let go of the blob."""

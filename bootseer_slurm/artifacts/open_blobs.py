@@ -27,6 +27,7 @@ from bootseer_slurm.cache.sources import OnFault, Source
 from bootseer_slurm.errors import NotFound
 from bootseer_slurm.fuse import Server
 from bootseer_slurm.image.kernel_mount import KernelMount
+from bootseer_slurm.mounts import Namespace
 from bootseer_slurm.shares import shares_of
 
 _log = logging.getLogger(__name__)
@@ -69,11 +70,12 @@ class _IdleMount:
 class OpenBlobs:
     """Cache, FUSE file systems and mounted images of one node. shares: what its jobs share beside these."""
 
-    def __init__(self, cache: Cache, servers: Mapping[str, Server], images: Path) -> None:
+    def __init__(self, cache: Cache, servers: Mapping[str, Server], images: Path, private: Namespace) -> None:
         """servers: "blobs" for what is read in parts, "checkpoints" for what is read whole.
 
-        images: the folder that images are mounted in.
+        images: the folder that images are mounted in. private: for mounts that users serve.
         """
+        self.private = private
         self.shares = shares_of(cache.live)
         self._cache = cache
         self._servers = servers

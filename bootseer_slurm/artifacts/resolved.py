@@ -163,7 +163,7 @@ class ResolvedArtifact:
         if overlay is None or original is None:
             raise NotFound(f"{self.ref.name}: the job is over")
         status = original.status
-        return View(mounts.bind_clone(overlay.path), status.st_dev, status.st_ino)
+        return View(overlay.clone(), status.st_dev, status.st_ino)
 
     def close(self) -> None:
         """Let go of the mounts, the blobs and the original."""

@@ -50,7 +50,8 @@ def agent() -> None:
     """Run the node agent (root; started by systemd)."""
     from bootseer_slurm import log
     from bootseer_slurm.service.agent import Agent
-    from bootseer_slurm.service.supervisor import Supervisor, is_trial
+    from bootseer_slurm.service.handover import is_trial
+    from bootseer_slurm.service.supervisor import Supervisor
 
     config = settings.config()
     log.set_up(config.agent.log_level)

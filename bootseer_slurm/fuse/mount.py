@@ -94,14 +94,17 @@ class Mount:
         return json.dumps(fields)
 
     @classmethod
-    def from_argument(cls, text: str) -> Mount:
+    def from_argument(cls, text: str, fds: tuple[int, int] | None = None) -> Mount:
         """Take over what `to_argument` gave; processes started from here on do not inherit the descriptors.
 
+        fds: the descriptors, where they have other numbers now.
         Raises ValueError or OSError when it is not that, or a descriptor is not there.
         """
         try:
             fields = json.loads(text)
             fields |= {"point": Path(fields["point"]), "flags": protocol.InitFlag(fields["flags"])}
+            if fds is not None:
+                fields["fd"], fields["ledger_fd"] = fds
             mount = cls(**fields)
         except (TypeError, KeyError) as error:
             raise ValueError(f"not a mount: {text!r}") from error

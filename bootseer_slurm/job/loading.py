@@ -17,8 +17,10 @@ from bootseer_slurm.artifacts.resolved import ResolvedArtifact
 from bootseer_slurm.artifacts.table import Artifacts, image_name
 from bootseer_slurm.blob.jobclass import Remembered
 from bootseer_slurm.blob.ref import ArtifactRef
-from bootseer_slurm.env.mounting import unpacked_folder
+from bootseer_slurm.env.mounting import unmount_left
+from bootseer_slurm.env.unpacking import DiskBounds, remove, unpacked_folder
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
+from bootseer_slurm.identity import User
 from bootseer_slurm.image.signing import Key, read_key
 from bootseer_slurm.job.context import JobContext
 from bootseer_slurm.job.journal import Journal
@@ -61,8 +63,8 @@ class Loader:
         self._site_key = read_key(config.image.site_key)
         no_key = Key(b"", "kernel_mount is off")
         self._key = no_key if config.image.kernel_mount == "off" else self._site_key
-        self.folder = config.agent.mounts / "env" / job.folder_name
-        self.disk = unpacked_folder(config.cache.path) / job.folder_name
+        self._folder = config.agent.mounts / "env" / job.folder_name
+        self._disk = unpacked_folder(config.cache.path) / job.folder_name
         self.writable = False  # environments get a layer to write to
 
     def load(
@@ -149,14 +151,31 @@ class Loader:
                 if self.writable and job.uid not in (0, resolved.owner):
                     whose = f"environment {resolved.path} belongs to user {resolved.owner}"
                     raise ShadowRefused(f"{whose}, so this job cannot install to it")
-                place = MountPlace(
-                    self.folder, self.disk, job.uid, job.gid, self._key, self.writable, resolved.owner
-                )
+                place = self._mount_place(resolved.owner)
                 resolved.environment = mount_environment(resolved.layers, resolved.path, place, on_fault)
         except BaseException:
             resolved.close()
             raise
         return resolved
+
+    def _mount_place(self, owner: int | None) -> MountPlace:
+        job, cache = self._context.job, self._context.config.cache
+        return MountPlace(
+            self._blobs.private,
+            self._folder,
+            self._disk,
+            DiskBounds(cache.max_bytes, cache.min_free_bytes),
+            User(job.uid, job.gid, ()),
+            self._key,
+            self.writable,
+            owner,
+            self._context.group,
+        )
+
+    def close(self) -> None:
+        """Take away what is left of the job's environments."""
+        unmount_left(self._blobs.private, self._folder)
+        remove(self._disk)
 
     def _take_folder(self, artifact: Artifact, found: CheckpointFolder, request_file: RequestFile) -> None:
         """Have each file of the newest checkpoint in a folder loaded. Raises InputError."""

@@ -8,7 +8,6 @@ for `intake.wait_looked_up` before, some seconds at most.
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 
@@ -23,7 +22,6 @@ from bootseer_slurm.artifacts.table import Artifacts
 from bootseer_slurm.blob.jobclass import job_class
 from bootseer_slurm.cgroups import job_group, service_folder
 from bootseer_slurm.config import Config
-from bootseer_slurm.env.mounting import unmount_left
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.job.background.after_start import AfterStart
@@ -224,8 +222,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
             except Exception:  # the others are let go all the same
                 _log.exception("a blob is not let go", extra={"job": job.job_id})
         self.context.group.end()
-        unmount_left(self._loader.folder)
-        shutil.rmtree(self._loader.disk, ignore_errors=True)
+        self._loader.close()
         self.context.log.close()
         self._journal.forget(job.job_id, job.restart)
 

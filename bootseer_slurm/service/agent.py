@@ -1,15 +1,15 @@
 """The node agent: one process as root on each node, which answers the operations of agentapi.
 
 On disk, beside the socket: the journal of each job (job/journal.py), and the node tables of the FUSE mounts;
-beside these mounts: env/ and images/, root's alone, where environments and images are mounted. The mounts and
-the sockets themselves are the supervisor's (supervisor.py), which starts this process again when it dies.
+beside these mounts: env/ and images/, root's alone, where environments and images are mounted; environments
+in a namespace that the host does not see. The mounts and the sockets themselves are the supervisor's
+(supervisor.py), which starts this process again when it dies.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import threading
 
@@ -18,7 +18,7 @@ from bootseer_slurm.artifacts.open_blobs import OpenBlobs
 from bootseer_slurm.cache.cache import Cache
 from bootseer_slurm.cgroups import end_left, service_folder
 from bootseer_slurm.config import Config
-from bootseer_slurm.env.mounting import unpacked_folder
+from bootseer_slurm.env.unpacking import remove, unpacked_folder
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.fuse import Server as FuseServer
 from bootseer_slurm.image.packer import Packer
@@ -44,6 +44,7 @@ class Agent:
 
     def __init__(self, config: Config, resources: Resources) -> None:
         """Open the cache. Raises BootseerError."""
+        assert resources.private is not None
         self._config = config
         self._listeners = resources.listeners
         self._node = os.uname().nodename.split(".")[0]
@@ -57,7 +58,7 @@ class Agent:
         self._fuse = {
             name: FuseServer(mount, home / f"{name}.nodes") for name, mount in resources.mounts.items()
         }
-        self._blobs = OpenBlobs(self._cache, self._fuse, config.agent.mounts / "images")
+        self._blobs = OpenBlobs(self._cache, self._fuse, config.agent.mounts / "images", resources.private)
         self._packer = Packer(
             config.cache.path / ".packing",
             max_bytes=config.cache.max_bytes,
@@ -124,7 +125,7 @@ class Agent:
         unpacked = unpacked_folder(self._config.cache.path)
         for folder in unpacked.iterdir() if unpacked.exists() else ():
             if folder.name not in used:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
 
     def _tend(self) -> None:
         """Keep the cache within its bounds, and its state on disk (a thread of its own)."""

@@ -1,19 +1,20 @@
 """The supervisor: it holds the mounts and sockets that outlive an agent that dies, and starts the next one.
 
-Owns agent.lock, the sockets, the FUSE mounts with their descriptors and shared memory, and one child, the
-agent proper. It does no input or output, has no threads and looks at nothing that a job says, so that nothing
-a job does can hurt it. What connects while no agent lives waits for the next one. The child is forked without
-exec: a new agent answers within milliseconds, and the readers of its files, who wait meanwhile, hardly
-notice. What an agent needs of the one before it lies in files below the socket's folder: see
-job/journal.py, fuse/server.py and cache/cache.py.
+Owns agent.lock, the sockets, the FUSE mounts with their descriptors and shared memory, the namespace of the
+mounts that users serve, and one child, the agent proper. It does no input or output, has no threads and looks
+at nothing that a job says, so that nothing a job does can hurt it. What connects while no agent lives waits
+for the next one. The child is forked without exec: a new agent answers within milliseconds, and the readers
+of its files, who wait meanwhile, hardly notice. What an agent needs of the one before it lies in files below
+the socket's folder: see job/journal.py, fuse/server.py and cache/cache.py.
 
-    SIGTERM, SIGINT   the agent ends its sessions, then everything is unmounted
+    SIGTERM, SIGINT   the agent ends its sessions, then all is unmounted; nothing of the service is left
     SIGHUP            the agent is killed and all code is loaded anew, with the mounts kept: an upgrade; not
                       where the new code or configuration cannot even be loaded, which a trial tells
 
 An agent that was killed is started again. One that cannot start ends the supervisor with its exit status, but
 not once agents have served: jobs may have files open, and the next try may do better. When the supervisor
-itself is killed, its agent goes with it, and the mounts are dead.
+itself is killed, its agent goes with it. systemd keeps the descriptors then (handover.py), and the supervisor
+that it starts goes on as after an upgrade. Without systemd the mounts are dead.
 """
 
 from __future__ import annotations
@@ -32,29 +33,34 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bootseer_slurm import cgroups, mounts
 from bootseer_slurm.agentapi import protocol
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.fuse import Mount
+from bootseer_slurm.mounts import Namespace
+from bootseer_slurm.service.handover import Handover, trial_environment
+from bootseer_slurm.service.leftover import end_leftover
 
 _log = logging.getLogger(__name__)
 
 # What is read in parts is recorded, and readahead would blur the trace: with 1 MiB of it an import fetched
 # 30 MB instead of 22. What is read whole wants the largest reads.
 _READ_AHEAD_KB = {"blobs": 128, "checkpoints": 1024}
-_SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+_STOPS = {signal.SIGTERM, signal.SIGINT}
+_SIGNALS = {signal.SIGCHLD, signal.SIGHUP} | _STOPS
 _PR_SET_PDEATHSIG = 1
 _STOP_LIMIT_S = 25.0  # the agent gives its sessions 20 s, the systemd unit all of us 30 s
 _LOOK_EVERY_S = 1.0
 _SHORT_LIFE_S = 10.0  # an agent that is killed earlier than this, again and again, is started ever later
 _PAUSES_S = (0.0, 0.0, 0.1, 0.5, 2.0, 5.0)
-# Between the supervisor before an upgrade and the one after it; a child gets nothing of it.
-_HANDED_ON = "BOOTSEER_KEPT"
-_TRIAL = "trial"  # instead: a process that loads all the same, and ends
 _TRIAL_LIMIT_S = 30.0
+_GONE_LIMIT_S = 10.0  # for the agent of a supervisor that was killed
 
+# Always overwritten by one write: a supervisor may be killed at any moment.
+_RECORD_BYTES = 4096
 _BACKLOG = 256  # prolog, steps and marks of a full node at once
 
 
@@ -62,11 +68,54 @@ _BACKLOG = 256  # prolog, steps and marks of a full node at once
 class Resources:
     """Resources of an agent: mounts "blobs" and "checkpoints", sockets "root", "path" and "abstract".
 
-    The abstract one is missing when another process has its name.
+    The abstract one is missing when another process has its name. private: where mounts are that users serve.
     """
 
     mounts: dict[str, Mount] = field(default_factory=dict)
     listeners: dict[str, socket.socket] = field(default_factory=dict)
+    private: Namespace | None = None
+    record: int = field(default_factory=lambda: os.memfd_create("bootseer-record", os.MFD_CLOEXEC))
+
+    @classmethod
+    def from_fds(cls, fds: dict[str, int]) -> Resources:
+        """Take over another supervisor's. Raises KeyError, ValueError or OSError when they are not all."""
+        resources = cls(record=fds["record"])
+        for name, text in resources.read_record()["mounts"].items():
+            fds_of_mount = fds[f"mount.{name}"], fds[f"ledger.{name}"]
+            resources.mounts[name] = Mount.from_argument(text, fds_of_mount)
+        resources.private = Namespace(fds["private"])
+        for name, fd in fds.items():
+            if name.startswith("listener."):
+                resources.listeners[name.removeprefix("listener.")] = socket.socket(fileno=fd)
+        return resources
+
+    def fds(self) -> dict[str, int]:
+        """The descriptors that the next supervisor needs, by name: last the record, without which none."""
+        fds = {f"listener.{name}": each.fileno() for name, each in self.listeners.items()}
+        for name, mount in self.mounts.items():
+            fds[f"mount.{name}"], fds[f"ledger.{name}"] = mount.fds
+        if self.private:
+            fds["private"] = self.private.fd
+        return fds | {"record": self.record}
+
+    def read_record(self) -> dict[str, Any]:
+        """The rest that the next supervisor needs. Raises ValueError."""
+        return dict(json.loads(os.pread(self.record, _RECORD_BYTES, 0)))
+
+    def write_record(self, agent: int) -> None:
+        """Note all for the next supervisor. agent: the process that serves."""
+        arguments = {name: mount.to_argument() for name, mount in self.mounts.items()}
+        content = json.dumps({"agent": agent, "mounts": arguments}).encode()
+        os.pwrite(self.record, content.ljust(_RECORD_BYTES), 0)
+
+    def close(self) -> None:
+        """Unmount all, and listen no more."""
+        for listener in self.listeners.values():
+            listener.close()
+        for mount in self.mounts.values():
+            mount.close()
+        if self.private:
+            self.private.close()
 
 
 Serve = Callable[[Config, Resources], None]
@@ -83,36 +132,51 @@ class Supervisor:
         self._home.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._dying: list[int] = []  # agents that were killed and could not end yet
         self._stopping = False
-        before = json.loads(os.environ.pop(_HANDED_ON, "{}"))
-        self._lock_fd = before["lock"] if before else _lock(self._home / "agent.lock")
-        self._served = bool(before)  # then jobs may have files open
-        self._resources = Resources(
-            {name: Mount.from_argument(text) for name, text in before.get("mounts", {}).items()},
-            {name: socket.socket(fileno=fd) for name, fd in before.get("listeners", {}).items()},
-        )
-        for fd in self._fds():
-            os.set_inheritable(fd, False)
+        self._handover = Handover()
+        received = self._handover.received
+        self._lock_fd = received["lock"] if "lock" in received else _lock(self._home / "agent.lock")
+        try:
+            self._resources = Resources.from_fds(received)
+            self._served = True  # jobs may have files open
+        except (KeyError, ValueError, OSError):
+            self._handover.give_up(but=self._lock_fd)
+            self._resources = Resources()
+            self._served = False
 
     def run(self) -> int:
         """Keep until told to stop; gives the exit status. Raises BootseerError when it cannot mount."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         cgroups.settle()
-        if not self._resources.mounts:
+        if self._served:
+            _wait_gone(self._resources.read_record()["agent"])
+        else:
             _clear_left(self._config.agent.mounts, self._home)
         try:
-            for name, read_ahead_kb in _READ_AHEAD_KB.items():
-                if name not in self._resources.mounts:
-                    point = self._config.agent.mounts / name
-                    self._resources.mounts[name] = Mount.open(point, read_ahead_kb=read_ahead_kb)
-            self._open_sockets()
+            self._open()
+            self._handover.tell_ready()
             return self._keep()
         finally:
-            for listener in self._resources.listeners.values():
-                listener.close()
+            self._handover.forget(self._fds())
+            end_leftover(self._handover.unit)
             for path in (self._config.agent.socket, self._home / protocol.ROOT_SOCKET_NAME):
                 path.unlink(missing_ok=True)
-            for mount in self._resources.mounts.values():
-                mount.close()
+            self._resources.close()
+
+    def _open(self) -> None:
+        """Open what is not there yet. Raises BootseerError."""
+        for name, read_ahead_kb in _READ_AHEAD_KB.items():
+            if name not in self._resources.mounts:
+                point = self._config.agent.mounts / name
+                self._resources.mounts[name] = Mount.open(point, read_ahead_kb=read_ahead_kb)
+        if self._resources.private is None:
+            try:
+                self._resources.private = Namespace.create()
+            except OSError as error:
+                raise BootseerError(f"no mount namespace can be made: {error.strerror}") from error
+        self._open_sockets()
+        kept = self._handover.received if self._served else {}
+        self._handover.store({name: fd for name, fd in self._fds().items() if name not in kept})
+        self._resources.write_record(0)  # names nothing that is not stored
 
     def _open_sockets(self) -> None:
         listeners = self._resources.listeners
@@ -150,6 +214,7 @@ class Supervisor:
         supervisor = os.getpid()
         pid = os.fork()
         if pid:
+            self._resources.write_record(pid)
             return pid
         status = 70  # EX_SOFTWARE (sysexits.h)
         try:
@@ -178,7 +243,8 @@ class Supervisor:
             if not ended and info is None and _leader_is_dead(child):
                 self._dying.append(child)
                 ended, wait_status = child, signal.SIGKILL
-            if ended and upgrade:
+            self._stopping = self._stopping or (info is not None and info.si_signo in _STOPS)
+            if ended and upgrade and not self._stopping:
                 self._load_anew()
             if ended:
                 return os.waitstatus_to_exitcode(wait_status)
@@ -186,8 +252,7 @@ class Supervisor:
                 _log.error("the agent does not end: killed")
                 os.kill(child, signal.SIGKILL)
                 deadline_s = time.monotonic() + _STOP_LIMIT_S
-            elif info is not None and info.si_signo in (signal.SIGTERM, signal.SIGINT):
-                self._stopping = True
+            elif info is not None and info.si_signo in _STOPS:
                 os.kill(child, signal.SIGTERM)
                 deadline_s = deadline_s or time.monotonic() + _STOP_LIMIT_S
             elif info is not None and info.si_signo == signal.SIGHUP and deadline_s is None:
@@ -195,30 +260,18 @@ class Supervisor:
                 if upgrade:
                     os.kill(child, signal.SIGKILL)
 
-    def _fds(self) -> list[int]:
+    def _fds(self) -> dict[str, int]:
         """All descriptors that the next supervisor needs."""
-        fds = [self._lock_fd, *(listener.fileno() for listener in self._resources.listeners.values())]
-        return fds + [fd for mount in self._resources.mounts.values() for fd in mount.fds]
+        return {"lock": self._lock_fd} | self._resources.fds()
 
     def _load_anew(self) -> None:
         """Become a supervisor of the code that is installed now."""
         _log.warning("SIGHUP: loading the code anew; files stay mounted")
-        for fd in self._fds():
-            os.set_inheritable(fd, True)
-        resources = {
-            "lock": self._lock_fd,
-            "mounts": {name: mount.to_argument() for name, mount in self._resources.mounts.items()},
-            "listeners": {name: listener.fileno() for name, listener in self._resources.listeners.items()},
-        }
+        self._resources.write_record(0)
         try:
-            os.execve(sys.executable, sys.orig_argv, os.environ | {_HANDED_ON: json.dumps(resources)})
+            self._handover.exec_anew(self._fds())
         except OSError as error:
             _log.error("the code cannot be loaded anew, the old goes on: %s", error)
-
-
-def is_trial() -> bool:
-    """Whether this process only shows that the code and the configuration can be loaded."""
-    return os.environ.get(_HANDED_ON) == _TRIAL
 
 
 def _loads_anew() -> bool:
@@ -227,7 +280,7 @@ def _loads_anew() -> bool:
         done = subprocess.run(
             sys.orig_argv,
             executable=sys.executable,
-            env=os.environ | {_HANDED_ON: _TRIAL},
+            env=trial_environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -270,6 +323,15 @@ def _leader_is_dead(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return False
+
+
+def _wait_gone(pid: int) -> None:
+    """Wait until no thread of a killed agent runs any more, which may have taken requests."""
+    deadline_s = time.monotonic() + _GONE_LIMIT_S
+    while pid and Path(f"/proc/{pid}").exists() and not _leader_is_dead(pid):
+        if time.monotonic() > deadline_s:  # then it is another process by now
+            break
+        time.sleep(0.01)
 
 
 def _clear_left(run: Path, home: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -42,12 +43,18 @@ class Node:
             f'[image]\nsite_key = "{folder}/site.key"\n{settings}'
         )
 
-    def launch(self, changes: str = "") -> subprocess.Popen[bytes]:
-        """Start a supervisor. changes: Python that it runs first, so that an agent can be made to fail."""
+    def launch(
+        self, changes: str = "", *, prefix: Sequence[str] = (), pass_fds: Sequence[int] = (), **environ: str
+    ) -> subprocess.Popen[bytes]:
+        """Start a supervisor. changes: Python that it runs first, so that an agent can be made to fail.
+
+        prefix: a program that becomes it. pass_fds: it inherits these.
+        """
         with (self.folder / "log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", changes + _MAIN],
-                env=os.environ | {"BOOTSEER_CONFIG": str(self.config)},
+                [*prefix, sys.executable, "-c", changes + _MAIN],
+                env=os.environ | {"BOOTSEER_CONFIG": str(self.config)} | environ,
+                pass_fds=pass_fds,
                 stderr=log,
             )
         self.processes.append(process)

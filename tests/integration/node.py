@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from bootseer_slurm import mounts
 from bootseer_slurm.agentapi import protocol
 from bootseer_slurm.event_table import unlisted
 from scripts.lib.cluster.layout import ClusterError, poll
@@ -26,11 +27,24 @@ _BEFORE = "import sys, threading, time\nfrom bootseer_slurm.job import session\n
 _BEFORE += "from bootseer_slurm.service import agent, limits, server, sessions, supervisor\n"
 
 
+def unit_rights(unit: str) -> list[str]:
+    """The beginning of a command that has the rights of a unit, so that these suffice for all that it does."""
+    path = Path(__file__).resolve().parents[2] / "conf/systemd" / unit
+    lines = [line.partition("=") for line in path.read_text().splitlines()]
+    kept = [name for key, _, names in lines if key == "CapabilityBoundingSet" for name in names.split()]
+    assert kept and ("NoNewPrivileges", "=", "yes") in lines
+    bounds = ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in kept)])
+    return ["setpriv", "--no-new-privs", f"--bounding-set={bounds}", "--"]
+
+
 class Node(_Node):
     """A node's folder, and the agent that runs in it."""
 
-    def launch(self, changes: str = "") -> subprocess.Popen[bytes]:
-        return super().launch(_BEFORE + changes)
+    def launch(
+        self, changes: str = "", *, prefix: Sequence[str] = (), pass_fds: Sequence[int] = (), **environ: str
+    ) -> subprocess.Popen[bytes]:
+        prefix = [*unit_rights("bootseer-agent.service"), *prefix]
+        return super().launch(_BEFORE + changes, prefix=prefix, pass_fds=pass_fds, **environ)
 
     def ask(self, op: str, **fields: object) -> protocol.Message:
         """The reply to a request that brings no descriptors."""
@@ -64,6 +78,18 @@ class Node(_Node):
             return False
 
         wait_until(answers)
+
+    def environments(self) -> list[mounts.Mount]:
+        """The mounts of environments, which the host does not see."""
+        for process in self.processes:
+            for link in Path(f"/proc/{process.pid}/fd").iterdir() if process.poll() is None else ():
+                if os.readlink(link).startswith("mnt:["):
+                    private = mounts.Namespace(os.open(link, os.O_RDONLY | os.O_CLOEXEC))
+                    try:
+                        return private.run(lambda: mounts.mounts_below(self.run / "env"))
+                    finally:
+                        private.close()
+        return []
 
     def job_files(self) -> set[str]:
         return {path.name for path in (self.run / "jobs").iterdir()}

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm.report.collect import collect
-from tests.integration.node import ALICE, BOB
+from tests.integration.node import ALICE, BOB, unit_rights
 from tests.integration.test_collect import Site
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -56,9 +56,11 @@ class Service:
                 link, _ = self.listener.accept()
                 with link:
                     environ = os.environ | {"BOOTSEER_CONFIG": str(self.site.config)}
-                    self.processes.append(
-                        subprocess.Popen([sys.executable, "-c", _ANSWER], stdin=link, env=environ)
-                    )
+                    self.processes.append(self._start(link, environ))
+
+    def _start(self, link: socket.socket, environ: dict[str, str]) -> subprocess.Popen[bytes]:
+        command = [*unit_rights("bootseer-answer@.service"), sys.executable, "-c", _ANSWER]
+        return subprocess.Popen(command, stdin=link, env=environ)
 
     def bootseer(self, uid: int, *arguments: str) -> subprocess.CompletedProcess[str]:
         """The command line, run by a user."""

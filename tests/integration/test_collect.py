@@ -28,7 +28,7 @@ from bootseer_slurm.report.records.archive import Archive
 from bootseer_slurm.report.records.done import open_done
 from bootseer_slurm.userproc.forked import Limits, read_as_user
 from tests.integration.accounting import Accounting
-from tests.integration.node import ALICE, BOB
+from tests.integration.node import ALICE, BOB, unit_rights
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 NOW_S = int(time.time())
@@ -473,7 +473,7 @@ def test_rows_that_were_written_but_not_noted_are_not_there_twice(
 
 def collect_command(site: Site) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "bootseer_slurm", "--config", str(site.config), "collect"],
+        [*unit_rights("bootseer-collect.service"), sys.executable, "-m", "bootseer_slurm", "--config", str(site.config), "collect"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

@@ -23,6 +23,7 @@ from bootseer_slurm.fuse import Server
 from bootseer_slurm.job.journal import Journal
 from bootseer_slurm.job.request import Request
 from bootseer_slurm.job.session import Session
+from bootseer_slurm.mounts import Namespace
 from bootseer_slurm.phase import Phase
 from bootseer_slurm.shares import NodeShares, Share
 from bootseer_slurm.slurm.allocation import Job
@@ -68,7 +69,7 @@ class Scene:
         self.files = Files(folder / "fuse")
         cache = Cache(folder / "cache", max_bytes=2**40, min_free_bytes=0, live=folder / "live")
         servers = {name: cast(Server, self.files) for name in ("blobs", "checkpoints")}
-        self.blobs = OpenBlobs(cache, servers, folder / "images")
+        self.blobs = OpenBlobs(cache, servers, folder / "images", Namespace.create())
         self.journal = Journal(folder / "home")
         self.spare = Spare()
         self.sessions: list[Session] = []

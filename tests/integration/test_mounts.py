@@ -222,3 +222,23 @@ def test_attributes_are_locked_in_a_user_namespace_and_in_what_is_cloned_there(t
     finally:
         os.close(fd)
     assert output.split("\n") == ["changed", "Operation not permitted", "Operation not permitted 2"]
+
+
+def test_what_is_mounted_in_a_namespace_is_seen_there_only(tmp_path: Path) -> None:
+    private, here = mounts.Namespace.create(), os.getcwd()
+    point, copy = tmp_path / "point", tmp_path / "copy"
+    point.mkdir()
+    copy.mkdir()
+    try:
+        private.run(lambda: mounts.mount("tmpfs", point, "tmpfs", 0))
+        private.run((point / "file").touch)
+        assert private.run(lambda: mounts.is_mountpoint(point)) and private.run((point / "file").exists)
+        assert not mounts.is_mountpoint(point) and not (point / "file").exists()
+        assert os.getcwd() == here
+        with pytest.raises(FileNotFoundError, match="nothing"):
+            private.run(lambda: mounts.unmount(tmp_path / "nothing"))
+        fd = private.run(lambda: mounts.bind_clone(point))
+    finally:
+        private.close()
+    assert os.listdir(f"/proc/self/fd/{fd}") == ["file"], "a copy outlives the namespace"
+    os.close(fd)

@@ -151,6 +151,15 @@ if pathlib.Path({str(flag)!r}).exists():
     assert node.jobs() == {1}
 
 
+def test_a_stop_that_comes_during_an_upgrade_is_not_lost(node: Node) -> None:
+    supervisor = node.start()
+    supervisor.send_signal(signal.SIGHUP)
+    time.sleep(0.1)  # it tries the new code
+    supervisor.send_signal(signal.SIGTERM)
+    assert supervisor.wait(30) == 0
+    assert mounts.mounts_below(node.run) == []
+
+
 def test_what_a_job_has_mounted_stays_what_it_was_when_the_file_was_replaced(node: Node) -> None:
     model, other = make_file(node, "model.bin", 40 * 2**20), make_file(node, "other.bin", 40 * 2**20)
     expected = digest_of(model)
@@ -238,7 +247,7 @@ def test_an_environment_goes_on_under_the_next_agent_or_is_mounted_anew(node: No
     for mount in (first, second, third):
         os.close(mount)
     node.ask("epilog", JOB_ID=1)
-    wait_until(lambda: mounts.mounts_below(node.run / "env") == [] and squashfuses(node) == [])
+    wait_until(lambda: node.environments() == [] and squashfuses(node) == [])
     wait_until(lambda: list((node.run / "env").iterdir()) == [])
 
 
@@ -257,7 +266,7 @@ if not pathlib.Path({str(flag)!r}).exists():
     pid = node.agent_pid
     node.processes[0].send_signal(signal.SIGHUP)
     node.wait_for_another(pid)
-    wait_until(lambda: mounts.mounts_below(node.run / "env") == [] and squashfuses(node) == [])
+    wait_until(lambda: node.environments() == [] and squashfuses(node) == [])
     wait_until(lambda: list((node.run / "env").iterdir()) == [])
 
 

@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from bootseer_slurm import mounts
 from bootseer_slurm.artifacts.layer import Layer
 from bootseer_slurm.blob.names import user_folder
 from bootseer_slurm.errors import BootseerError
@@ -92,9 +91,7 @@ class Repacking:
         layer, job = work.layer, self._context.job
         blob = layer.handle.reader.blob
         give_up_s = time.monotonic() + _WHOLE_LIMIT_S
-        if layer.mounted is None:
-            return "it is not mounted any more", True
-        fd = mounts.bind_clone(layer.mounted)
+        fd = layer.clone_mounted()
         try:
             task: dict[str, Any] = {
                 "kind": layer.ref.kind,

@@ -198,7 +198,7 @@ def test_a_background_save_ends_with_the_job() -> None:
 
 def saves(node: Node) -> list[str]:
     done = subprocess.run(
-        ["pgrep", "-fa", f"env save {node.folder}"], capture_output=True, text=True, check=False
+        ["pgrep", "-fa", f'"env","save","{node.folder}'], capture_output=True, text=True, check=False
     )
     return done.stdout.splitlines()
 

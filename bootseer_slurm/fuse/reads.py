@@ -25,7 +25,7 @@ class PendingReads:
         self._waiting = waiting
         self._fetchers = fetchers
         self._recovering = True
-        self._without_file: dict[int, list[Parked]] = {}  # by node id
+        self._without_file: dict[int, dict[int, Parked]] = {}  # by node id, and the kernel's number
         self._lock = threading.Lock()  # for these two
 
     def take_over(self, left: Iterable[Parked], nodes: NodeTable) -> None:
@@ -42,15 +42,17 @@ class PendingReads:
             self._wait_for_file(node, known)
 
     def park(self, request: Request, node: Node, file: File | None, offset: int, size: int) -> None:
-        """Have a read wait for its bytes. file: the node's, whose `ready` said no; None without one.
-
-        Raises OSError EAGAIN where its user has too many that wait.
-        """
+        """Have a read wait for its bytes. file: the node's, whose `ready` said no; None without one."""
         parked = self._waiting.park(request, node, offset, size)
         if file is not None:
             self._fetchers.put(parked, file, asked=True)
         else:
             self._wait_for_file(node, parked)
+        self._forget(self._waiting.drop_one_too_many())
+
+    def interrupt(self, request: Request) -> None:
+        """Let go of a process that is being killed."""
+        self._forget(self._waiting.interrupt(request))
 
     def file_came(self, node: Node, file: File) -> None:
         """Go on with the reads that waited for the File of a node."""
@@ -66,21 +68,28 @@ class PendingReads:
         """Fail the reads that wait for a File, now and later."""
         with self._lock:
             self._recovering = False
-            left = [parked for each in self._without_file.values() for parked in each]
+            left = [parked for each in self._without_file.values() for parked in each.values()]
             self._without_file.clear()
         for parked in left:
             self._waiting.finish(parked, protocol.failure(errno.EIO))
 
+    def _forget(self, parked: Parked | None) -> None:
+        """Keep nothing of a read that was answered though its bytes did not come."""
+        if parked is not None:
+            self._fetchers.forget(parked)
+            with self._lock:
+                self._without_file.get(parked.node_id, {}).pop(parked.unique, None)
+
     def _taken(self, node: Node) -> list[Parked]:
         with self._lock:
-            return self._without_file.pop(node.id, [])
+            return list(self._without_file.pop(node.id, {}).values())
 
     def _wait_for_file(self, node: Node, parked: Parked) -> None:
         """Have a read wait until its node has a File, if it still may get one."""
         with self._lock:
             file = node.file
             if file is None and node.linked and self._recovering:
-                self._without_file.setdefault(node.id, []).append(parked)
+                self._without_file.setdefault(node.id, {})[parked.unique] = parked
                 return
         if file is None:
             self._waiting.finish(parked, protocol.failure(errno.EIO))

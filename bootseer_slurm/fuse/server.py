@@ -8,9 +8,9 @@ mount and the descriptors (mount.py), names and nodes (names.py, nodes.py), the 
 Threads: `mount.readers` readers take requests. What is local they answer themselves: one pread, one writev,
 no lock. A read that has to wait goes to one of `blocking_threads` fetchers, so that nothing a store does can
 hold up a reader; when all of these wait, further such reads queue, and everything else goes on. One user
-occupies a quarter of them at most, and of the memory for what waits an eighth: beyond that his readahead
-fails, and the kernel asks again, page by page, when somebody needs a page. All are daemon threads: a fetch
-that never comes back does not keep the process from ending.
+occupies a quarter of them at most, and where too many reads wait, readahead fails of the user who has the
+most (waiting.py). All are daemon threads: a fetch that never comes back does not keep the process from
+ending.
 
 The process may be killed at any moment. The next server of the mount finds the nodes in the state file, and
 in the ledger the reads that waited and the requests that were just taken; it answers these again, as if they
@@ -70,7 +70,7 @@ class Server:
         self._reads = PendingReads(self._waiting, self._fetchers)
         zero_message_open = InitFlag.NO_OPEN_SUPPORT in mount.flags
         answers = Answers(self._nodes, self._device, zero_message_open=zero_message_open)
-        handlers = answers.handlers | {Opcode.INTERRUPT: self._waiting.interrupt}
+        handlers = answers.handlers | {Opcode.INTERRUPT: self._reads.interrupt}
         self._requests = RequestThreads(self._device, self._ledger, self._nodes, self._reads, handlers)
 
     def start(self) -> None:

@@ -11,6 +11,9 @@ from bootseer_slurm.artifacts.open_blobs import OpenBlobs, Use
 from bootseer_slurm.artifacts.resolved import Original, ResolvedArtifact
 from bootseer_slurm.artifacts.source import (
     BlobDescription,
+    Opened,
+    OriginalFile,
+    ProcessOfJob,
     original_source,
     remote_id,
     stored_blob,
@@ -37,7 +40,7 @@ class Context:
     memory; raises InputError when they are too many.
     """
 
-    process: UserProcess
+    process: ProcessOfJob
     blobs: OpenBlobs
     roots: tuple[Path, ...]
     uid: int
@@ -54,13 +57,14 @@ def resolve_artifact(
     role: of a file of a checkpoint, what it is whatever step that is of. on_fault: of cache.sources.BlobUser.
     Raises BootseerError.
     """
-    found = context.process.resolve(request)
+    process = context.process()
+    found = process.resolve(request)
     if isinstance(found, CheckpointFolder):
         if not request.nodes:
             raise IntegrityError(f"{request.kind} {request.name}: the user's process says it is a folder")
         return found
     ref = ArtifactRef(request.kind, request.name)
-    opening = _Opening(ref, found, context, on_fault, role or found.reply.role)
+    opening = _Opening(ref, found, process, context, on_fault, role or found.reply.role)
     try:
         opening.open_all()
     except BaseException:
@@ -77,6 +81,7 @@ class _Opening:
 
     ref: ArtifactRef
     found: Found
+    process: UserProcess
     context: Context
     on_fault: OnFault
     role: str
@@ -129,7 +134,7 @@ class _Opening:
         size_bytes, handle = reply.size_bytes or 0, reply.original_handle
         if reply.blobs:
             descriptions = [
-                stored_blob(process, stored, fd, allow=self.context.allow)
+                stored_blob(process, Opened(self.process, stored.handle), stored, fd, self.context.allow)
                 for stored, fd in zip(reply.blobs, self.found.manifest_fds, strict=True)
             ]
             if reply.size_bytes is not None and descriptions[0].layout.size_bytes != size_bytes:
@@ -148,7 +153,11 @@ class _Opening:
         if not all(0 < each.layout.size_bytes <= MAX_BLOB_BYTES for each in descriptions):
             raise InputError(f"{ref.kind} {ref.name}: empty, or larger than a blob can be")
         if handle is not None and ref.kind != "environment":
-            descriptions[0].sources.append(original_source(process, handle, descriptions[0].layout))
+            blob_id = "" if reply.blobs else descriptions[0].id
+            original = OriginalFile(ref.kind, self.original.path if self.original else ref.name, blob_id)
+            opened = Opened(self.process, handle)
+            source = original_source(process, original, descriptions[0].layout, opened)
+            descriptions[0].sources.append(source)
         return descriptions
 
     def _describe_unmanaged(self, blob_id: str, size_bytes: int) -> BlobDescription:

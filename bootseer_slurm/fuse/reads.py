@@ -17,6 +17,8 @@ from bootseer_slurm.fuse.nodes import File, Node, NodeTable
 from bootseer_slurm.fuse.protocol import Request
 from bootseer_slurm.fuse.waiting import WaitingReads
 
+_LOOK_EVERY_S, _HURRIED_LOOK_S = 1.0, 0.05
+
 
 class PendingReads:
     """Reads on their way to a fetcher."""
@@ -34,11 +36,11 @@ class PendingReads:
             try:
                 node = nodes.get(parked.node_id)
             except OSError as error:
-                self._waiting.add(parked)
+                self._waiting.add(parked, None)
                 self._waiting.finish(parked, error)
                 continue
             known = parked._replace(uid=node.uid)
-            self._waiting.add(known)
+            self._waiting.add(known, node)
             self._wait_for_file(node, known)
 
     def park(self, request: Request, node: Node, file: File | None, offset: int, size: int) -> None:
@@ -53,6 +55,12 @@ class PendingReads:
     def interrupt(self, request: Request) -> None:
         """Let go of a process that is being killed."""
         self._forget(self._waiting.interrupt(request))
+
+    def fail_overdue(self, stop: threading.Event) -> None:
+        """Fail reads that have waited for too long, until told to stop (a thread of its own)."""
+        while not stop.wait(_HURRIED_LOOK_S if self._waiting.hurries else _LOOK_EVERY_S):
+            for parked in self._waiting.fail_overdue():
+                self._forget(parked)
 
     def file_came(self, node: Node, file: File) -> None:
         """Go on with the reads that waited for the File of a node."""

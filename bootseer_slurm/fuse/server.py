@@ -68,6 +68,7 @@ class Server:
         self._waiting = WaitingReads(self._device, self._ledger)
         self._fetchers = Fetchers(self._waiting, blocking_threads)
         self._reads = PendingReads(self._waiting, self._fetchers)
+        self._stopped = threading.Event()
         zero_message_open = InitFlag.NO_OPEN_SUPPORT in mount.flags
         answers = Answers(self._nodes, self._device, zero_message_open=zero_message_open)
         handlers = answers.handlers | {Opcode.INTERRUPT: self._reads.interrupt}
@@ -82,6 +83,9 @@ class Server:
         self._reads.take_over(self._ledger.found(), self._nodes)
         self._requests.start()
         self._fetchers.start()
+        threading.Thread(
+            target=self._reads.fail_overdue, args=(self._stopped,), name="bootseer-fuse-overdue", daemon=True
+        ).start()
 
     def add(self, path: str, file: File) -> Path:
         """Show file at path, "<uid>/<name>"; return its absolute path, which is usable at once.
@@ -124,6 +128,15 @@ class Server:
         node = self._names.find(path)
         return node is not None and node.lookups > 0
 
+    def hurry(self, path: str) -> None:
+        """Have the reads of a file fail early for a while: the tasks that wait for it are being killed.
+
+        Raises ValueError.
+        """
+        node = self._names.find(path)
+        if node is not None:
+            self._waiting.hurry(node.id)
+
     def store(self, path: str, offset: int, data: bytes | memoryview) -> bool:
         """Put bytes of a file into the kernel's page cache; reads of them do not come to the server.
 
@@ -151,6 +164,7 @@ class Server:
 
         Not needed where the process ends: threads, and requests that they took, are left to the next server.
         """
+        self._stopped.set()
         self._requests.stop()
         if not _join(self._requests.threads):
             _log.warning("%s: still mounted; its threads end with their next request", self._point)

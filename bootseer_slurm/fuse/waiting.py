@@ -8,13 +8,19 @@ waits, and with it their reads. So fewer reads may wait than it has room for, an
 the user who has the most: each of N users has an Nth for certain, and one alone may have all. It fails of
 what nobody needs: a thread that asks again does not wait for what it asked before, so that is readahead. Who
 does come to need such a page asks for it again, alone, which is not readahead to the kernel.
+
+A read that waits too long fails: some tasks that wait cannot be killed, and Slurm drains a node whose tasks
+do not end. For one read of a task the kernel's squashfs asks for several blocks, one after the other and each
+twice, whatever failed (seen on Linux 6.18). So all reads of that file fail early for a while.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import signal
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +32,8 @@ from bootseer_slurm.fuse.protocol import Request
 
 # Of the kernel's table: what is left is for requests that were not looked at yet.
 _MOST_PARKED = protocol.MAX_BACKGROUND * 3 // 4
+_EARLY_S = 0.1  # how long a read waits that fails early; a store that is there again may answer sooner
+_HURRY_S = 10.0  # within it the kernel has asked for all that one read of a task needs
 
 
 @dataclass(slots=True)
@@ -58,14 +66,29 @@ class _OfUser:
         return reads[next(reversed(reads))]
 
 
+@dataclass(slots=True)
+class _Wait:
+    """A parked read. node: None of one that the next server does not know."""
+
+    parked: Parked
+    node: Node | None
+    since_s: float = field(default_factory=time.monotonic)
+
+    def has_waited(self, most_s: float) -> bool:
+        """Whether it has waited for so long, or as its file allows; not while its node has no File."""
+        file = self.node.file if self.node else None
+        return file is not None and time.monotonic() - self.since_s >= min(most_s, file.patience_s)
+
+
 class WaitingReads:
     """Parked reads that were not answered yet, by the kernel's number."""
 
     def __init__(self, device: Device, ledger: Ledger) -> None:
         self._device = device
         self._ledger = ledger
-        self._reads: dict[int, Parked] = {}
+        self._reads: dict[int, _Wait] = {}
         self._users: dict[int, _OfUser] = {}
+        self._hurried_until_s: dict[int, float] = {}  # by the id of a node whose reads fail early
         self._lock = threading.Lock()
 
     def __contains__(self, unique: int) -> bool:
@@ -74,13 +97,13 @@ class WaitingReads:
     def park(self, request: Request, node: Node, offset: int, size: int) -> Parked:
         """Have a read of a node wait. offset and size: bytes, within the file."""
         parked = self._ledger.park(request.unique, node.id, offset, size, request.pid, node.uid)
-        self.add(parked)
+        self.add(parked, node)
         return parked
 
-    def add(self, parked: Parked) -> None:
-        """Take a read over that lies in the ledger already."""
+    def add(self, parked: Parked, node: Node | None) -> None:
+        """Take a read over that lies in the ledger already. node: None where it is not known any more."""
         with self._lock:
-            self._reads[parked.unique] = parked
+            self._reads[parked.unique] = _Wait(parked, node)
             self._users.setdefault(parked.uid, _OfUser()).add(parked)
 
     def drop_one_too_many(self) -> Parked | None:
@@ -95,8 +118,13 @@ class WaitingReads:
     def finish(self, parked: Parked, result: memoryview | BaseException) -> None:
         """Answer a parked read, unless that was done; only then it leaves the ledger."""
         with self._lock:
-            if self._reads.pop(parked.unique, None) is None:
+            wait = self._reads.pop(parked.unique, None)
+            if wait is None:
                 return
+            if not isinstance(result, BaseException):
+                self._hurried_until_s.pop(parked.node_id, None)
+            elif wait.has_waited(math.inf):
+                self._hurried_until_s[parked.node_id] = time.monotonic() + _HURRY_S
             user = self._users[parked.uid]
             user.remove(parked)
             if not len(user):
@@ -114,13 +142,44 @@ class WaitingReads:
         ordinary file does not end with EINTR.
         """
         (unique,) = protocol.INTERRUPT_IN.unpack_from(request.body)
-        parked = self._reads.get(unique)
-        if parked is None:  # not here yet: the kernel asks again; answered meanwhile: it takes no notice
+        wait = self._reads.get(unique)
+        if wait is None:  # not here yet: the kernel asks again; answered meanwhile: it takes no notice
             self._device.send(protocol.error_reply(request.unique, errno.EAGAIN))
-        elif _is_being_killed(parked.pid):
-            self.finish(parked, protocol.failure(errno.EINTR))
-            return parked
+        elif _is_being_killed(wait.parked.pid):
+            self.finish(wait.parked, protocol.failure(errno.EINTR))
+            return wait.parked
         return None
+
+    def fail_overdue(self) -> list[Parked]:
+        """Fail the reads that have waited for too long; gives them."""
+        with self._lock:
+            hurried = self._hurried()
+            overdue = [
+                wait.parked
+                for wait in self._reads.values()
+                if wait.has_waited(_EARLY_S if wait.parked.node_id in hurried else math.inf)
+            ]
+        for parked in overdue:
+            self.finish(parked, protocol.failure(errno.EIO))
+        return overdue
+
+    def hurry(self, node_id: int) -> None:
+        """Have the reads of a node fail early for a while, or until one succeeds that waited."""
+        with self._lock:
+            self._hurried_until_s[node_id] = time.monotonic() + _HURRY_S
+
+    @property
+    def hurries(self) -> bool:
+        """Whether there is a node whose reads fail early."""
+        with self._lock:
+            return bool(self._hurried())
+
+    def _hurried(self) -> set[int]:
+        """The nodes whose reads fail early now; with the lock held."""
+        now_s = time.monotonic()
+        for node_id in [each for each, until_s in self._hurried_until_s.items() if until_s <= now_s]:
+            del self._hurried_until_s[node_id]
+        return set(self._hurried_until_s)
 
     def clear(self) -> None:
         """Forget them all: what a fetch brings from here on is dropped."""

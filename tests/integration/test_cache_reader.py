@@ -17,7 +17,14 @@ from pytest_mock import MockerFixture
 from bootseer_slurm import identity
 from bootseer_slurm.artifacts.handle import BlobHandle, OpenBlob
 from bootseer_slurm.artifacts.layer import Layer
-from bootseer_slurm.artifacts.source import BlobDescription, ObjectSource, original_source
+from bootseer_slurm.artifacts.source import (
+    BlobDescription,
+    ObjectSource,
+    Opened,
+    OriginalFile,
+    original_source,
+    store_source,
+)
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, Manifest, decode
 from bootseer_slurm.blob.names import file_fingerprint, read_name, user_folder
 from bootseer_slurm.blob.ref import ArtifactRef
@@ -54,10 +61,13 @@ class Scene:
         original = Original("checkpoint", str(self.file), fingerprint)
         self.name = BlobWriter(self.store, objects=3).store_named(self.file, original)
         self.blob_folder = self.store_folder / self.name.folder
-        user = identity.User(os.getuid(), os.getgid(), ())
-        self.process = start_user_process(user, f"file://{self.store_folder}", streams=4, timeout_s=5)
+        self.start()
         self.cache = Cache(folder / "cache", max_bytes=2**40, min_free_bytes=0, live=folder / "live")
         self.faults: list[str] = []
+
+    def start(self) -> None:
+        user = identity.User(os.getuid(), os.getgid(), ())
+        self.process = start_user_process(user, f"file://{self.store_folder}", streams=4, timeout_s=5)
 
     def resolve(self, kind: str = "checkpoint", name: str = "") -> Found:
         found = self.process.resolve(Resolve(kind, name or str(self.file)))
@@ -71,9 +81,12 @@ class Scene:
         reader = Reader(blob, mtime_ns=0)
         handle = found.reply.original_handle
         assert handle is not None
-        sources = [ObjectSource("store", self.process, found.reply.blobs[0].handle, manifest.layout)]
+        stored, layout = found.reply.blobs[0], manifest.layout
+        opened = Opened(self.process, stored.handle)
+        sources = [store_source(lambda: self.process, manifest.id, stored.folder, layout, opened)]
         if origin:
-            sources.append(original_source(self.process, handle, manifest.layout))
+            file, opened = OriginalFile("checkpoint", str(self.file)), Opened(self.process, handle)
+            sources.append(original_source(lambda: self.process, file, layout, opened))
         reader.sources.add(User(sources, self.faults))
         return reader
 
@@ -236,6 +249,29 @@ def test_the_process_killed_fails_reads_and_nothing_hangs(scene: Scene) -> None:
     with pytest.raises(StoreError):
         reader.prefetch_run()
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("lost", ["nothing", "blob"])
+def test_the_next_process_opens_all_again(scene: Scene, lost: str) -> None:
+    reader = scene.reader()
+    reader.fetch(0, 100)
+    scene.process.kill()
+    scene.start()
+    if lost == "blob":
+        shutil.rmtree(scene.blob_folder)
+    assert bytes(reader.fetch(5_000_000, 1_000_000)) == scene.content[5_000_000:6_000_000]
+    assert bool(reader.usage.origin_bytes) == (lost == "blob")
+
+
+def test_a_read_waits_no_longer_than_its_file_allows(scene: Scene) -> None:
+    reader = scene.reader()
+    scene.process.kill()
+    reader.patience_s = 1.0
+    block = 5_000_000 // BLOCK_BYTES
+    assert reader.blob.blocks.claim(block, block)[0] == 1, "somebody fetches it, and does not get it"
+    for offset in (0, 5_000_000):
+        with pytest.raises(OSError, match="Input/output"):
+            reader.fetch(offset, 100)
 
 
 def test_state_survives_a_restart(scene: Scene) -> None:

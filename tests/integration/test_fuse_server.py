@@ -43,6 +43,7 @@ class MemoryFile:
     def __init__(self, data: bytes, *, uid: int = 0, local: Callable[[int, int], bool] | None = None) -> None:
         self.size_bytes, self.uid, self.gid, self.mtime_ns = len(data), uid, uid, _MTIME_NS
         self.data = data
+        self.patience_s = 900.0
         self.local = local or (lambda offset, size: True)
         self.reads: list[tuple[int, int]] = []
         self.fd = os.memfd_create("blob", os.MFD_CLOEXEC)

@@ -24,7 +24,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[WaitingReads]:
 
 def park(waiting: WaitingReads, unique: int, *, uid: int, pid: int) -> int:
     """Have a read wait; gives the number of the read that failed for it, 0 for none."""
-    waiting.add(waiting._ledger.park(unique, 2, 0, 4096, pid, uid))
+    waiting.add(waiting._ledger.park(unique, 2, 0, 4096, pid, uid), None)
     dropped = waiting.drop_one_too_many()
     return dropped.unique if dropped else 0
 
@@ -54,7 +54,7 @@ def test_threads_that_cannot_be_told_apart_may_wait_for_each_of_their_reads(wait
 def test_nothing_is_kept_of_what_was_answered(waiting: WaitingReads) -> None:
     reads = [waiting._ledger.park(unique, 2, 0, 4096, unique % 2, 1) for unique in range(1, 6)]
     for parked in reads:
-        waiting.add(parked)
+        waiting.add(parked, None)
     for parked in (*reads, Parked(0, 99, 2, 0, 1, 1, 1)):
         waiting.finish(parked, memoryview(b""))
     assert not waiting._users and not waiting._reads

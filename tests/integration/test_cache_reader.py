@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from bootseer_slurm.cache.reader import Reader
 from bootseer_slurm.config import PrefetchConfig
 from bootseer_slurm.errors import BootseerError, InputError, StoreError
 from bootseer_slurm.events import EventLog
+from bootseer_slurm.fuse import Mount, Server
 from bootseer_slurm.phase import JobPhase
 from bootseer_slurm.prefetch.budget import MemoryBudget
 from bootseer_slurm.prefetch.scheduler import Scheduler
@@ -261,6 +263,46 @@ def test_the_next_process_opens_all_again(scene: Scene, lost: str) -> None:
         shutil.rmtree(scene.blob_folder)
     assert bytes(reader.fetch(5_000_000, 1_000_000)) == scene.content[5_000_000:6_000_000]
     assert bool(reader.usage.origin_bytes) == (lost == "blob")
+
+
+@pytest.mark.fuse
+def test_who_waits_for_a_store_that_is_silent_is_given_the_original(
+    scene: Scene, tmp_path: Path, mocker: MockerFixture
+) -> None:
+    mocker.patch("bootseer_slurm.userproc.client._DEMAND_TIMEOUT_S", 0.5)
+    stripe = scene.blob_folder / "0"
+    mount = Mount.open(tmp_path / "hung")
+    server = Server(mount, tmp_path / "nodes")
+    hung = HungFile(stripe.stat().st_size)
+    try:
+        server.start()
+        subprocess.run(["mount", "--bind", server.add("0/stripe", hung), stripe], check=True)
+        reader = scene.reader()
+        assert bytes(reader.fetch(0, 100)) == scene.content[:100]
+        assert reader.usage.origin_bytes and not reader.usage.store_bytes and scene.faults == ["source_failed"]
+        assert not scene.process.ended
+    finally:
+        hung.released.set()
+        subprocess.run(["umount", "-l", stripe], check=True)
+        mount.close()
+        server.stop()
+
+
+class HungFile:
+    """A file that can be opened, and whose bytes do not come (fuse.File)."""
+
+    uid, gid, mtime_ns, patience_s = os.getuid(), os.getgid(), 0, 900.0
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.released = threading.Event()
+
+    def ready(self, offset: int, size: int) -> int | None:
+        return None
+
+    def fetch(self, offset: int, size: int) -> bytes:
+        self.released.wait(60)
+        raise OSError(5, "no bytes")
 
 
 def test_a_read_waits_no_longer_than_its_file_allows(scene: Scene) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from unittest.mock import Mock
 
@@ -49,6 +50,30 @@ def test_threads_that_cannot_be_told_apart_may_wait_for_each_of_their_reads(wait
         park(waiting, unique, uid=1, pid=0)
     assert not waiting._users[1].ahead
     assert park(waiting, _MOST + 1, uid=2, pid=7) == _MOST
+
+
+def test_what_waits_too_long_fails_and_more_of_it_fails_early(waiting: WaitingReads) -> None:
+    nodes = [Mock(id=number, file=Mock(patience_s=patience_s)) for number, patience_s in ((1, 0.3), (2, 900.0))]
+    nodes.append(Mock(id=3, file=None))  # its File is still to come
+
+    def park_one(unique: int, node: Mock) -> Parked:
+        parked = waiting._ledger.park(unique, node.id, 0, 4096, unique, 1)
+        waiting.add(parked, node)
+        return parked
+
+    first = [park_one(unique, node) for unique, node in enumerate(nodes, 1)]
+    assert waiting.fail_overdue() == [] and not waiting.hurries
+    time.sleep(0.35)
+    assert waiting.fail_overdue() == first[:1] and waiting.hurries
+    again, late = park_one(10, nodes[0]), park_one(11, nodes[1])
+    time.sleep(0.15)
+    assert waiting.fail_overdue() == [again], "sooner than the first"
+    waiting.hurry(2)
+    good = park_one(12, nodes[0])
+    waiting.finish(good, memoryview(b""))
+    assert waiting.fail_overdue() == [first[1], late]
+    waiting.finish(park_one(13, nodes[1]), memoryview(b""))
+    assert not waiting.hurries, "both had a read that succeeded"
 
 
 def test_nothing_is_kept_of_what_was_answered(waiting: WaitingReads) -> None:

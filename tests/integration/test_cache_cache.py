@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import os
@@ -218,6 +219,13 @@ def test_its_user_can_take_no_lease_on_a_cached_file(node: Node) -> None:
     assert _can_read(file, 20001) and not _can_read(file, 20002)
     with open(file, "rb") as opened:
         assert not _as_user(20001, lambda: _lease(opened.fileno()))
+
+
+def test_where_the_disk_has_no_acls_the_file_is_its_users(node: Node, mocker: MockerFixture) -> None:
+    mocker.patch("os.setxattr", side_effect=OSError(errno.ENOTSUP, "no ACLs"))
+    file = stored(node.cache(), 1, uid=20001) / "data"
+    assert (file.stat().st_uid, file.stat().st_mode & 0o7777) == (20001, 0o400)
+    assert _can_read(file, 20001) and not _can_read(file, 20002)
 
 
 def test_a_lease_on_a_cached_file_holds_nobody(node: Node) -> None:

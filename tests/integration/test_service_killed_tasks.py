@@ -93,9 +93,13 @@ def test_a_stopped_process_of_the_user_is_followed_by_another(node: Node) -> Non
     agent = psutil.Process(node.agent_pid)
     (worker,) = [each for each in agent.children() if each.uids().real == ALICE]
     worker.send_signal(signal.SIGSTOP)
-    with reading(view) as task:
-        assert task.communicate(timeout=60)[0].strip() == digest_of(package(root) / "large")
-    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    try:
+        with reading(view) as task:
+            assert task.communicate(timeout=60)[0].strip() == digest_of(package(root) / "large")
+        assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
     end(node, 2, view)
 
 

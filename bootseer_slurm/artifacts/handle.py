@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from bootseer_slurm.cache.fetching import Push, Usage
-from bootseer_slurm.cache.reader import Reader
+from bootseer_slurm.cache.reader import MOUNTED_PATIENCE_S, Reader
 from bootseer_slurm.cache.sources import OnFault, Source
 from bootseer_slurm.cache.waits import Waited
 from bootseer_slurm.fuse import Server
@@ -58,12 +58,26 @@ class OpenBlob:
     def mount_image(self) -> Path:
         """Have the kernel mount a trusted squashfs; gives where. Raises BootseerError."""
         reader = self.reader
+        self.become_mounted()
         with self.mount_lock:
             if self.mount is None and not self.gone:
                 path = self.bind_path()
                 self.mount = KernelMount.open_image(path, self.mount_folder, uid=reader.uid, gid=reader.gid)
                 self.mount_reads_cache = path == reader.blob.file.path
         return self.mount_folder
+
+    def become_mounted(self) -> None:
+        """A file system lies in it: who waits for its blocks cannot be killed, and is not kept waiting."""
+        self.reader.patience_s = MOUNTED_PATIENCE_S
+
+    @property
+    def is_mounted(self) -> bool:
+        """Whether a file system lies in it."""
+        return self.reader.patience_s == MOUNTED_PATIENCE_S
+
+    def hurry(self) -> None:
+        """Have its reads fail early for a while: the tasks that wait for it are being killed."""
+        self.server.hurry(self.name)
 
     def store(self, offset: int, data: memoryview) -> None:
         """Give bytes of it to the kernel. Raises OSError where the kernel does not know the file."""

@@ -115,6 +115,8 @@ class OpenBlobs:
         server = self._servers["checkpoints" if kind == "checkpoint" else "blobs"]
         folder = self._images / str(reader.uid) / reader.blob.id
         blob = OpenBlob(reader, server, folder)
+        if kind == "environment":  # by the kernel or by squashfuse, but never read as a file
+            blob.become_mounted()
         warm = server.known(blob.name)
         handle = BlobHandle(self, blob, sources, on_fault, warm=warm)
         reader.sources.add(handle)  # first: where an agent was killed, reads wait for `server.add`
@@ -123,6 +125,8 @@ class OpenBlobs:
         if idle is not None and idle.gone:
             idle.mount.close()
         blob.mount = KernelMount.reattach(folder)  # of a job, or an agent, before this one
+        if blob.mount is not None:
+            blob.become_mounted()
         blob.mount_reads_cache = idle is not None and blob.mount is not None
         handle.warm = warm or blob.mount is not None
         return handle
@@ -191,6 +195,12 @@ class OpenBlobs:
                 if too_many or idle.gone or time.monotonic() - idle.since_s > _IDLE_S:
                     del self._idle[key]
                     idle.mount.close()
+
+    def mounted_that_wait(self, longer_than_s: float) -> list[OpenBlob]:
+        """The blobs that a file system lies in, and of which a read has waited for so long."""
+        with self._lock:
+            mounted = [blob for blob in self._open.values() if blob.is_mounted]
+        return [blob for blob in mounted if blob.reader.waits.longest_now_s() > longer_than_s]
 
     def usage(self) -> Usage:
         """The reads and fetches of all blobs since the agent started."""

@@ -23,6 +23,10 @@ from bootseer_slurm.artifacts.open_blobs import OpenBlobs, Use
 from bootseer_slurm.artifacts.resolved import Original, ResolvedArtifact
 from bootseer_slurm.artifacts.source import (
     BlobDescription,
+    Opened,
+    OriginalFile,
+    ProcessOfJob,
+    Trust,
     original_source,
     remote_id,
     stored_blob,
@@ -54,7 +58,7 @@ class Context:
     allow: asked before so many bytes of digests are kept in memory; raises InputError when they are too many.
     """
 
-    process: UserProcess
+    process: ProcessOfJob
     blobs: OpenBlobs
     roots: tuple[Path, ...]
     uid: int
@@ -73,13 +77,14 @@ def resolve_artifact(
     role: of a file of a checkpoint, what it is whatever step that is of. on_fault: of cache.sources.BlobUser.
     Raises BootseerError.
     """
-    found = context.process.resolve(request)
+    process = context.process()
+    found = process.resolve(request)
     if isinstance(found, CheckpointFolder):
         if not request.nodes:
             raise IntegrityError(f"{request.kind} {request.name}: the user's process says it is a folder")
         return found
     ref = ArtifactRef(request.kind, request.name)
-    opening = _Opening(ref, found, context, on_fault, role or found.reply.role)
+    opening = _Opening(ref, found, process, context, on_fault, role or found.reply.role)
     try:
         opening.open_all()
     except BaseException:
@@ -96,6 +101,7 @@ class _Opening:
 
     ref: ArtifactRef
     found: Found
+    process: UserProcess
     context: Context
     on_fault: OnFault
     role: str
@@ -150,7 +156,8 @@ class _Opening:
         """The blobs that stand for it: of the store, else the original itself. Raises BootseerError."""
         reply, ref, process = self.found.reply, self.ref, self.context.process
         size_bytes, handle = reply.size_bytes or 0, reply.original_handle
-        if descriptions := self._stored():
+        stored = descriptions = self._stored()
+        if stored:
             if reply.size_bytes is not None and descriptions[0].layout.size_bytes != size_bytes:
                 raise IntegrityError(f"{ref.name}: the blob in the store has another size")
         elif handle is not None and self.original is not None:
@@ -170,7 +177,11 @@ class _Opening:
         if not all(0 < each.layout.size_bytes <= MAX_BLOB_BYTES for each in descriptions):
             raise InputError(f"{ref.kind} {ref.name}: empty, or larger than a blob can be")
         if handle is not None and ref.kind != "environment":
-            descriptions[0].sources.append(original_source(process, handle, descriptions[0].layout))
+            path = self.original.path if self.original else ref.name
+            original = OriginalFile(ref.kind, path, self.context.uid, "" if stored else descriptions[0].id)
+            opened = Opened(self.process, handle)
+            source = original_source(process, original, descriptions[0].layout, opened)
+            descriptions[0].sources.append(source)
         return descriptions
 
     def _stored(self) -> list[BlobDescription]:
@@ -181,7 +192,11 @@ class _Opening:
         context = self.context
         descriptions = [
             stored_blob(
-                context.process, stored, fd, store_uri=context.store_uri, key=context.key, allow=context.allow
+                context.process,
+                Opened(self.process, stored.handle),
+                stored,
+                fd,
+                Trust(context.store_uri, context.key, context.allow),
             )
             for stored, fd in zip(self.found.reply.blobs, self.found.manifest_fds, strict=True)
         ]

@@ -15,10 +15,10 @@ from typing import NamedTuple
 from bootseer_slurm import mounts
 from bootseer_slurm.artifacts.environment import EnvironmentMount, View
 from bootseer_slurm.artifacts.layer import Layer
+from bootseer_slurm.artifacts.source import ProcessOfJob
 from bootseer_slurm.blob.ref import ArtifactRef
 from bootseer_slurm.errors import InputError, NotFound
 from bootseer_slurm.userproc.channel import NoAnswer
-from bootseer_slurm.userproc.client import UserProcess
 from bootseer_slurm.userproc.protocol import Resolved
 
 # A step waits for the check that an original is still the same.
@@ -80,7 +80,7 @@ class ResolvedArtifact:
     """
 
     ref: ArtifactRef
-    process: UserProcess
+    process: ProcessOfJob
     reply: Resolved
     original: Original | None
     layers: list[Layer]
@@ -144,7 +144,7 @@ class ResolvedArtifact:
         is_recent = time.monotonic() - self._resolved_s < _RECENT_S
         timeout_s = _RECENT_TIMEOUT_S if is_recent else _SAME_TIMEOUT_S
         try:
-            is_same = self.process.is_same(
+            is_same = self.process().is_same(
                 self.ref.kind, original.path, self.reply.fingerprint, timeout_s=timeout_s
             )
         except NoAnswer:

@@ -117,7 +117,8 @@ def _state(folder: BlobFolder, kept: CachedManifest, data: os.stat_result) -> tu
 
 def _verify(folder: BlobFolder, lock_fd: int, progress: Callable[[int], None]) -> Damage | None:
     kept, layout = read_manifest(folder), read_manifest(folder).layout
-    with open(folder.path / "data", "rb") as file:
+    # Not waiting for a lease of its user: that is an error (O_NONBLOCK).
+    with open(os.open(folder.path / "data", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         before = os.fstat(file.fileno()), _version(folder)
         states, digests = _state(folder, kept, before[0])
         checked, wrong = bytearray(states), []

@@ -1,13 +1,18 @@
-"""The file of a cached blob's bytes, at their own offsets: sparse, the user's, and 0400.
+"""The file of a cached blob's bytes, at their own offsets: sparse, root's, and readable by its user.
 
-Knows nothing of blocks: which bytes count is said in cache/blocks.py. Thread-safe.
+Its user may read it by an ACL (acl(5)), and does not own it: an owner can take a lease, and whoever opens the
+file for writing would wait for that (fcntl(2), F_SETLEASE). Where the disk has no ACLs he does own it, and
+nothing here waits for his lease. Knows nothing of blocks: which bytes count is said in cache/blocks.py.
+Thread-safe.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import struct
 import threading
 import weakref
 from collections.abc import Iterable
@@ -18,7 +23,12 @@ from bootseer_slurm.cache.bounds import Bounds
 from bootseer_slurm.cache.disk import BlobFolder, read_state
 
 _log = logging.getLogger(__name__)
-_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+# linux/posix_acl_xattr.h: the version; then tag, permissions and id of each entry, in the order of the tags
+_ACL_VERSION = struct.Struct("<I").pack(2)
+_ACL_ENTRY = struct.Struct("<HHI")
+_ACL_OWNER, _ACL_USER, _ACL_GROUP, _ACL_MASK, _ACL_OTHER = 1, 2, 4, 16, 32
+_ACL_READ, _ACL_NO_ID = 4, 0xFFFFFFFF
 
 
 class DataFile:
@@ -92,10 +102,11 @@ def open_data(
     known: the folder had this blob's manifest already. Raises OSError.
     """
     path = folder.path / "data"
-    with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as on_error:
+    # BlockingIOError: its user has a lease on it, and he may keep that file.
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), contextlib.ExitStack() as on_error:
         fd = os.open(path, _FLAGS)
         on_error.callback(os.close, fd)
-        os.fchown(fd, folder.uid, gid)
+        _let_read(fd, folder.uid, gid)
         state = read_state(folder, layout, unmanaged=unmanaged, data=os.fstat(fd))
         if known and state is not None:
             on_error.pop_all()
@@ -106,8 +117,29 @@ def open_data(
     with contextlib.ExitStack() as on_error:
         fd = os.open(new, _FLAGS | os.O_CREAT | os.O_EXCL, 0o400)
         on_error.callback(os.close, fd)
-        os.fchown(fd, folder.uid, gid)
+        _let_read(fd, folder.uid, gid)
         os.ftruncate(fd, layout.size_bytes)
         new.rename(path)
         on_error.pop_all()
     return fd, bytes(layout.blocks), bytes(layout.blocks * DIGEST_BYTES if unmanaged else 0)
+
+
+def _let_read(fd: int, uid: int, gid: int) -> None:
+    """Have a user read the file, and nobody else. Raises OSError."""
+    entries = (
+        (_ACL_OWNER, _ACL_READ, _ACL_NO_ID),
+        (_ACL_USER, _ACL_READ, uid),
+        (_ACL_GROUP, 0, _ACL_NO_ID),
+        (_ACL_MASK, _ACL_READ, _ACL_NO_ID),
+        (_ACL_OTHER, 0, _ACL_NO_ID),
+    )
+    acl = _ACL_VERSION + b"".join(_ACL_ENTRY.pack(*entry) for entry in entries)
+    owner = 0
+    try:
+        os.setxattr(fd, "system.posix_acl_access", acl)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        owner = uid
+        os.fchmod(fd, 0o400)
+    os.fchown(fd, owner, gid)

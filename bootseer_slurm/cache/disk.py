@@ -1,7 +1,7 @@
 """A blob's folder in the cache: its files, when they can be believed, and who may remove them.
 
     <cache>/<uid>/<blob id>/manifest  what the blob is (blob/manifest.py); written first
-    <cache>/<uid>/<blob id>/data      the blocks, at their own offsets; owned by the user, 0400
+    <cache>/<uid>/<blob id>/data      the blocks, at their own offsets; its user may read it (datafile.py)
     <cache>/<uid>/<blob id>/blocks    which of them are there: one line of JSON, a byte a block, their sha256;
                                       written after data was synced. The line says in which
                                       boot, and what inode and time of change data had then

@@ -20,7 +20,10 @@ from bootseer_slurm.cache.sources import Sources
 from bootseer_slurm.cache.waits import Waits
 from bootseer_slurm.errors import BootseerError, StoreError
 
-_DEMAND_PATIENCE_S = 900.0  # a shared file system that stalls would hold its readers too; after this, EIO
+PATIENCE_S = 900.0  # a shared file system that stalls would hold its readers too; after this, EIO
+# Who waits for a file system that lies in a blob cannot be killed. Slurm gives such a task 60 s
+# (UnkillableStepTimeout) until it drains the node.
+MOUNTED_PATIENCE_S = 40.0
 _RETRY_PAUSE_S = 0.5
 
 # Is told of each read, by its blocks, first to last, before it is served; must not wait.
@@ -33,9 +36,9 @@ class Reader:
     def __init__(self, blob: CachedBlob, *, mtime_ns: int) -> None:
         """mtime_ns: the time shown."""
         self.blob = blob
-        self.size_bytes = blob.layout.size_bytes
         self.uid, self.gid = blob.uid, blob.gid
         self.mtime_ns = mtime_ns
+        self.patience_s = PATIENCE_S
         self.usage = Usage()
         self.waits = Waits()
         self.sources = Sources(blob.id)
@@ -43,6 +46,10 @@ class Reader:
         self._fetching = Fetching(blob, self.sources, self.usage)
         self._recorders: tuple[Recorder, ...] = ()
         self._lock = threading.Lock()
+
+    @property
+    def size_bytes(self) -> int:
+        return self.blob.layout.size_bytes
 
     def add_recorder(self, recorder: Recorder) -> None:
         """Have it told of every block that is read."""
@@ -140,19 +147,22 @@ class Reader:
 
         Brings what is missing behind it with it, up to `last`. Gives how many blocks are there now.
         """
-        deadline = time.monotonic() + _DEMAND_PATIENCE_S
+        begin_s = time.monotonic()
         while self.blob.blocks.states[block] != PRESENT:
+            is_late = time.monotonic() - begin_s > self.patience_s
             count, unchecked = self.blob.blocks.claim(block, self._last_of_run(block, last))
-            if count == 0:
+            if count:
+                try:
+                    self._fetching.fetch(Claim(block, count, unchecked), demand=True, unkept=unkept)
+                    return count
+                except StoreError:
+                    if is_late or not self.sources.all:
+                        raise
+                    time.sleep(_RETRY_PAUSE_S)
+            elif is_late:
+                raise StoreError("a block does not come that is being fetched")
+            else:
                 self.blob.blocks.wait(block, 1.0)
-                continue
-            try:
-                self._fetching.fetch(Claim(block, count, unchecked), demand=True, unkept=unkept)
-                return count
-            except StoreError:
-                if time.monotonic() > deadline or not self.sources.all:
-                    raise
-                time.sleep(_RETRY_PAUSE_S)
         return 1
 
     @contextlib.contextmanager

@@ -45,6 +45,12 @@ class Waits:
         """Whether some read waits now."""
         return bool(self._begun_s)
 
+    def longest_now_s(self) -> float:
+        """How long the read that waits longest has waited until now; 0 where none waits."""
+        with self._lock:
+            begin_s = next(iter(self._begun_s.values()), None)
+        return 0.0 if begin_s is None else time.monotonic() - begin_s
+
     def waited_s(self) -> float:
         """How long, in all, at least one read has waited."""
         with self._lock:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeVar
 
@@ -29,15 +29,24 @@ class FairQueue(Generic[_Item]):
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._waiting: dict[int, deque[_Item]] = {}  # in the order of the users' turns
+        self._waiting: dict[int, OrderedDict[int, _Item]] = {}  # in the order of the users' turns
         self._in_hand: Counter[int] = Counter()
         self._closed = False
         self._changed = threading.Condition()
 
-    def put(self, uid: int, item: _Item) -> None:
+    def put(self, uid: int, key: int, item: _Item) -> None:
+        """key: of this item among its user's."""
         with self._changed:
-            self._waiting.setdefault(uid, deque()).append(item)
+            self._waiting.setdefault(uid, OrderedDict())[key] = item
             self._changed.notify()
+
+    def forget(self, uid: int, key: int) -> None:
+        """Drop an item, if nobody took it yet."""
+        with self._changed:
+            items = self._waiting.get(uid, OrderedDict())
+            items.pop(key, None)
+            if not items:
+                self._waiting.pop(uid, None)
 
     def take(self) -> tuple[int, _Item] | None:
         """Wait for an item, and give it with its user; `done` says that it is not in hand any more.
@@ -51,7 +60,7 @@ class FairQueue(Generic[_Item]):
                     self._changed.wait()
                     continue
                 items = self._waiting.pop(uid)
-                item = items.popleft()
+                _, item = items.popitem(last=False)
                 if items:
                     self._waiting[uid] = items  # behind the others
                 self._in_hand[uid] += 1
@@ -101,7 +110,11 @@ class Fetchers:
 
     def put(self, parked: Parked, file: File, *, asked: bool) -> None:
         """Have a read answered from its File. asked: the File's `ready` was, and said no."""
-        self._turns.put(parked.uid, _Turn(parked, file, asked))
+        self._turns.put(parked.uid, parked.unique, _Turn(parked, file, asked))
+
+    def forget(self, parked: Parked) -> None:
+        """Drop a read that was answered otherwise."""
+        self._turns.forget(parked.uid, parked.unique)
 
     def close(self) -> None:
         """Have the threads end, each after the read that it answers now."""

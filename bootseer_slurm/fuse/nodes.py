@@ -32,7 +32,7 @@ class File(Protocol):
     Called by many threads at once. A descriptor that `ready` gave must stay open, and what it shows must stay
     as it is, for as long as the server holds a reference to the File. The server drops its last one when the
     name was removed, the kernel forgot the file and no read is under way: `weakref.finalize` is the place to
-    clean up.
+    clean up. patience_s: how long a read may wait until it fails; it may change at any time.
     """
 
     @property
@@ -43,6 +43,8 @@ class File(Protocol):
     def gid(self) -> int: ...
     @property
     def mtime_ns(self) -> int: ...
+    @property
+    def patience_s(self) -> float: ...
 
     def ready(self, offset: int, size: int) -> int | None:
         """Return a descriptor to pread [offset, offset+size) from, at the same offset.

@@ -137,8 +137,8 @@ _NOTIFY_INVAL_ENTRY = 3
 _NOTIFY_STORE = 4
 # Readahead is "background" to the kernel, and at the default of 12 unanswered ones it holds back all others:
 # a few reads that wait for the store would stop the reads of every other file. So: half of what the
-# ledger has room for.
-_MAX_BACKGROUND = 0x3FFF
+# ledger has room for. Who has how much of it: waiting.py.
+MAX_BACKGROUND = 0x3FFF
 _TIME_GRANULARITY_NS = 1
 _MAX_WRITE_BYTES = 4096  # the least that the kernel accepts; nothing is ever written
 
@@ -180,7 +180,7 @@ def init_reply(body: memoryview) -> tuple[InitFlag, bytes]:
     flags = WANTED & offered
     payload = INIT_OUT.pack(
         *(_MAJOR, _MINOR, max_readahead_bytes, flags),
-        *(_MAX_BACKGROUND, _MAX_BACKGROUND, _MAX_WRITE_BYTES),
+        *(MAX_BACKGROUND, MAX_BACKGROUND, _MAX_WRITE_BYTES),
         *(_TIME_GRANULARITY_NS, MAX_READ_BYTES // _PAGE_BYTES, 0, 0),
     )
     return flags, payload

@@ -17,6 +17,8 @@ from bootseer_slurm.fuse.nodes import File, Node, NodeTable
 from bootseer_slurm.fuse.protocol import Request
 from bootseer_slurm.fuse.waiting import WaitingReads
 
+_LOOK_EVERY_S, _HURRIED_LOOK_S = 1.0, 0.05
+
 
 class PendingReads:
     """Reads on their way to a fetcher."""
@@ -25,7 +27,7 @@ class PendingReads:
         self._waiting = waiting
         self._fetchers = fetchers
         self._recovering = True
-        self._without_file: dict[int, list[Parked]] = {}  # by node id
+        self._without_file: dict[int, dict[int, Parked]] = {}  # by node id, and the kernel's number
         self._lock = threading.Lock()  # for these two
 
     def take_over(self, left: Iterable[Parked], nodes: NodeTable) -> None:
@@ -34,23 +36,31 @@ class PendingReads:
             try:
                 node = nodes.get(parked.node_id)
             except OSError as error:
-                self._waiting.add(parked)
+                self._waiting.add(parked, None)
                 self._waiting.finish(parked, error)
                 continue
             known = parked._replace(uid=node.uid)
-            self._waiting.add(known)
+            self._waiting.add(known, node)
             self._wait_for_file(node, known)
 
     def park(self, request: Request, node: Node, file: File | None, offset: int, size: int) -> None:
-        """Have a read wait for its bytes. file: the node's, whose `ready` said no; None without one.
-
-        Raises OSError EAGAIN where its user has too many that wait.
-        """
+        """Have a read wait for its bytes. file: the node's, whose `ready` said no; None without one."""
         parked = self._waiting.park(request, node, offset, size)
         if file is not None:
             self._fetchers.put(parked, file, asked=True)
         else:
             self._wait_for_file(node, parked)
+        self._forget(self._waiting.drop_one_too_many())
+
+    def interrupt(self, request: Request) -> None:
+        """Let go of a process that is being killed."""
+        self._forget(self._waiting.interrupt(request))
+
+    def fail_overdue(self, stop: threading.Event) -> None:
+        """Fail reads that have waited for too long, until told to stop (a thread of its own)."""
+        while not stop.wait(_HURRIED_LOOK_S if self._waiting.hurries else _LOOK_EVERY_S):
+            for parked in self._waiting.fail_overdue():
+                self._forget(parked)
 
     def file_came(self, node: Node, file: File) -> None:
         """Go on with the reads that waited for the File of a node."""
@@ -66,21 +76,28 @@ class PendingReads:
         """Fail the reads that wait for a File, now and later."""
         with self._lock:
             self._recovering = False
-            left = [parked for each in self._without_file.values() for parked in each]
+            left = [parked for each in self._without_file.values() for parked in each.values()]
             self._without_file.clear()
         for parked in left:
             self._waiting.finish(parked, protocol.failure(errno.EIO))
 
+    def _forget(self, parked: Parked | None) -> None:
+        """Keep nothing of a read that was answered though its bytes did not come."""
+        if parked is not None:
+            self._fetchers.forget(parked)
+            with self._lock:
+                self._without_file.get(parked.node_id, {}).pop(parked.unique, None)
+
     def _taken(self, node: Node) -> list[Parked]:
         with self._lock:
-            return self._without_file.pop(node.id, [])
+            return list(self._without_file.pop(node.id, {}).values())
 
     def _wait_for_file(self, node: Node, parked: Parked) -> None:
         """Have a read wait until its node has a File, if it still may get one."""
         with self._lock:
             file = node.file
             if file is None and node.linked and self._recovering:
-                self._without_file.setdefault(node.id, []).append(parked)
+                self._without_file.setdefault(node.id, {})[parked.unique] = parked
                 return
         if file is None:
             self._waiting.finish(parked, protocol.failure(errno.EIO))

@@ -8,9 +8,9 @@ mount and the descriptors (mount.py), names and nodes (names.py, nodes.py), the 
 Threads: `mount.readers` readers take requests. What is local they answer themselves: one pread, one writev,
 no lock. A read that has to wait goes to one of `blocking_threads` fetchers, so that nothing a store does can
 hold up a reader; when all of these wait, further such reads queue, and everything else goes on. One user
-occupies a quarter of them at most, and of the memory for what waits an eighth: beyond that his readahead
-fails, and the kernel asks again, page by page, when somebody needs a page. All are daemon threads: a fetch
-that never comes back does not keep the process from ending.
+occupies a quarter of them at most, and where too many reads wait, readahead fails of the user who has the
+most (waiting.py). All are daemon threads: a fetch that never comes back does not keep the process from
+ending.
 
 The process may be killed at any moment. The next server of the mount finds the nodes in the state file, and
 in the ledger the reads that waited and the requests that were just taken; it answers these again, as if they
@@ -68,9 +68,10 @@ class Server:
         self._waiting = WaitingReads(self._device, self._ledger)
         self._fetchers = Fetchers(self._waiting, blocking_threads)
         self._reads = PendingReads(self._waiting, self._fetchers)
+        self._stopped = threading.Event()
         zero_message_open = InitFlag.NO_OPEN_SUPPORT in mount.flags
         answers = Answers(self._nodes, self._device, zero_message_open=zero_message_open)
-        handlers = answers.handlers | {Opcode.INTERRUPT: self._waiting.interrupt}
+        handlers = answers.handlers | {Opcode.INTERRUPT: self._reads.interrupt}
         self._requests = RequestThreads(self._device, self._ledger, self._nodes, self._reads, handlers)
 
     def start(self) -> None:
@@ -82,6 +83,9 @@ class Server:
         self._reads.take_over(self._ledger.found(), self._nodes)
         self._requests.start()
         self._fetchers.start()
+        threading.Thread(
+            target=self._reads.fail_overdue, args=(self._stopped,), name="bootseer-fuse-overdue", daemon=True
+        ).start()
 
     def add(self, path: str, file: File) -> Path:
         """Show file at path, "<uid>/<name>"; return its absolute path, which is usable at once.
@@ -124,6 +128,15 @@ class Server:
         node = self._names.find(path)
         return node is not None and node.lookups > 0
 
+    def hurry(self, path: str) -> None:
+        """Have the reads of a file fail early for a while: the tasks that wait for it are being killed.
+
+        Raises ValueError.
+        """
+        node = self._names.find(path)
+        if node is not None:
+            self._waiting.hurry(node.id)
+
     def store(self, path: str, offset: int, data: bytes | memoryview) -> bool:
         """Put bytes of a file into the kernel's page cache; reads of them do not come to the server.
 
@@ -151,6 +164,7 @@ class Server:
 
         Not needed where the process ends: threads, and requests that they took, are left to the next server.
         """
+        self._stopped.set()
         self._requests.stop()
         if not _join(self._requests.threads):
             _log.warning("%s: still mounted; its threads end with their next request", self._point)

@@ -268,7 +268,7 @@ def _make(image: Path, folder: Path, uid: int, gid: int, done: Callable[[], obje
 
 def _open_backing(image: Path) -> int:
     """A descriptor of the file for a loop device to read."""
-    backing = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    backing = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # its user may have a lease on it
     # squashfs asks for whole blocks. What the file's own read-ahead adds is fetched in vain: imports read 365
     # instead of 219 MB. Buffered all the same (no LO_FLAGS_DIRECT_IO): so pushed blocks are found
     # (FUSE_NOTIFY_STORE), and pieces of tables are read once.

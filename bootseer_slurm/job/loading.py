@@ -126,7 +126,7 @@ class Loader:
             newest=artifact.is_learned,
         )
         with_what = Context(
-            self._process(),
+            self._process,
             self._blobs,
             config.shadow.roots,
             job.uid,

@@ -25,6 +25,7 @@ from bootseer_slurm.image.packer import Packer
 from bootseer_slurm.job.journal import Journal
 from bootseer_slurm.job.session import Session
 from bootseer_slurm.service.answers import Answers, slow_operations
+from bootseer_slurm.service.killed_tasks import end_waits_of_killed
 from bootseer_slurm.service.lost_epilogs import LostEpilogs
 from bootseer_slurm.service.server import Server
 from bootseer_slurm.service.sessions import Sessions, reap
@@ -92,6 +93,7 @@ class Agent:
         Server(by_name, slow_operations(self._config), self._stop).start(self._listeners)
         threading.Thread(target=reap, args=(self._sessions, self._lost, self._stop), daemon=True).start()
         threading.Thread(target=self._tend, daemon=True).start()
+        threading.Thread(target=end_waits_of_killed, args=(self._blobs, self._stop), daemon=True).start()
         metrics = self._start_metrics()
         _log.info("agent serves %s", self._config.agent.socket, extra={"node": self._node})
         self._spare.prepare()

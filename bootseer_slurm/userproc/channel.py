@@ -1,7 +1,9 @@
 """The agent's end of the socket to a user's process: requests go out, and each waits for its answer.
 
 Owns the process, and one thread that takes its answers. The process is its user's: descriptors that come with
-an answer are closed, unless the reply has some to give.
+an answer are closed, unless the reply has some to give. And its user can stop it: who waits for an answer
+looks from time to time whether the process is stopped, or does not even answer a Ping. Such a process is
+killed. One whose store is silent goes on: it answers a Ping.
 """
 
 from __future__ import annotations
@@ -13,20 +15,25 @@ import os
 import socket
 import subprocess
 import threading
+import time
 from array import array
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bootseer_slurm.errors import BootseerError, StoreError
 from bootseer_slurm.userproc import protocol
-from bootseer_slurm.userproc.protocol import Request
+from bootseer_slurm.userproc.protocol import Ping, Request
 from bootseer_slurm.userproc.spare import Started
 
 _log = logging.getLogger(__name__)
 
 _END_S = 5.0  # for a killed process; one held by a file system ends when that answers
+
+_LOOK_S = 2.0  # after so long without an answer, and as often from then on
+_SILENT_S = 10.0  # the process answers a Ping within this, however busy its node is
 
 
 class NoAnswer(StoreError):
@@ -50,6 +57,10 @@ class Channel:
         self._numbers = itertools.count()
         self._waiting: dict[int, tuple[Request, Future[Answer]]] = {}
         self._lock = threading.Lock()
+        self._ping: Future[Answer] | None = None  # the last one, of this time
+        self._ping_s = 0.0
+        self._looking = threading.Lock()
+        self.ended = False
         name = f"userproc-{self._process.pid}"
         self._receiver = threading.Thread(target=self._receive, name=name, daemon=True)
         self._receiver.start()
@@ -58,16 +69,44 @@ class Channel:
         """Send a request and wait. Raises the error that it ended with, NoAnswer on a timeout."""
         number, future = self._send(request, fds)
         try:
-            return future.result(timeout_s)
-        except FutureTimeout:
+            return self.wait(future, timeout_s)
+        except NoAnswer:
             self._waiting.pop(number, None)
             if future.cancel():
-                raise no_answer(timeout_s) from None
+                raise
             return future.result()  # it came this very moment
 
     def send(self, request: Request) -> Future[Answer]:
         """Send a request; the future gets its answer, or the error, however late."""
         return self._send(request, ())[1]
+
+    def wait(self, future: Future[Answer], timeout_s: float) -> Answer:
+        """Wait for the answer to a request. Raises the error that it ended with, NoAnswer on a timeout."""
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > _LOOK_S:
+            with contextlib.suppress(FutureTimeout):
+                return future.result(_LOOK_S)
+            self._end_if_silent()
+        try:
+            return future.result(max(0.0, left_s))
+        except FutureTimeout:
+            raise NoAnswer(f"no answer from the file system in {timeout_s:g} s") from None
+
+    def _end_if_silent(self) -> None:
+        """Kill the process if it is stopped, or has not answered a Ping for long."""
+        if not self._looking.acquire(blocking=False):
+            return  # another thread does
+        try:
+            now_s = time.monotonic()
+            if self._ping is None or (self._ping.done() and not self._ping.exception()):
+                self._ping, self._ping_s = self.send(Ping()), now_s
+            if _is_stopped(self._process.pid) or now_s - self._ping_s > _SILENT_S:
+                _log.warning("process of uid %d: is stopped, or does not answer: killed", self._uid)
+                self._process.kill()
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+        finally:
+            self._looking.release()
 
     def _send(self, request: Request, fds: tuple[int, ...]) -> tuple[int, Future[Answer]]:
         number = next(self._numbers)
@@ -108,6 +147,7 @@ class Channel:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)  # nobody would take the answers to further requests
             waiting, self._waiting = self._waiting, {}
+            self.ended = True
         for _, future in waiting.values():
             if future.set_running_or_notify_cancel():
                 future.set_exception(StoreError("the user's process ended"))
@@ -138,5 +178,9 @@ class Channel:
         return True
 
 
-def no_answer(timeout_s: float) -> NoAnswer:
-    return NoAnswer(f"no answer from the file system in {timeout_s:g} s")
+def _is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal or a tracer (proc_pid_stat(5))."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False

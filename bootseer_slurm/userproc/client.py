@@ -8,7 +8,6 @@ import pwd
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from bootseer_slurm.blob.trace import Plan, decode_plan
 from bootseer_slurm.errors import StoreError
 from bootseer_slurm.identity import User
 from bootseer_slurm.userproc import protocol
-from bootseer_slurm.userproc.channel import Channel, no_answer
+from bootseer_slurm.userproc.channel import Channel
 from bootseer_slurm.userproc.link import Link
 from bootseer_slurm.userproc.memory_file import make_memory_file, read_memory_file
 from bootseer_slurm.userproc.protocol import CheckpointFolder, Order, Reply, Request, Resolve, Resolved
@@ -27,6 +26,9 @@ from bootseer_slurm.userproc.ring import Ring
 from bootseer_slurm.userproc.spare import Started, start
 
 _TIMEOUT_S = 20.0
+# Of a read that somebody waits for: then another source is asked, before the one who waits gives up
+# (cache.reader.MOUNTED_PATIENCE_S).
+_DEMAND_TIMEOUT_S = 15.0
 _AnyReply = TypeVar("_AnyReply", bound=Reply)
 
 
@@ -56,7 +58,7 @@ class Found:
         self._fds.clear()
 
 
-class UserProcess:
+class UserProcess:  # size: a method for each operation
     """A running process with a job user's rights. Thread-safe."""
 
     def __init__(self, channel: Channel, ring: Ring, link: Link, *, timeout_s: float) -> None:
@@ -156,16 +158,14 @@ class UserProcess:
     def _read(
         self, where: dict[str, Any], size_bytes: int, step_bytes: int, *, demand: bool, fixed: bool
     ) -> Iterator[memoryview]:
-        slot = self._ring.take(demand=demand, timeout_s=self._timeout_s)
+        timeout_s = min(self._timeout_s, _DEMAND_TIMEOUT_S) if demand else self._timeout_s
+        slot = self._ring.take(demand=demand, timeout_s=timeout_s)
         request = protocol.Read(
             **where, size_bytes=size_bytes, slot=slot, step_bytes=step_bytes, demand=demand
         )
         future = self._channel.send(request)
         try:
-            try:
-                answer = future.result(self._timeout_s)
-            except FutureTimeout:
-                raise no_answer(self._timeout_s) from None
+            answer = self._channel.wait(future, timeout_s)
             count = protocol.decode_reply(answer.fields, protocol.Count).count
             if count != size_bytes:
                 raise StoreError(f"a read ended after {count} of {size_bytes} bytes")
@@ -173,6 +173,11 @@ class UserProcess:
         finally:
             # Now, or when the late reply comes: until then the process may write to the slot.
             future.add_done_callback(lambda _: self._ring.give_back(slot))
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone, or was killed since it was silent: all calls fail."""
+        return self._channel.ended
 
     def kill(self) -> None:
         """End the process at once; calls under way fail with StoreError."""

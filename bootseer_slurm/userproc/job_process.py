@@ -1,4 +1,8 @@
-"""The process of one job's user, started when it is first needed."""
+"""The process of one job's user, started when it is first needed, and once again when it ended.
+
+A process may end by its user, for want of memory, or since it was silent (channel.py). Who has handles of it
+opens them in the next one (artifacts/source.py).
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,11 @@ from bootseer_slurm.userproc.client import UserProcess, start_user_process
 from bootseer_slurm.userproc.link import Link
 from bootseer_slurm.userproc.spare import Spare, Started
 
+_MOST_STARTS = 2  # for one job: its user may stop each
+
 
 class JobProcess:
-    """Gives the one process of a job. Thread-safe."""
+    """Gives the one process of a job that there is at a time. Thread-safe."""
 
     def __init__(self, uid: int, gid: int, config: Config, spare: Spare, group: JobGroup = NO_GROUP) -> None:
         self.link = Link()
@@ -24,6 +30,7 @@ class JobProcess:
         self._group = group
         self._user: User | None = None
         self._process: UserProcess | None = None
+        self._starts = 0
         self._over = False
         self._lock = threading.Lock()
 
@@ -33,9 +40,16 @@ class JobProcess:
         user = self._user or User.of(self._uid, self._gid)
         with self._lock:
             self._user = user
+            if self._process is not None and self._process.ended and not self._over:
+                # Not here: one that a file system holds ends late.
+                threading.Thread(target=self._process.kill, daemon=True).start()
+                self._process = None
             if self._process is None:
                 if self._over:
                     raise StoreError("the job is over")
+                if self._starts == _MOST_STARTS:
+                    raise StoreError("the user's process ended, or was silent, and was started often enough")
+                self._starts += 1
                 self._process = start_user_process(
                     user,
                     self._config.store.uri,

@@ -61,6 +61,10 @@ class Request(Struct, frozen=True, tag_field="op"):
     most_descriptors: ClassVar[int] = 0  # that its reply may bring; what comes beyond them is closed
 
 
+class Ping(Request, frozen=True):
+    """Answer at once, whatever else goes on: so the agent sees that the process lives."""
+
+
 class Resolve(Request, frozen=True):
     """Look an artifact up: what its user named, what the store has of it, and handles to read both.
 
@@ -254,7 +258,8 @@ class Remember(Request, frozen=True):
     job_class: str
 
 
-AnyRequest = Resolve | IsSame | Reopen | Read | Write | AskClock | KeepTrace | MakePlan | Recall | Remember
+_OfStore = Resolve | IsSame | Reopen | Read | Write | AskClock | KeepTrace | MakePlan | Recall | Remember
+AnyRequest = _OfStore | Ping
 
 
 def encode_order(order: Order) -> bytes:

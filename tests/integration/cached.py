@@ -65,9 +65,9 @@ def fill(blob: CachedBlob, data: bytes, first: int = 0, last: int = BLOCKS - 1) 
         blob.blocks.end_claim(block, 1, PRESENT if kept else MISSING)
 
 
-def stored(cache: Cache, seed: int, *, used_s: float | None = None) -> Path:
+def stored(cache: Cache, seed: int, *, uid: int = 20001, used_s: float | None = None) -> Path:
     """A complete blob that nobody uses; gives its folder."""
-    blob = acquire(cache, seed)
+    blob = acquire(cache, seed, uid)
     fill(blob, content(seed))
     cache.release(blob)
     if used_s is not None and blob.folder.path.exists():

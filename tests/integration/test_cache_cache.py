@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gc
 import os
+import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,8 +180,89 @@ def test_two_users_of_the_same_blob_are_apart(node: Node) -> None:
     mine, other = acquire(cache, 1, 20001), acquire(cache, 1, 20002)
     fill(mine, content(1))
     assert other.present_bytes == 0
-    assert (mine.file.path.stat().st_uid, other.file.path.stat().st_uid) == (20001, 20002)
+    assert [_can_read(blob.file.path, 20001) for blob in (mine, other)] == [True, False]
     assert node.root.stat().st_mode & 0o777 == 0o700 and node.live.stat().st_mode & 0o777 == 0o700
+
+
+def _as_user(uid: int, act: Callable[[], object]) -> bool:
+    """Whether a process of this user can do it; a descriptor that it keeps stays open until it is killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            act()
+            os._exit(0)
+        except OSError:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def _can_read(path: Path, uid: int) -> bool:
+    """Whether a user can open the file, as he does through a mount of it."""
+    fd = os.open(path, os.O_PATH)
+    try:
+        return _as_user(uid, lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDONLY))
+    finally:
+        os.close(fd)
+
+
+def _lease(fd: int) -> None:
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+
+
+def test_its_user_can_take_no_lease_on_a_cached_file(node: Node) -> None:
+    """A lease would have whoever opens the file for writing wait, for 45 s by default."""
+    file = stored(node.cache(), 1, uid=20001) / "data"
+    assert _can_read(file, 20001) and not _can_read(file, 20002)
+    with open(file, "rb") as opened:
+        assert not _as_user(20001, lambda: _lease(opened.fileno()))
+
+
+def test_where_the_disk_has_no_acls_the_file_is_its_users(node: Node, mocker: MockerFixture) -> None:
+    mocker.patch("os.setxattr", side_effect=OSError(errno.ENOTSUP, "no ACLs"))
+    file = stored(node.cache(), 1, uid=20001) / "data"
+    assert (file.stat().st_uid, file.stat().st_mode & 0o7777) == (20001, 0o400)
+    assert _can_read(file, 20001) and not _can_read(file, 20002)
+
+
+def test_a_lease_on_a_cached_file_holds_nobody(node: Node) -> None:
+    """Of a file that an older version, or one on a disk without ACLs, gave to its user."""
+    file = stored(node.cache(), 1, uid=20001) / "data"
+    cache, got = node.cache(), []
+    os.chown(file, 20001, 20001)
+    with open(file, "rb") as opened:
+        taken, wait = os.pipe()
+        holder = os.fork()
+        if holder == 0:
+            os.setresuid(20001, 20001, 20001)
+            _lease(opened.fileno())
+            os.write(wait, b"x")
+            signal.pause()
+        try:
+            assert os.read(taken, 1) == b"x"
+            threads = [
+                threading.Thread(
+                    target=lambda seed=seed: got.append(acquire(cache, seed, 20001)), daemon=True
+                )
+                for seed in (1, 2)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(10)
+                assert not thread.is_alive(), "it waits for the lease"
+            for blob in got:
+                fill(blob, content(1 if blob.id == manifest(1).id else 2))
+                assert blob.complete and _can_read(blob.file.path, 20001)
+            assert verify(node.root, node.live) == []
+        finally:
+            os.kill(holder, signal.SIGKILL)
+            os.waitpid(holder, 0)
+            os.close(taken)
+            os.close(wait)
 
 
 def test_live_memory_that_is_full_is_an_error_not_a_crash(node: Node, small_disk: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,14 @@ from pytest_mock import MockerFixture
 from bootseer_slurm import identity
 from bootseer_slurm.artifacts.handle import BlobHandle, OpenBlob
 from bootseer_slurm.artifacts.layer import Layer
-from bootseer_slurm.artifacts.source import BlobDescription, ObjectSource, original_source
+from bootseer_slurm.artifacts.source import (
+    BlobDescription,
+    ObjectSource,
+    Opened,
+    OriginalFile,
+    original_source,
+    store_source,
+)
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, Manifest, decode
 from bootseer_slurm.blob.names import file_fingerprint, read_name, user_folder
 from bootseer_slurm.blob.ref import ArtifactRef
@@ -29,6 +37,7 @@ from bootseer_slurm.cache.reader import Reader
 from bootseer_slurm.config import PrefetchConfig
 from bootseer_slurm.errors import BootseerError, InputError, StoreError
 from bootseer_slurm.events import EventLog
+from bootseer_slurm.fuse import Mount, Server
 from bootseer_slurm.phase import JobPhase
 from bootseer_slurm.prefetch.budget import MemoryBudget
 from bootseer_slurm.prefetch.scheduler import Scheduler
@@ -54,10 +63,13 @@ class Scene:
         original = Original("checkpoint", str(self.file), fingerprint)
         self.name = BlobWriter(self.store, objects=3).store_named(self.file, original)
         self.blob_folder = self.store_folder / self.name.folder
-        user = identity.User(os.getuid(), os.getgid(), ())
-        self.process = start_user_process(user, f"file://{self.store_folder}", streams=4, timeout_s=5)
+        self.start()
         self.cache = Cache(folder / "cache", max_bytes=2**40, min_free_bytes=0, live=folder / "live")
         self.faults: list[str] = []
+
+    def start(self) -> None:
+        user = identity.User(os.getuid(), os.getgid(), ())
+        self.process = start_user_process(user, f"file://{self.store_folder}", streams=4, timeout_s=5)
 
     def resolve(self, kind: str = "checkpoint", name: str = "") -> Found:
         found = self.process.resolve(Resolve(kind, name or str(self.file)))
@@ -71,9 +83,12 @@ class Scene:
         reader = Reader(blob, mtime_ns=0)
         handle = found.reply.original_handle
         assert handle is not None
-        sources = [ObjectSource("store", self.process, found.reply.blobs[0].handle, manifest.layout)]
+        stored, layout = found.reply.blobs[0], manifest.layout
+        opened = Opened(self.process, stored.handle)
+        sources = [store_source(lambda: self.process, manifest.id, stored.folder, layout, opened)]
         if origin:
-            sources.append(original_source(self.process, handle, manifest.layout))
+            file, opened = OriginalFile("checkpoint", str(self.file)), Opened(self.process, handle)
+            sources.append(original_source(lambda: self.process, file, layout, opened))
         reader.sources.add(User(sources, self.faults))
         return reader
 
@@ -236,6 +251,71 @@ def test_the_process_killed_fails_reads_and_nothing_hangs(scene: Scene) -> None:
     with pytest.raises(StoreError):
         reader.prefetch_run()
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("lost", ["nothing", "blob"])
+def test_the_next_process_opens_all_again(scene: Scene, lost: str) -> None:
+    reader = scene.reader()
+    reader.fetch(0, 100)
+    scene.process.kill()
+    scene.start()
+    if lost == "blob":
+        shutil.rmtree(scene.blob_folder)
+    assert bytes(reader.fetch(5_000_000, 1_000_000)) == scene.content[5_000_000:6_000_000]
+    assert bool(reader.usage.origin_bytes) == (lost == "blob")
+
+
+@pytest.mark.fuse
+def test_who_waits_for_a_store_that_is_silent_is_given_the_original(
+    scene: Scene, tmp_path: Path, mocker: MockerFixture
+) -> None:
+    mocker.patch("bootseer_slurm.userproc.client._DEMAND_TIMEOUT_S", 0.5)
+    stripe = scene.blob_folder / "0"
+    mount = Mount.open(tmp_path / "hung")
+    server = Server(mount, tmp_path / "nodes")
+    hung = HungFile(stripe.stat().st_size)
+    try:
+        server.start()
+        subprocess.run(["mount", "--bind", server.add("0/stripe", hung), stripe], check=True)
+        reader = scene.reader()
+        assert bytes(reader.fetch(0, 100)) == scene.content[:100]
+        assert (
+            reader.usage.origin_bytes and not reader.usage.store_bytes and scene.faults == ["source_failed"]
+        )
+        assert not scene.process.ended
+    finally:
+        hung.released.set()
+        subprocess.run(["umount", "-l", stripe], check=True)
+        mount.close()
+        server.stop()
+
+
+class HungFile:
+    """A file that can be opened, and whose bytes do not come (fuse.File)."""
+
+    uid, gid, mtime_ns, patience_s = os.getuid(), os.getgid(), 0, 900.0
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.released = threading.Event()
+
+    def ready(self, offset: int, size: int) -> int | None:
+        return None
+
+    def fetch(self, offset: int, size: int) -> bytes:
+        self.released.wait(60)
+        raise OSError(5, "no bytes")
+
+
+def test_a_read_waits_no_longer_than_its_file_allows(scene: Scene) -> None:
+    reader = scene.reader()
+    scene.process.kill()
+    reader.patience_s = 1.0
+    block = 5_000_000 // BLOCK_BYTES
+    assert reader.blob.blocks.claim(block, block)[0] == 1, "somebody fetches it, and does not get it"
+    for offset in (0, 5_000_000):
+        with pytest.raises(OSError, match="Input/output"):
+            reader.fetch(offset, 100)
 
 
 def test_state_survives_a_restart(scene: Scene) -> None:

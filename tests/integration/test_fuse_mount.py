@@ -41,7 +41,7 @@ def say(what):
 
 class DiskFile:
     uid = gid = 0
-    mtime_ns = 1_600_000_000_123_456_789
+    mtime_ns, patience_s = 1_600_000_000_123_456_789, 900.0
     def __init__(self, path, mode):
         self.fd, self.mode, self.reads = os.open(path, os.O_RDONLY), mode, []
         self.size_bytes = os.fstat(self.fd).st_size

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -42,6 +43,7 @@ class MemoryFile:
     def __init__(self, data: bytes, *, uid: int = 0, local: Callable[[int, int], bool] | None = None) -> None:
         self.size_bytes, self.uid, self.gid, self.mtime_ns = len(data), uid, uid, _MTIME_NS
         self.data = data
+        self.patience_s = 900.0
         self.local = local or (lambda offset, size: True)
         self.reads: list[tuple[int, int]] = []
         self.fd = os.memfd_create("blob", os.MFD_CLOEXEC)
@@ -370,7 +372,7 @@ def test_stuck_fetches_hold_up_nothing_else(mountpoint: Path, stuck: StuckFile) 
 
 def test_one_user_cannot_keep_another_waiting(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """He stops what brings his bytes, and reads with many threads and far ahead."""
-    monkeypatch.setattr("bootseer_slurm.fuse.waiting._USER_PARKED", 32)
+    monkeypatch.setattr("bootseer_slurm.fuse.waiting._MOST_PARKED", 256)
     data = random.Random(3).randbytes(8 << 20)
     stuck = StuckFile(random.Random(2).randbytes(128 << 20))
     read = """
@@ -406,6 +408,60 @@ print(hashlib.sha256(b"".join(parts[number << 20] for number in range(100))).hex
         output, errors = child.communicate(timeout=60)
         expected = b"".join(stuck.data[number << 20 :][:100_000] for number in range(100))
         assert output.strip() == hashlib.sha256(expected).hexdigest(), errors
+
+
+def test_one_user_cannot_fill_the_table_of_readahead(mountpoint: Path) -> None:
+    """He asks for more single pages than the kernel has room for; another's reads go on, waiting ones too."""
+    pages = protocol.MAX_BACKGROUND + 4000
+    ahead = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY)
+for page in range(int(sys.argv[2])):
+    os.posix_fadvise(fd, page << 12, 1 << 12, os.POSIX_FADV_WILLNEED)
+print("done", flush=True)
+os.pread(fd, 1, int(sys.argv[2]) - 1 << 12)
+print("read", flush=True)
+"""
+    read = """
+import hashlib, os, sys
+print("begins", flush=True)
+print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())
+"""
+    attacked, fast = StuckFile(bytes(pages << 12)), MemoryFile(random.Random(7).randbytes(8 << 20))
+    waited = StuckFile(random.Random(8).randbytes(8 << 20))
+    attacked.uid, fast.uid, waited.uid = 12345, 12346, 12346
+    children = []
+    try:
+        with _serving(mountpoint, blocking_threads=16) as server:
+            children.append(_python(read, server.add("12346/waited", waited), uid=12346))
+            assert waited.waiting.acquire(timeout=20)
+            first = set(server._waiting._users[12346].latest) | set(server._waiting._users[12346].ahead)
+            attacker = _python(ahead, server.add("12345/attacked", attacked), pages, uid=12345)
+            children.append(attacker)
+            assert attacker.stdout
+            assert select.select([attacker.stdout], [], [], 60)[0], "it waits for the kernel's table"
+            assert attacker.stdout.readline() == "done\n"
+            _wait_until(lambda: sum(len(user) for user in server._waiting._users.values()) > 12_000)
+            children.append(_python(read, server.add("12346/fast", fast), uid=12346))
+            output, errors = children[-1].communicate(timeout=20)
+            assert output.split()[-1] == hashlib.sha256(fast.data).hexdigest(), errors
+            users = server._waiting._users
+            assert sum(len(user) for user in users.values()) <= protocol.MAX_BACKGROUND * 3 // 4
+            assert first <= set(users[12346].latest) | set(users[12346].ahead), "what waited waits"
+            attacked.released.set()
+            waited.released.set()
+            output, errors = children[0].communicate(timeout=60)
+            assert output.split()[-1] == hashlib.sha256(waited.data).hexdigest(), errors
+            assert attacker.communicate(timeout=60)[0] == "read\n", (
+                "a page whose readahead failed is read when needed"
+            )
+            assert not server._waiting._users and not server._waiting._reads
+    finally:
+        attacked.released.set()
+        waited.released.set()
+        for child in children:
+            child.kill()
+            child.communicate()
 
 
 def test_a_killed_reader_in_direct_io_goes_at_once(server: Server, stuck: StuckFile) -> None:

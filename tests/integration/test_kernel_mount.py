@@ -256,7 +256,7 @@ def test_an_image_whose_blocks_do_not_come(home: Path) -> None:
         from bootseer_slurm.image.kernel_mount import KernelMount
 
         class Hung:
-            size_bytes, uid, gid, mtime_ns = 1 << 20, 0, 0, 1
+            size_bytes, uid, gid, mtime_ns, patience_s = 1 << 20, 0, 0, 1, 900.0
             def ready(self, offset, size): return None
             def fetch(self, offset, size):
                 print("asked", flush=True)

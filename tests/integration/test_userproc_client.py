@@ -22,13 +22,17 @@ from bootseer_slurm.blob.jobclass import Remembered, encode_record
 from bootseer_slurm.blob.names import Name, user_folder, write_name
 from bootseer_slurm.blob.trace import STARTS, Plan, Trace
 from bootseer_slurm.blob.writer import BlobWriter, Original
+from bootseer_slurm.config import Config, StoreConfig
 from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, StoreError
+from bootseer_slurm.fuse import Mount
 from bootseer_slurm.identity import User
 from bootseer_slurm.store import FileStore
 from bootseer_slurm.userproc import protocol
+from bootseer_slurm.userproc.channel import NoAnswer
 from bootseer_slurm.userproc.client import Found, UserProcess, start_user_process
+from bootseer_slurm.userproc.job_process import JobProcess
 from bootseer_slurm.userproc.protocol import Resolve
-from bootseer_slurm.userproc.spare import Started
+from bootseer_slurm.userproc.spare import Spare, Started
 
 SELF = User(os.getuid(), os.getgid(), ())
 CONTENT = os.urandom(2**20)
@@ -378,6 +382,68 @@ def test_what_is_no_reply_ends_the_process(hostile: UserProcess, message: str) -
         hostile.resolve(Resolve("image", "file"))
     until(lambda: open_fds() == before)
     assert hostile._channel._process.wait(5) == -signal.SIGKILL
+
+
+@pytest.fixture
+def impatient(mocker: MockerFixture) -> None:
+    mocker.patch("bootseer_slurm.userproc.channel._LOOK_S", 0.1)
+    mocker.patch("bootseer_slurm.userproc.channel._SILENT_S", 1.0)
+
+
+def test_a_stopped_process_is_followed_by_one_more(impatient: None, tmp_path: Path, file: Path) -> None:
+    config = dataclasses.replace(Config(), store=StoreConfig(uri=f"file://{tmp_path}"))
+    spare = Spare()
+    job = JobProcess(os.getuid(), os.getgid(), config, spare)
+    try:
+        first = job()
+        handle = resolve(first, file)
+        os.kill(first._channel._process.pid, signal.SIGSTOP)
+        with pytest.raises(StoreError, match="ended"):
+            read(first, handle)
+        second = job()
+        assert second is not first and job() is second
+        assert read(second, resolve(second, file)) == CONTENT[:4096]
+        until(lambda: first._channel._process.returncode == -signal.SIGKILL)
+        os.kill(second._channel._process.pid, signal.SIGSTOP)
+        with pytest.raises(StoreError, match="ended"):
+            look_up(second, "checkpoint", file)
+        with pytest.raises(StoreError, match="often enough"):
+            job()
+    finally:
+        job.kill()
+        spare.close()
+
+
+def test_a_process_that_says_nothing_at_all_is_killed(impatient: None, mocker: MockerFixture) -> None:
+    def start() -> Started:
+        link, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with far:
+            return Started(subprocess.Popen(["sleep", "60"], pass_fds=[far.fileno()]), link)
+
+    mocker.patch("bootseer_slurm.userproc.spare.start", start)
+    mute = start_user_process(SELF, "file:///", streams=1, timeout_s=5)
+    try:
+        with pytest.raises(StoreError, match="ended"):
+            mute.is_same("image", "/x", "f", timeout_s=20)
+        assert mute.ended
+    finally:
+        mute.kill()
+
+
+@as_root
+@pytest.mark.fuse
+def test_a_process_whose_file_system_says_nothing_goes_on(
+    impatient: None, process: UserProcess, tmp_path: Path, file: Path
+) -> None:
+    mount = Mount.open(tmp_path / "hung")  # which nobody serves
+    try:
+        for _ in range(2):
+            with pytest.raises(NoAnswer):
+                process.is_same("checkpoint", str(tmp_path / "hung" / "file"), "f", timeout_s=1.5)
+        assert not process.ended
+        assert read(process, resolve(process, file)) == CONTENT[:4096]
+    finally:
+        mount.close()
 
 
 TRACER = """

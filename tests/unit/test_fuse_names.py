@@ -19,6 +19,7 @@ class Plain:
     """A File of which only the description matters."""
 
     uid, gid, mtime_ns = 1000, 1000, 1_234_567_890_123_456_789
+    patience_s = 900.0
 
     def __init__(self, size_bytes: int = 10) -> None:
         self.size_bytes = size_bytes

@@ -20,7 +20,7 @@ import queue
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bootseer_slurm.identity import User, close_to_tracers, gain_no_rights
@@ -53,7 +53,10 @@ class Worker:
             if not message:
                 return
             number, request = protocol.decode_request(message)
-            self._requests.put((number, request, b"".join(map(_content, fds))))
+            if isinstance(request, protocol.Ping):  # here, for a store may hold all other threads
+                self._send(protocol.encode_reply(number, Reply()))
+            else:
+                self._requests.put((number, request, b"".join(map(_content, fds))))
 
     def _work(self) -> None:
         while True:
@@ -64,12 +67,15 @@ class Worker:
                 message = protocol.encode_reply(number, reply)
             except Exception as error:
                 message = protocol.encode_error(number, error)
-            try:
-                socket.send_fds(self._link, [message], fds)
-            except OSError:
-                os._exit(0)  # the agent is gone
+            self._send(message, fds)
             for fd in fds:
                 os.close(fd)
+
+    def _send(self, message: bytes, fds: Sequence[int] = ()) -> None:
+        try:
+            socket.send_fds(self._link, [message], fds)
+        except OSError:
+            os._exit(0)  # the agent is gone
 
 
 def _content(fd: int) -> bytes:

@@ -79,6 +79,7 @@ class _LocalFile:
 
     uid = gid = 0
     mtime_ns = 0
+    patience_s = 900.0
 
     def __init__(self, fd: int, size_bytes: int) -> None:
         self.fd, self.size_bytes = fd, size_bytes

@@ -1,0 +1,61 @@
+"""Tasks that are being killed while they wait for a mounted image or environment: their reads fail early.
+
+Such a task ends only when its block came or its read failed, and Slurm drains the node after
+UnkillableStepTimeout. The kernel does not say for whom a loop device reads. So while reads of mounted blobs
+wait for seconds, the processes of their user are looked at: where all that wait in the kernel are being
+killed, nobody is left who wants the bytes. In any case no such read waits longer than
+cache.reader.MOUNTED_PATIENCE_S.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Set
+from pathlib import Path
+
+from bootseer_slurm.artifacts.open_blobs import OpenBlobs
+
+_LOOK_EVERY_S = 1.0
+_LONG_S = 3.0  # a read that waits for so long is worth a look at processes
+_SIGKILL = 1 << (signal.SIGKILL - 1)
+
+
+def end_waits_of_killed(blobs: OpenBlobs, stop: threading.Event) -> None:
+    """Have the reads of tasks that are being killed fail, until told to stop (a thread of its own)."""
+    while not stop.wait(_LOOK_EVERY_S):
+        waiting = blobs.mounted_that_wait(_LONG_S)
+        if waiting:
+            killed = users_being_killed({blob.reader.uid for blob in waiting})
+            for blob in waiting:
+                if blob.reader.uid in killed:
+                    blob.hurry()
+
+
+def users_being_killed(uids: Set[int]) -> set[int]:
+    """Those of these users of whom some tasks wait in the kernel, each of which is being killed."""
+    killed: set[int] = set()
+    alive: set[int] = set()
+    for uid, status in _waiting_tasks(uids):
+        # Of a thread, and of its process (proc_pid_status(5)).
+        pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+        (killed if pending & _SIGKILL else alive).add(uid)
+    return killed - alive
+
+
+def _waiting_tasks(uids: Set[int]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The user and the status of each thread of these users that waits without being interruptible.
+
+    Without processes that are closed to tracers, as a user's process of ours is.
+    """
+    for process in os.scandir("/proc"):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # it has ended meanwhile
+            if not process.name.isdecimal() or (uid := process.stat().st_uid) not in uids:
+                continue
+            for task in os.scandir(f"{process.path}/task"):
+                lines = Path(task.path, "status").read_text(errors="replace").splitlines()
+                status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+                if status["State"].startswith("D"):
+                    yield uid, status

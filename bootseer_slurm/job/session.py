@@ -215,6 +215,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         self._process.kill()
         self.scheduler.join(_JOIN_S)
         self._threads.join(_JOIN_S)
+        self._process.close()
         closes = [self._view.close, self.artifacts.close, *(each.close for each in self._reattached)]
         for close in closes:
             try:

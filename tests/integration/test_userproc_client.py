@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -97,6 +98,29 @@ def open_ring(process: UserProcess) -> int:
 
 
 @as_root
+def test_its_memory_goes_with_it(tmp_path: Path) -> None:
+    """At once: 200 short jobs left 90 rings to the collector of cycles."""
+    (tmp_path / "file").write_bytes(os.urandom(2**20))
+    rings = [each for each in Path("/proc/self/fd").iterdir() if is_ring(each)]
+    process = start_user_process(SELF, f"file://{tmp_path}", streams=1, timeout_s=5)
+    found = process.resolve(Resolve("checkpoint", str(tmp_path / "file")))
+    assert isinstance(found, Found) and found.reply.original_handle is not None
+    with process.read(found.reply.original_handle, 0, 0, 2**20, demand=True, fixed=False) as view:
+        process.kill()
+        assert len([each for each in Path("/proc/self/fd").iterdir() if is_ring(each)]) == len(rings) + 1
+        assert len(bytes(view)) == 2**20, "a read still looks at it"
+    del view
+    process.close()
+    assert [each for each in Path("/proc/self/fd").iterdir() if is_ring(each)] == rings
+    found.close()
+
+
+def is_ring(fd: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return "bootseer-ring" in os.readlink(fd)
+    return False
+
+
 def test_the_ring_cannot_be_shrunk_under_the_agent(process: UserProcess) -> None:
     ring = open_ring(process)
     size_bytes = os.fstat(ring).st_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import dataclass, field
 
 from bootseer_slurm.cgroups import JobGroup
@@ -53,8 +54,9 @@ class Threads:
         return True
 
     def join(self, timeout_s: float) -> None:
-        """Wait for them, for each at most `timeout_s`; once the job is over, when no more are started."""
+        """Wait for them, `timeout_s` together; once the job is over, when no more are started."""
+        deadline_s = time.monotonic() + timeout_s
         with self._lock:
             threads = list(self._threads)
         for thread in threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, deadline_s - time.monotonic()))

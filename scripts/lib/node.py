@@ -85,6 +85,8 @@ class Node:
 
     def request(self, op: str, **fields: object) -> tuple[protocol.Message, list[int]]:
         """The reply to one request of root's, and its descriptors. Raises OSError, ClusterError."""
+        if "UID" in fields:  # the hook and the plugin always say the group
+            fields = {"GID": fields["UID"], **fields}
         path = self.root_socket if OPERATIONS[op].asker is Asker.ROOT else self.socket
         with self.connect(path) as link:
             link.sendall(protocol.encode([("OP", op), *((key, str(value)) for key, value in fields.items())]))

@@ -29,9 +29,9 @@ class JobContext:
     phase: JobPhase = field(default_factory=JobPhase)
 
     def fault(self, name: str, message: str) -> None:
-        """Tell the job's report what went wrong."""
-        _log.warning("%s: %s", name, message, extra={"job": self.job.job_id})
-        self.log.emit("fault", name, level="warning", message=message)
+        """Tell the job's report what went wrong, and the log, unless it did so very often."""
+        if self.log.emit("fault", name, level="warning", message=message):
+            _log.warning("%s: %s", name, message, extra={"job": self.job.job_id})
 
 
 class Threads:

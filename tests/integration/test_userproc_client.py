@@ -341,7 +341,7 @@ while True:
 
 
 @pytest.fixture
-def hostile(mocker: MockerFixture) -> Iterator[UserProcess]:
+def hostile() -> Iterator[UserProcess]:
     """A process that sends four descriptors with every reply."""
 
     def start() -> Started:
@@ -350,8 +350,7 @@ def hostile(mocker: MockerFixture) -> Iterator[UserProcess]:
             command = [sys.executable, "-c", HOSTILE, str(far.fileno())]
             return Started(subprocess.Popen(command, pass_fds=[far.fileno()]), link)
 
-    mocker.patch("bootseer_slurm.userproc.spare.start", start)
-    made = start_user_process(SELF, "file:///", streams=1, timeout_s=5)
+    made = start_user_process(SELF, "file:///", streams=1, timeout_s=5, take=start)
     yield made
     made.kill()
 
@@ -439,14 +438,13 @@ def test_a_stopped_process_is_followed_by_one_more(impatient: None, tmp_path: Pa
         spare.close()
 
 
-def test_a_process_that_says_nothing_at_all_is_killed(impatient: None, mocker: MockerFixture) -> None:
+def test_a_process_that_says_nothing_at_all_is_killed(impatient: None) -> None:
     def start() -> Started:
         link, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with far:
             return Started(subprocess.Popen(["sleep", "60"], pass_fds=[far.fileno()]), link)
 
-    mocker.patch("bootseer_slurm.userproc.spare.start", start)
-    mute = start_user_process(SELF, "file:///", streams=1, timeout_s=5)
+    mute = start_user_process(SELF, "file:///", streams=1, timeout_s=5, take=start)
     try:
         with pytest.raises(StoreError, match="ended"):
             mute.is_same("image", "/x", "f", timeout_s=20)

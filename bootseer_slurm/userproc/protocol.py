@@ -275,7 +275,7 @@ def encode_request(number: int, request: Request) -> bytes:
 
 
 def decode_request(message: bytes) -> tuple[int, AnyRequest]:
-    """The agent's request. Raises ValueError, LookupError or TypeError."""
+    """The agent's request. Raises ValueError, LookupError, TypeError or RecursionError when it is none."""
     fields = json.loads(message)
     return fields["id"], msgspec.convert(fields, AnyRequest)
 

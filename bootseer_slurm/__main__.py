@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.text import escaped
 
 
 def main() -> None:
@@ -14,9 +15,9 @@ def main() -> None:
     try:
         app()
     except BootseerError as error:
-        print(f"bootseer: {error.message}", file=sys.stderr)
+        print(f"bootseer: {escaped(error.message)}", file=sys.stderr)
         if error.hint:
-            print(f"  hint: {error.hint}", file=sys.stderr)
+            print(f"  hint: {escaped(error.hint)}", file=sys.stderr)
         sys.exit(error.exit_status)
 
 

@@ -20,6 +20,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,9 +120,12 @@ class EventLog:
     Thread-safe. A full disk costs the file, never the caller: events stay in memory, one warning is logged.
     """
 
-    # A job may mark, and have steps, as often as it likes; the rest comes a bounded number of times.
+    # A job may mark, and have steps, as often as it likes: of these together, on a node.
     MAX_USER_EVENTS = 20_000
     _USER_KINDS = frozenset({"mark", "step", "shadow"})
+    # Of each other event, and each mark that the report knows: what comes in a loop leaves room for the end.
+    MAX_EVENTS_OF_NAME = 1_000
+    _KNOWN_MARKS = frozenset(("image_loaded", "environment_loaded", "checkpoint_loaded", "training_started"))
 
     def __init__(self, job: int, restart: int, node: str, *, path: Path | None = None) -> None:
         self.job = job
@@ -132,11 +136,10 @@ class EventLog:
         self._fd: int | None = None
         if path is not None:
             self._open(path)
-        self._user_count = sum(event.kind in self._USER_KINDS for event in self._events)
-        self._full_noted = self._user_count > self.MAX_USER_EVENTS
+        self._counts = Counter(self._counted_as(event.kind, event.name) for event in self._events)
 
-    def emit(self, kind: str, name: str, *, t_ns: int | None = None, **fields: Scalar | None) -> Event:
-        """Record an event now, or at t_ns. Fields that are None are left out.
+    def emit(self, kind: str, name: str, *, t_ns: int | None = None, **fields: Scalar | None) -> bool:
+        """Record an event now, or at t_ns. Fields that are None are left out. False where there are too many.
 
         Raises InputError when a field has a value that `parse_line` would refuse. An event or a field that is
         not in the table is a bug of the caller: it is logged, and recorded all the same.
@@ -148,13 +151,16 @@ class EventLog:
         given["t_ns"] = time.time_ns() if t_ns is None else t_ns
         event = _checked(given)
         with self._lock:
-            if kind in self._USER_KINDS:
-                self._user_count += 1
-                if self._user_count > self.MAX_USER_EVENTS:
-                    self._note_full()
-                    return event
+            counted_as = self._counted_as(kind, name)
+            most = self.MAX_EVENTS_OF_NAME if counted_as else self.MAX_USER_EVENTS
+            self._counts[counted_as] += 1
+            if self._counts[counted_as] > most + 1:
+                return False
+            if self._counts[counted_as] > most:
+                self._note_full(counted_as or "marks, steps, shadows", most)
+                return False
             self._append(event)
-        return event
+        return True
 
     def events(self) -> list[Event]:
         """A copy of what was recorded so far, in order of recording."""
@@ -199,10 +205,13 @@ class EventLog:
             os.close(self._fd)
             self._fd = None
 
-    def _note_full(self) -> None:
-        if self._full_noted:
-            return
-        self._full_noted = True
+    @classmethod
+    def _counted_as(cls, kind: str, name: str) -> str:
+        """The events that this one is counted with; "": all that a job makes as it likes."""
+        is_users = kind in cls._USER_KINDS and name not in cls._KNOWN_MARKS
+        return "" if is_users else f"{kind} {name}"
+
+    def _note_full(self, what: str, most: int) -> None:
         record = {
             "t_ns": time.time_ns(),
             "job": self.job,
@@ -211,7 +220,7 @@ class EventLog:
             "kind": "fault",
             "name": "too_many_events",
             "level": "warning",
-            "message": f"marks, steps, shadows: of these {self.MAX_USER_EVENTS} are kept of a node",
+            "message": f"{what}: of these {most} are kept of a node",
         }
         self._append(_checked(record))
 

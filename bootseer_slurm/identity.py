@@ -1,7 +1,7 @@
 """Becoming a user: the one place where a process of root's takes a user's rights, for good.
 
-`User.popen_arguments`, `out_of_reach` and `without_rights` are for what is begun with `subprocess`. All else
-changes the whole process.
+`out_of_reach` and `without_rights` are for what is begun with `subprocess`. All else changes the whole
+process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import pwd
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 # When the node's memory is full, users' processes go first, and the agent last (conf/systemd).
 _OOM_SCORE_ADJUST = "500"
@@ -20,14 +19,6 @@ KILLED_FIRST = ("sh", "-c", f'echo {_OOM_SCORE_ADJUST} > /proc/self/oom_score_ad
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 _NOBODYS_UID = 61875  # behind those of image.packer, between Linux's own ranges
-
-
-class PopenRights(TypedDict):
-    """The arguments of `subprocess.Popen` that say whose rights the program has."""
-
-    user: int
-    group: int
-    extra_groups: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +37,6 @@ class User:
         except KeyError:
             groups = [gid]
         return cls(uid, gid, tuple(groups))
-
-    def popen_arguments(self) -> PopenRights:
-        """Have a program that `subprocess` begins run as this user, with these groups only. For root."""
-        return {"user": self.uid, "group": self.gid, "extra_groups": list(self.groups)}
 
     def become(self) -> None:
         """Take this user's ids and groups, all of them. For root. Raises OSError."""

@@ -20,6 +20,7 @@ import ctypes
 import errno
 import os
 import re
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -288,6 +289,8 @@ def map_root_to(uid: int, gid: int) -> int:
     finally:
         for fd in (ready_read, leave_read, leave_write):
             os.close(fd)
+        # Killed: the end of its pipe does not come while another child, forked at this moment, has it too.
+        os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
 

@@ -1,16 +1,25 @@
-"""A filter of system calls (seccomp(2)): a process that has it never runs another program, nor traces one.
+"""Filters of system calls (seccomp(2)): what a process, and all that it begins, never calls again.
 
-It closes a whole class: what a library would run for a user (`credential_process` of an AWS profile, a
-command in a file of settings) does not run in the agent's service. Such calls fail with EPERM. The filter
-cannot be taken off, and children have it too. It asks for no_new_privs (identity.gain_no_rights).
+*Nothing executed* closes a whole class: what a library would run for a user (`credential_process` of an AWS
+profile, a command in a file of settings) does not run in the agent's service. *Nothing but files* is for a
+program that reads hostile bytes, should these take it over:
+
+    python -I -m bootseer_slurm.seccomp COMMAND…
+
+Such calls fail with EPERM. A filter cannot be taken off. It asks for no_new_privs
+(identity.gain_no_rights), or root's rights.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import platform
+import signal
 import struct
+import sys
+from collections.abc import Sequence
 
 _PR_SET_SECCOMP = 22
 _SECCOMP_MODE_FILTER = 2
@@ -20,8 +29,15 @@ _ERRNO = 0x00050000
 _LOAD, _IF_EQUAL, _IF_SET, _RETURN = 0x20, 0x15, 0x45, 0x06
 _NUMBER_AT, _ARCHITECTURE_AT = 0, 4  # in struct seccomp_data
 _X32_BIT = 0x40000000  # calls of the x32 ABI have numbers of their own
-# linux/audit.h, and the numbers of execve, execveat, ptrace
-_MACHINES = {"x86_64": (0xC000003E, (59, 322, 101)), "aarch64": (0xC00000B7, (221, 281, 117))}
+_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # linux/audit.h
+# execve, execveat, ptrace
+_EXECUTION = {"x86_64": (59, 322, 101), "aarch64": (221, 281, 117)}
+# socket, ptrace, process_vm_readv, process_vm_writev, unshare, setns, mount, bpf, perf_event_open, add_key,
+# request_key, keyctl, userfaultfd, io_uring_setup, pidfd_getfd
+_ALL_BUT_FILES = {
+    "x86_64": (41, 101, 310, 311, 272, 308, 165, 321, 298, 248, 249, 250, 323, 425, 438),
+    "aarch64": (198, 117, 270, 271, 97, 268, 40, 280, 241, 217, 218, 219, 282, 425, 438),
+}
 
 
 class _Program(ctypes.Structure):
@@ -35,9 +51,26 @@ def forbid_execution() -> bool:
 
     To be called before threads begin.
     """
-    if platform.machine() not in _MACHINES:
+    return _forbid(_EXECUTION.get(platform.machine(), ()))
+
+
+def with_files_only(command: Sequence[str]) -> list[str]:
+    """The command that runs this one without network, namespaces, keys, or a look into other processes."""
+    return [sys.executable, "-I", "-m", __name__, *command]
+
+
+def main(command: list[str]) -> None:
+    """Become the command. Where the kernel has no filters it runs without. For root. Raises OSError."""
+    _forbid(_ALL_BUT_FILES.get(platform.machine(), ()))
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python
+        signal.signal(ignored, signal.SIG_DFL)
+    os.execvp(command[0], command)
+
+
+def _forbid(numbers: Sequence[int]) -> bool:
+    architecture = _ARCHITECTURES.get(platform.machine())
+    if architecture is None:
         return False
-    architecture, numbers = _MACHINES[platform.machine()]
     refuse = _ERRNO | errno.EPERM
     rules = [
         (_LOAD, 0, 0, _ARCHITECTURE_AT),
@@ -54,3 +87,7 @@ def forbid_execution() -> bool:
     program = _Program(len(rules), content)
     libc = ctypes.CDLL(None, use_errno=True)
     return bool(libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0) == 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -57,7 +57,7 @@ _JOB = (
     _JOB_ID,
     Field("RESTART?", "how often it was requeued"),
     Field("UID", "its user"),
-    Field("GID?", "and his group"),
+    Field("GID?", "and his group; without it, the one that this node knows"),
     Field("NODELIST?", "its nodes, as Slurm writes them"),
     Field("NODENAME?", "this node, as Slurm names it"),
     Field("PARTITION?", "as Slurm has it"),

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bootseer_slurm.cli import settings
+from bootseer_slurm.cli.cells import cell
 from bootseer_slurm.cli.progress import progress_bars
 from bootseer_slurm.errors import InputError, IntegrityError
 from bootseer_slurm.units import format_bytes, format_duration, parse_bytes
@@ -84,7 +85,7 @@ def cache_verify() -> None:
     table = Table("user", "blob", "what", "then", box=None, header_style="bold")
     for each in damage:
         then = "will be fetched again" if each.mended else "nothing was changed"
-        table.add_row(_user(each.uid), _short(each.id), each.message, then)
+        table.add_row(_user(each.uid), _short(each.id), cell(each.message), then)
     Console().print(table)
     raise IntegrityError(
         f"cache {root}: {len(damage)} of its blobs damaged", hint="look at the disk; its log says more"

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bootseer_slurm.cli import settings
+from bootseer_slurm.cli.cells import cell
 from bootseer_slurm.units import format_bytes
 
 app = typer.Typer(no_args_is_help=True, help="The work of this node's agent for a job.")
@@ -54,13 +55,13 @@ def _table(state: dict[str, Any]) -> Table:
         reason = f"{shown}: {artifact['reason']}" if artifact["reason"] else shown
         name = f"{artifact['kind']} {artifact['name']}"
         if not artifact["layers"]:
-            table.add_row(name, artifact["asked_by"], reason)
+            table.add_row(cell(name), artifact["asked_by"], cell(reason))
         for layer in artifact["layers"]:
             blocks = layer["planned_blocks"]
             table.add_row(
-                name,
+                cell(name),
                 artifact["asked_by"],
-                reason + (", mounted" if layer["mounted"] else ""),
+                cell(reason + (", mounted" if layer["mounted"] else "")),
                 format_bytes(layer["size_bytes"]),
                 f"{layer['present_bytes'] * 100 // max(1, layer['size_bytes'])} %",
                 format_bytes(layer["fetched_bytes"]),

@@ -15,9 +15,11 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from bootseer_slurm.cli import settings
+from bootseer_slurm.cli.cells import cell
 from bootseer_slurm.cli.progress import progress_bars
 from bootseer_slurm.errors import InputError, NotFound
 from bootseer_slurm.signals import exit_on
+from bootseer_slurm.text import escaped
 
 if TYPE_CHECKING:
     from bootseer_slurm.blob.names import Name
@@ -118,7 +120,7 @@ def env_key(folder: _Folder, image: _Image = "") -> None:
         lines = text.splitlines()
         if part == "packages":
             lines = [f"{len(lines) - 1} packages, {lines[0][:16]}", *_in_a_row(lines[1:])]
-        table.add_row(part, "\n".join(lines) or "-")
+        table.add_row(part, cell("\n".join(lines) or "-"))
     table.add_row("key", fingerprint_of(key))
     Console().print(table)
 
@@ -140,7 +142,7 @@ def env_why(folder: _Folder, image: _Image = "") -> None:
     table = Table("changed", "- when it was saved, + now", box=None, pad_edge=False)
     table.columns[1].overflow = "fold"
     for part, lines in differences(record.key, key).items():
-        table.add_row(part, "\n".join(lines))
+        table.add_row(part, cell("\n".join(lines)))
     Console().print(table)
     raise typer.Exit(1)
 
@@ -156,8 +158,8 @@ def env_list() -> None:
         path, image, job_class = parts_of(record.name)
         packages = max(0, len(record.key.get("packages", "").splitlines()) - 1)
         table.add_row(
-            f"{path}\nand what jobs of class {job_class[:8]} install" if job_class else path,
-            image[:24] or "-",
+            cell(f"{path}\nand what jobs of class {job_class[:8]} install" if job_class else path),
+            cell(image[:24] or "-"),
             record.blob[:12] + (f"\nover {record.base.blob[:12]}" if record.base else ""),
             str(packages or ""),
             _when(record),
@@ -189,7 +191,7 @@ def env_show(folder: _Folder, image: _Image = "") -> None:
         **({"over": record.base.blob, "its size": size(record.base.folder)} if record.base else {}),
         "saved": _when(record),
     }.items():
-        table.add_row(name, value)
+        table.add_row(name, cell(value))
     Console().print(table)
 
 
@@ -280,7 +282,7 @@ def _records() -> list[Name]:
 
     names, damaged = list_names(settings.store(), os.getuid())
     for problem in damaged:
-        print(f"bootseer: {problem}", file=sys.stderr)
+        print(f"bootseer: {escaped(problem)}", file=sys.stderr)
     return [name for name in names if name.kind == "environment"]
 
 

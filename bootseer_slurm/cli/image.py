@@ -16,9 +16,11 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from bootseer_slurm.cli import settings
+from bootseer_slurm.cli.cells import cell
 from bootseer_slurm.cli.progress import progress_bars, store_with_progress
 from bootseer_slurm.errors import InputError, IntegrityError
 from bootseer_slurm.signals import exit_on
+from bootseer_slurm.text import escaped
 
 if TYPE_CHECKING:
     from bootseer_slurm.image.signed_packing import Packing
@@ -121,7 +123,7 @@ def image_list() -> None:
             continue  # the digest's own name of what has a tag
         pushed = time.strftime("%Y-%m-%d %H:%M", time.localtime(name.made_ns / 1e9))
         table.add_row(
-            name.name, name.blob[:12], name.fingerprint[:19], pushed, "signed" if name.signature else ""
+            cell(name.name), name.blob[:12], name.fingerprint[:19], pushed, "signed" if name.signature else ""
         )
     Console().print(table)
     _tell(damaged)
@@ -150,7 +152,7 @@ def image_show(image: _Image) -> None:
     table.add_column(overflow="fold")
     for key, value in rows.items():
         if value:
-            table.add_row(key, value)
+            table.add_row(key, cell(value))
     Console().print(table)
 
 
@@ -196,4 +198,4 @@ def _name(image: str) -> str:
 
 def _tell(problems: list[str]) -> None:
     for problem in problems:
-        print(f"bootseer: {problem}", file=sys.stderr)
+        print(f"bootseer: {escaped(problem)}", file=sys.stderr)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bootseer_slurm.cli import settings
 from bootseer_slurm.errors import BootseerError, InputError
+from bootseer_slurm.text import escaped
 from bootseer_slurm.units import parse_duration
 
 
@@ -31,7 +32,7 @@ def collect() -> None:
         f"somebody else's left: {result.foreign_comments}"
     )
     for problem in result.problems:
-        print(f"bootseer: {problem}", file=sys.stderr)
+        print(f"bootseer: {escaped(problem)}", file=sys.stderr)
     if result.problems:
         raise typer.Exit(BootseerError.exit_status)
 

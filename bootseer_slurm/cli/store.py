@@ -11,6 +11,7 @@ from rich.filesize import decimal
 
 from bootseer_slurm.cli import settings
 from bootseer_slurm.errors import InputError, StoreError
+from bootseer_slurm.text import escaped
 
 app = typer.Typer(no_args_is_help=True, help="The shared store.")
 
@@ -42,4 +43,4 @@ def store_gc() -> None:
         print(f"without a name, goes after a day: {path}")
     print(f"{len(found.removed)} removed, {decimal(found.size_bytes)}")
     for problem in found.problems:
-        print(f"bootseer: {problem}", file=sys.stderr)
+        print(f"bootseer: {escaped(problem)}", file=sys.stderr)

@@ -1,10 +1,11 @@
 """Packing: a squashfs that the agent makes of a user's tar, so that its structure is no user's work.
 
 The user gives content only: a tar stream through a pipe. mksquashfs reads it as a *packer*, a user id that
-nobody has, one for each packing at a time, without groups, capabilities or a way to get any. The agent takes
-the result away from the packer, when no process of it is left, before it reads the digests that get signed.
-Set-user-id bits and device nodes go into the image as they come: all files are root's there, and the mounts
-that steps get are nosuid and nodev, locked (see `kernel_mount`).
+nobody has, one for each packing at a time, without groups, capabilities or a way to get any. It has a network
+namespace of its own and a filter of system calls. The agent takes the result away from the packer, when no
+process of it is left, before it reads the digests that get signed. Set-user-id bits and device nodes go into
+the image as they come: all files are root's there, and the mounts that steps get are nosuid and nodev, locked
+(see `kernel_mount`).
 
 On disk: `folder`, below the cache's, only for root to enter; in it <ticket>/, 0700, the packer's: image, log.
 A result is an open file without a name, and no user has two: the next packing waits until the last one's
@@ -41,6 +42,7 @@ from bootseer_slurm.blob.squashfs.compression import COMPRESSIONS
 from bootseer_slurm.blob.squashfs.superblock import check_squashfs
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.identity import without_rights
+from bootseer_slurm.seccomp import with_files_only
 
 _log = logging.getLogger(__name__)
 
@@ -276,7 +278,8 @@ def _command(squash: list[str], packer_uid: int, limit_bytes: int) -> list[str]:
     """mksquashfs as a packer, with nothing to gain."""
     processors = max(1, (os.cpu_count() or 1) // 2)  # jobs run beside it
     return [
-        *without_rights(packer_uid),
+        *("unshare", "--net", "--"),
+        *with_files_only(without_rights(packer_uid)),
         *("prlimit", f"--fsize={limit_bytes}", f"--nofile={_OPEN_FILES}", f"--nproc={_THREADS}", "--core=0"),
         *(f"--as={_ADDRESS_SPACE_BYTES}", "--"),
         *("nice", "-n", "5", *squash),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import dataclass, field
 
 from bootseer_slurm.cgroups import JobGroup
@@ -28,9 +29,9 @@ class JobContext:
     phase: JobPhase = field(default_factory=JobPhase)
 
     def fault(self, name: str, message: str) -> None:
-        """Tell the job's report what went wrong."""
-        _log.warning("%s: %s", name, message, extra={"job": self.job.job_id})
-        self.log.emit("fault", name, level="warning", message=message)
+        """Tell the job's report what went wrong, and the log, unless it did so very often."""
+        if self.log.emit("fault", name, level="warning", message=message):
+            _log.warning("%s: %s", name, message, extra={"job": self.job.job_id})
 
 
 class Threads:
@@ -53,8 +54,9 @@ class Threads:
         return True
 
     def join(self, timeout_s: float) -> None:
-        """Wait for them, for each at most `timeout_s`; once the job is over, when no more are started."""
+        """Wait for them, `timeout_s` together; once the job is over, when no more are started."""
+        deadline_s = time.monotonic() + timeout_s
         with self._lock:
             threads = list(self._threads)
         for thread in threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, deadline_s - time.monotonic()))

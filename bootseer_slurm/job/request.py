@@ -6,6 +6,7 @@ Every value here was typed by the job's user and is read by root: all is checked
 from __future__ import annotations
 
 import contextlib
+import pwd
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,17 +43,26 @@ class Request:
 
 def parse_job(message: Message) -> Job:
     """The job of a prolog, attach or epilog message. Raises InputError."""
+    uid = number(message, "UID")
     return Job(
         job_id=number(message, "JOB_ID"),
         restart=number(message, "RESTART", "0"),
-        uid=number(message, "UID"),
-        gid=number(message, "GID", first(message, "UID")),
+        uid=uid,
+        gid=number(message, "GID") if first(message, "GID") else _gid_of(uid),
         nodelist=first(message, "NODELIST")[:NAME_LIMIT],
         partition=first(message, "PARTITION")[:256],
         name=first(message, "JOB_NAME")[:256],
         account=first(message, "ACCOUNT")[:256],
         gpus=_gpus(first(message, "GPUS")),
     )
+
+
+def _gid_of(uid: int) -> int:
+    """The group of a user whose job does not name one: his number may be the group of others."""
+    try:
+        return pwd.getpwuid(uid).pw_gid
+    except (KeyError, OverflowError) as error:
+        raise InputError(f"GID: missing, and this node knows no user {uid}") from error
 
 
 def parse_request(message: Message) -> Request | None:

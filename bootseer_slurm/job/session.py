@@ -2,7 +2,7 @@
 
 A session begins, shows each step what is ready, is told of marks, and ends. Everything slow happens in
 threads of the job's: `begin`, `step` and `mark` return at once. `attach` shows what is there; who asks waits
-for `intake.wait_looked_up` before, some seconds at most.
+until it `can_show` all, some seconds at most.
 """
 
 from __future__ import annotations
@@ -129,6 +129,10 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         self.context.log.emit("step", "attach", step=step)
         self._recording.step()
 
+    def can_show(self) -> bool:
+        """Whether all is looked up that the job asked for."""
+        return self.intake.wait_looked_up(0.0)
+
     def attach(self, step: str) -> tuple[list[Bind], dict[str, str]]:
         """The view of a step: mounts over its originals (the caller closes them), and its environment."""
         shown = self._view.open(step)
@@ -215,6 +219,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         self._process.kill()
         self.scheduler.join(_JOIN_S)
         self._threads.join(_JOIN_S)
+        self._process.close()
         closes = [self._view.close, self.artifacts.close, *(each.close for each in self._reattached)]
         for close in closes:
             try:

@@ -147,7 +147,7 @@ class Scheduler:
                     tell_bytes(self._log, "stopped", work)
 
     def join(self, timeout_s: float) -> None:
-        """Wait for the streams, each at most `timeout_s`."""
+        """Wait for the streams, `timeout_s` together."""
         self._streams.join(timeout_s)
 
 

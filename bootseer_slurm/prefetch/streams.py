@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
@@ -56,8 +57,10 @@ class Streams:
             self._threads[-1].start()
 
     def join(self, timeout_s: float) -> None:
+        """Wait for them, `timeout_s` together."""
+        deadline_s = time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, deadline_s - time.monotonic()))
 
     def _stream(self) -> None:
         while chosen := self._queue.next():

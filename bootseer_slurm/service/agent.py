@@ -25,10 +25,11 @@ from bootseer_slurm.image.packer import Packer
 from bootseer_slurm.job.journal import Journal
 from bootseer_slurm.job.session import Session
 from bootseer_slurm.service.answers import Answers, slow_operations
+from bootseer_slurm.service.departures import watch
 from bootseer_slurm.service.killed_tasks import end_waits_of_killed
 from bootseer_slurm.service.lost_epilogs import LostEpilogs
-from bootseer_slurm.service.server import Server
-from bootseer_slurm.service.sessions import Sessions, reap
+from bootseer_slurm.service.sessions import Sessions
+from bootseer_slurm.service.sockets.server import Server
 from bootseer_slurm.service.supervisor import Resources
 from bootseer_slurm.slurm.allocation import Job
 from bootseer_slurm.userproc.spare import Spare
@@ -91,7 +92,8 @@ class Agent:
         answers = Answers(self._config, self._node, self._sessions, self._blobs, self._packer)
         by_name = {op: getattr(answers, op) for op in OPERATIONS}
         Server(by_name, slow_operations(self._config), self._stop).start(self._listeners)
-        threading.Thread(target=reap, args=(self._sessions, self._lost, self._stop), daemon=True).start()
+        watched = self._sessions, self._lost, self._packer, self._stop
+        threading.Thread(target=watch, args=watched, daemon=True).start()
         threading.Thread(target=self._tend, daemon=True).start()
         threading.Thread(target=end_waits_of_killed, args=(self._blobs, self._stop), daemon=True).start()
         metrics = self._start_metrics()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -17,8 +16,9 @@ from bootseer_slurm.image.signing import read_key, sign
 from bootseer_slurm.job.inspection import inspect
 from bootseer_slurm.job.request import number
 from bootseer_slurm.job.session import Session
-from bootseer_slurm.service.parking import Waiting
+from bootseer_slurm.service.departures import end_job
 from bootseer_slurm.service.sessions import Sessions
+from bootseer_slurm.service.sockets.parking import Waiting
 from bootseer_slurm.slurm.allocation import Job
 
 _PACK_BEGIN_S = 10.0
@@ -46,10 +46,8 @@ class Answers:  # size: a method for each operation
 
     def epilog(self, message: Message, uid: int, fds: list[int]) -> Message:
         # Not by restart count: the epilog of a requeued run already says the next one (Slurm 22.05).
-        job_id = number(message, "JOB_ID")
-        with contextlib.suppress(NotFound):
-            self._cancel_packing(self._sessions.find(job_id).context.job)
-        self._sessions.end(job_id, "job ended", number(message, "HOOK_START_NS", "0"))
+        hook_start_ns = number(message, "HOOK_START_NS", "0")
+        end_job(self._sessions, self._packer, number(message, "JOB_ID"), "job ended", hook_start_ns)
         return []
 
     def attach(self, message: Message, uid: int, fds: list[int]) -> Message | Waiting:
@@ -60,7 +58,7 @@ class Answers:  # size: a method for each operation
         session.step(step, number(message, "MEMORY_MB", "0") * 2**20)
         return Waiting(
             session.context.job.uid,
-            lambda: session.intake.wait_looked_up(0.0),
+            session.can_show,
             time.monotonic() + self._config.prefetch.attach_wait_s,
             lambda fds: self._show(session, step, fds),
         )
@@ -130,11 +128,6 @@ class Answers:  # size: a method for each operation
 
     def _jobs(self) -> list[Job]:
         return [session.context.job for session in self._sessions.all()]
-
-    def _cancel_packing(self, job: Job) -> None:
-        """End what is packed for a user whose last job ends."""
-        if all(other.uid != job.uid or other is job for other in self._jobs()):
-            self._packer.cancel(job.uid)
 
     def _own(self, message: Message, uid: int) -> Session:
         session = self._sessions.find(number(message, "JOB_ID"))

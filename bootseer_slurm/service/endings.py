@@ -19,11 +19,11 @@ class Endings:
         self._lock = threading.Lock()
 
     def begin(self, session: Session, reason: str) -> None:
-        """End a session, in a thread."""
+        """End a session, in a thread. Raises RuntimeError where none can be started."""
         thread = threading.Thread(target=self._end, args=(session, reason), daemon=True)
         with self._lock:
-            self._sessions.append(session)
             thread.start()
+            self._sessions.append(session)  # its thread takes it out only with this lock
             self._threads = [each for each in self._threads if each.is_alive()] + [thread]
 
     def _end(self, session: Session, reason: str) -> None:

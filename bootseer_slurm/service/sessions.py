@@ -1,21 +1,17 @@
 """The sessions of this node, one for each job id: begun, found, ended, and recovered by a new agent.
 
-Owns the table and its journal on disk. Thread-safe. One thread ends sessions whose epilog was lost.
+Owns the table and its journal on disk. Thread-safe.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-import psutil
 
 from bootseer_slurm.agentapi.protocol import Message, first
 from bootseer_slurm.artifacts.reattached import Found
@@ -31,49 +27,38 @@ _log = logging.getLogger(__name__)
 
 _END_LIMIT_S = 20.0  # for all sessions when the agent stops; the systemd unit allows 30 s
 _RESTORE_LIMIT_S = 60.0  # readers of what was being looked up when an agent died wait this long for the next
-_LOOK_EVERY_S = 1.0  # for lost epilogs, of which the hook left a word
-_STEPS_EVERY_S = 30.0  # for steps: to look at each process of a large node takes 0.1 s
-# An interactive job may pause between its steps, where Slurm keeps no step for the whole of it
-# (PrologFlags=Contain); what is lost by waiting is some disk.
+# An interactive job may pause between its steps; what is lost by waiting is some disk.
 _REAP_AGE_S = 3600.0
 _REAP_AGE_WITHOUT_STEP_S = 86400.0  # an allocation may wait long for its first step on this node
-_STEP_TITLE = re.compile(r"^slurmstepd: \[(\d+)\.([^]]*)\]")
-_WHOLE_JOB = "extern"
+# Steps that last as long as the job does on this node. There is one where Slurm has PrologFlags=Contain.
+_LASTING = frozenset({"extern", "batch", "interactive"})
 _OVER_MOST = 4096  # jobs of a node whose last messages may still wait to be read
-
-
-def jobs_with_steps() -> dict[int, set[str]]:
-    """The jobs that have steps on this node, and these: each has a slurmstepd, "slurmstepd: [1234.batch]".
-
-    Anybody can give himself this title: only root's processes that run slurmstepd count.
-    """
-    jobs: dict[int, set[str]] = {}
-    for process in psutil.process_iter(["name"]):
-        if not (process.info["name"] or "").startswith("slurmstepd"):
-            continue
-        with contextlib.suppress(psutil.Error, OSError):
-            title = _STEP_TITLE.match(" ".join(process.cmdline()))
-            program = os.readlink(f"/proc/{process.pid}/exe").removesuffix(" (deleted)")
-            if title and process.uids().real == 0 and os.path.basename(program) == "slurmstepd":
-                jobs.setdefault(int(title[1]), set()).add(title[2])
-    return jobs
 
 
 @dataclass(slots=True)
 class _Row:
     """A session in the table.
 
-    begin_ns: since the epoch, when the hook began; 0 of one that a step began, or an agent before this one.
-    contained: its job has a step that lasts as long as the job. absent: rounds in a row in which its job had
-    no step on this node.
+    seen_s: when its job was seen last, by time.monotonic(). begin_ns: since the epoch, when the hook began;
+    0 of one that a step began, or an agent before this one. had_lasting: its job had a step that lasts as
+    long as the job. absent: rounds in a row in which its job had no step on this node.
     """
 
     session: Session
-    begin_s: float
+    seen_s: float
     begin_ns: int
     had_step: bool = False
-    contained: bool = False
+    had_lasting: bool = False
     absent: int = 0
+
+    def see_step(self) -> None:
+        self.had_step, self.absent, self.seen_s = True, 0, time.monotonic()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its job has left. Two rounds, for it has no step for a moment between one and the next."""
+        age_s = _REAP_AGE_S if self.had_step else _REAP_AGE_WITHOUT_STEP_S
+        return self.absent >= 2 and (self.had_lasting or time.monotonic() - self.seen_s > age_s)
 
 
 class Sessions:
@@ -108,7 +93,7 @@ class Sessions:
             over_ns = max(self._lost.time_ns(job.job_id), self._over.get(job.job_id, 0))
             if 0 < hook_start_ns < over_ns:  # this message waited, and its job did not
                 return
-            self.end(job.job_id, "requeued", hook_start_ns)  # a session of this job is of an earlier start
+            self.end(job.job_id, "requeued")  # a session of this job is of an earlier start
             self._lost.forget(job.job_id)
             self._over.pop(job.job_id, None)
             if request is None:
@@ -132,7 +117,7 @@ class Sessions:
                 self._journal.add(job.job_id, Added(request))
             if row is None or row.session.context.job.uid != job.uid:
                 return None
-            row.had_step, row.absent = True, 0
+            row.see_step()
         row.session.intake.add(request or Request(observe=True))
         return row.session
 
@@ -157,23 +142,38 @@ class Sessions:
         # Without the lock, which prologs wait for: a job may have made 20,000 marks.
         return sum(map(faults_of, sessions), past)
 
-    def end(self, job_id: int, reason: str, at_ns: int = 0) -> None:
-        """Take a job's session out of the table, if there is one, and end it in a thread.
+    def end(self, job_id: int, reason: str, at_ns: int = 0) -> Session | None:
+        """Take a job's session out of the table, if there is one, and end it in a thread; gives it.
 
-        at_ns: since the epoch, when the job was over; a session that began later is another start's. 0: now.
-        Remembered for a while: what the job has sent before may be read later.
+        at_ns: since the epoch, when the hook said that the job was over: a session that began later is
+        another start's. Remembered for a while, for what the job has sent before may be read later. Raises
+        RuntimeError where no thread can be started; then it can be ended later.
         """
-        at_ns = at_ns or time.time_ns()
         with self._lock:
-            self._over[job_id] = at_ns
+            if at_ns:
+                self._over[job_id] = at_ns
             if len(self._over) > _OVER_MOST:
                 del self._over[next(iter(self._over))]
             row = self._rows.get(job_id)
-            if row is None or row.begin_ns >= at_ns:
-                return
-            del self._rows[job_id]
+            if row is None or 0 < at_ns <= row.begin_ns:
+                return None
             self._journal.end(job_id, row.session.context.job.restart)
             self._endings.begin(row.session, reason)
+            del self._rows[job_id]
+        return row.session
+
+    def end_absent(self, jobs: Mapping[int, set[str]]) -> list[Session]:
+        """Note which jobs have steps in this round; end the sessions of those that left, and give them."""
+        with self._lock:
+            for job_id, row in self._rows.items():
+                if job_id in jobs:
+                    row.see_step()
+                    row.had_lasting |= not _LASTING.isdisjoint(jobs[job_id])
+                else:
+                    row.absent += 1
+            over = [job_id for job_id, row in self._rows.items() if row.is_over]
+            ended = [self.end(job_id, "no step left") for job_id in over]
+        return [session for session in ended if session is not None]
 
     def end_all(self, reason: str) -> None:
         """End the sessions, all at once, and wait for them and for those that are ending already."""
@@ -217,37 +217,3 @@ class Sessions:
         self.begun += 1
         self._journal.begin(began)
         return session
-
-    def without_step(self, jobs: Mapping[int, set[str]]) -> list[int]:
-        """Note which jobs have steps in this round; give those whose session is to be ended."""
-        over = []
-        with self._lock:
-            for job_id, row in self._rows.items():
-                row.had_step |= job_id in jobs
-                row.contained |= _WHOLE_JOB in jobs.get(job_id, ())
-                # Two rounds, for a job has no step for a moment between one and the next.
-                row.absent = 0 if job_id in jobs else row.absent + 1
-                age_s = _REAP_AGE_S if row.had_step else _REAP_AGE_WITHOUT_STEP_S
-                is_old = time.monotonic() - row.begin_s > age_s
-                if row.absent >= 2 and (row.contained or is_old):
-                    over.append(job_id)
-        return over
-
-
-def reap(sessions: Sessions, lost: LostEpilogs, stop: threading.Event) -> None:
-    """End, round by round, the sessions whose epilog was lost, until `stop` is set."""
-    next_look_s = 0.0
-    while not stop.wait(_LOOK_EVERY_S):
-        for job_id, lost_ns in lost.all():
-            _log.warning("no agent took the epilog", extra={"job": job_id})
-            sessions.end(job_id, "job ended", lost_ns)
-            lost.forget(job_id)
-        if time.monotonic() < next_look_s or not sessions.all():
-            continue
-        next_look_s = time.monotonic() + _STEPS_EVERY_S
-        try:
-            for job_id in sessions.without_step(jobs_with_steps()):
-                _log.warning("no step left and no epilog", extra={"job": job_id})
-                sessions.end(job_id, "no step left")
-        except (psutil.Error, OSError, RuntimeError) as error:  # the next may do better
-            _log.warning("cannot look for sessions without a step: %s", error)

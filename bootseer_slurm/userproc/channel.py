@@ -74,7 +74,7 @@ class Channel:
             self._waiting.pop(number, None)
             if future.cancel():
                 raise
-            return future.result()  # it came this very moment
+            return future.result(_END_S)  # it comes this very moment
 
     def send(self, request: Request) -> Future[Answer]:
         """Send a request; the future gets its answer, or the error, however late."""
@@ -127,7 +127,9 @@ class Channel:
         self._process.kill()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        self._receiver.join()  # it ends with the shutdown, even if the process does not
+        # It ends with the shutdown, even if the process does not. But it closes the descriptors that came,
+        # and a user's file system or connection can hold it there for as long as he likes.
+        self._receiver.join(_END_S)
         with self._lock:
             self._socket.close()
         try:

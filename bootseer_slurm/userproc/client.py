@@ -182,6 +182,11 @@ class UserProcess:  # size: a method for each operation
     def kill(self) -> None:
         """End the process at once; calls under way fail with StoreError."""
         self._channel.kill()
+        self._ring.close()
+
+    def close(self) -> None:
+        """Give back what it shared, once it was killed and nobody reads any more."""
+        self._ring.close()
 
 
 def start_user_process(

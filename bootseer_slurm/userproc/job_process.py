@@ -77,3 +77,8 @@ class JobProcess:
         if process is not None:
             process.kill()
         self._spare.prepare()
+
+    def close(self) -> None:
+        """Give back what the process shared, once nobody reads any more."""
+        if self._process is not None:
+            self._process.close()

@@ -7,6 +7,7 @@ are copied before. Demand reads never wait for the prefetch, for some slots are 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -29,7 +30,8 @@ class Ring:
         self.fd = os.memfd_create("bootseer-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, self.slots * CHUNK_BYTES)
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-        self._memory = memoryview(mmap.mmap(self.fd, 0))
+        self._mapped = mmap.mmap(self.fd, 0)
+        self._memory = memoryview(self._mapped)
         self._free: dict[bool, queue.LifoQueue[int]] = {True: queue.LifoQueue(), False: queue.LifoQueue()}
         for slot in range(self.slots):
             self._free[slot >= streams].put(slot)
@@ -48,10 +50,22 @@ class Ring:
         self._free[slot >= self._streams].put(slot)
 
     def view(self, slot: int, size_bytes: int, *, fixed: bool) -> memoryview:
-        """The bytes in a slot, until it is given back. fixed: a copy, which the process cannot change."""
-        view = self._memory[slot * CHUNK_BYTES :][:size_bytes]
+        """The bytes in a slot, until it is given back. fixed: a copy, which the process cannot change.
+
+        Raises StoreError when the ring is closed.
+        """
+        try:
+            view = self._memory[slot * CHUNK_BYTES :][:size_bytes]
+        except ValueError:
+            raise StoreError("the job is over") from None
         if not fixed:
             return view
         copy = self._copies[slot][:size_bytes]
         copy[:] = view
         return copy
+
+    def close(self) -> None:
+        """Give the memory back at once, 4 MiB for each slot that was used; not while a read looks at it."""
+        with contextlib.suppress(BufferError):
+            self._memory.release()
+            self._mapped.close()

@@ -14,6 +14,7 @@ import sys
 import threading
 from dataclasses import dataclass
 
+_END_S = 5.0  # for a killed process
 _ENVIRON = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
@@ -29,10 +30,11 @@ class Started:
         socket.send_fds(self.socket, [order], [ring_fd])
 
     def end(self) -> None:
-        """End it; it has no user, so nothing can hold it."""
+        """End it. One that became its user's just now can be held; subprocess collects it later."""
         self.socket.close()
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_S)
 
 
 def start() -> Started:

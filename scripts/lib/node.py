@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -76,12 +77,16 @@ class Node:
     def connect(self, path: Path | None = None) -> socket.socket:
         """A connection to the agent, by everybody's socket where none is said."""
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        link.settimeout(WAIT_S)
+        # Python's own timeout would not wait for room in the backlog.
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(WAIT_S), 0))
         link.connect(str(path or self.socket))
+        link.settimeout(WAIT_S)
         return link
 
     def request(self, op: str, **fields: object) -> tuple[protocol.Message, list[int]]:
         """The reply to one request of root's, and its descriptors. Raises OSError, ClusterError."""
+        if "UID" in fields:  # the hook and the plugin always say the group
+            fields = {"GID": fields["UID"], **fields}
         path = self.root_socket if OPERATIONS[op].asker is Asker.ROOT else self.socket
         with self.connect(path) as link:
             link.sendall(protocol.encode([("OP", op), *((key, str(value)) for key, value in fields.items())]))

@@ -248,6 +248,20 @@ def test_an_epilog_that_was_not_taken_leaves_a_word(tmp_path: Path, reply: bytes
     assert before_s < (tmp_path / "ended" / "42").stat().st_mtime <= time.time()
 
 
+def test_an_epilog_that_is_killed_leaves_a_word(tmp_path: Path) -> None:
+    (tmp_path / "ended").mkdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "agent.sock"))
+        listener.listen()
+        with subprocess.Popen(
+            [HOOK, tmp_path / "agent.sock"], env=EPILOG, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            link, _ = listener.accept()
+            os.killpg(process.pid, signal.SIGKILL)
+            link.close()
+    assert [path.name for path in (tmp_path / "ended").iterdir()] == ["42"]
+
+
 def test_an_epilog_without_an_agent_leaves_a_word(tmp_path: Path) -> None:
     (tmp_path / "ended").mkdir()
     done = run_hook(tmp_path / "agent.sock", EPILOG)

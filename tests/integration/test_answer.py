@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from bootseer_slurm.report import answer
 from bootseer_slurm.report.collect import collect
-from tests.integration.node import ALICE, BOB, unit_rights
+from tests.integration.node import ALICE, BOB, unit_rights, wait_until
 from tests.integration.test_collect import Site
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -56,6 +57,7 @@ class Service:
                 link, _ = self.listener.accept()
                 with link:
                     environ = os.environ | {"BOOTSEER_CONFIG": str(self.site.config)}
+                    environ["RUNTIME_DIRECTORY"] = str(self.site.records.parent)
                     self.processes.append(self._start(link, environ))
 
     def _start(self, link: socket.socket, environ: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -196,6 +198,26 @@ def test_one_who_says_nothing_and_one_who_hears_nothing_hold_up_no_other(service
             link.connect(str(service.socket))
             link.sendall(request)
         assert service.jobs_seen(BOB) == 2
+
+
+def test_a_user_with_many_connections_is_refused_at_once_and_keeps_nobody_out(service: Service) -> None:
+    collect(service.site.uri, service.site.records)
+    code = ("import socket, sys\nlinks = []\n"
+            f"for _ in range({answer._MOST_OF_USER}):\n"
+            "    links.append(socket.socket(socket.AF_UNIX))\n    links[-1].connect(sys.argv[1])\n"
+            "print('there', flush=True)\nsys.stdin.read()")  # fmt: skip
+    with subprocess.Popen([sys.executable, "-IS", "-c", code, str(service.socket)], user=ALICE, group=ALICE,
+                          extra_groups=[], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:  # fmt: skip
+        assert child.stdout and child.stdout.readline() == b"there\n"
+        locks = service.site.records.parent
+        wait_until(lambda: len(list(locks.glob(f"{ALICE}.*"))) == answer._MOST_OF_USER, timeout_s=60)
+        request = b'{"op": "records", "since_ms": 0}\n'
+        assert b"connections already" in ask(service, request, ALICE)
+        assert (service.jobs_seen(BOB), service.jobs_seen(0)) == (2, 3)
+        child.kill()
+    for process in list(service.processes):
+        process.wait(60)
+    assert service.jobs_seen(ALICE) == 1, "the room is given back"
 
 
 def test_a_process_ends_by_itself(service: Service) -> None:

@@ -16,8 +16,7 @@ import pytest
 
 from bootseer_slurm import mounts
 from bootseer_slurm.artifacts.artifact import Artifact
-from bootseer_slurm.artifacts.reattached import _reopen_original
-from bootseer_slurm.artifacts.source import stored_blob, unmanaged_id
+from bootseer_slurm.artifacts.source import Opened, OriginalFile, Trust, stored_blob, unmanaged_id
 from bootseer_slurm.blob.names import Name, file_fingerprint, user_folder, write_name
 from bootseer_slurm.blob.published import is_published
 from bootseer_slurm.blob.ref import ArtifactRef
@@ -278,9 +277,8 @@ def test_where_the_store_has_no_files_the_sites_signature_tells(site: Site) -> N
         try:
             stored = StoredBlob(folder, 1, signature)
             process: Any = None
-            return stored_blob(
-                process, stored, fd, store_uri="s3://bucket", key=key, allow=lambda count: None
-            ).publisher
+            trust = Trust("s3://bucket", key, lambda count: None)
+            return stored_blob(lambda: process, Opened(process, stored.handle), stored, fd, trust).publisher
         finally:
             os.close(fd)
 
@@ -301,7 +299,7 @@ def test_what_was_kept_of_anothers_file_before_owners_counted_is_not_believed(si
     assert layer.description.id == unmanaged_id(path, status, BOB)
     late = site.session_of(BOB, 8)
     for uid in (BOB, 0):
-        found = replace(layer.found, blob=unmanaged_id(path, status, uid))
-        assert _reopen_original(late._process(), found, BOB) >= 0
+        found = OriginalFile("checkpoint", path, BOB, unmanaged_id(path, status, uid))
+        assert found.open_again(late._process()) >= 0
     with pytest.raises(NotFound, match="was replaced"):
-        _reopen_original(late._process(), replace(layer.found, blob="file-" + "0" * 64), BOB)
+        replace(found, blob_id="file-" + "0" * 64).open_again(late._process())

@@ -87,7 +87,7 @@ class Scene:
         opened = Opened(self.process, stored.handle)
         sources = [store_source(lambda: self.process, manifest.id, stored.folder, layout, opened)]
         if origin:
-            file, opened = OriginalFile("checkpoint", str(self.file)), Opened(self.process, handle)
+            file, opened = OriginalFile("checkpoint", str(self.file), os.getuid()), Opened(self.process, handle)
             sources.append(original_source(lambda: self.process, file, layout, opened))
         reader.sources.add(User(sources, self.faults))
         return reader

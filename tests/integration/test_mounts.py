@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -193,6 +194,25 @@ def test_no_process_is_left_of_a_mapping() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_mapping_ends_though_another_child_has_the_end_of_its_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that fork at the same moment: each child waited for the other one's end."""
+    pipe, kept = os.pipe, []
+
+    def shared_pipe() -> tuple[int, int]:
+        reading, writing = pipe()
+        kept.append(os.dup(writing))  # as the other child has it
+        return reading, writing
+
+    monkeypatch.setattr(os, "pipe", shared_pipe)
+    mapping = threading.Thread(target=lambda: os.close(mounts.map_root_to(54321, 54321)), daemon=True)
+    mapping.start()
+    mapping.join(20)
+    is_stuck = mapping.is_alive()
+    for fd in kept:
+        os.close(fd)
+    assert not is_stuck
 
 
 def test_attributes_are_locked_in_a_user_namespace_and_in_what_is_cloned_there(tmpfs: Path) -> None:

@@ -213,6 +213,8 @@ def test_a_packer_has_no_rights(packer: Packer) -> None:
         assert status["Groups"] == []
         assert status["NoNewPrivs"] == ["1"]
         assert {status[name][0] for name in ("CapPrm", "CapEff", "CapInh", "CapBnd", "CapAmb")} == {"0" * 16}
+        assert status["Seccomp"] == ["2"]
+        assert os.readlink(f"/proc/{process.pid}/ns/net") != os.readlink("/proc/self/ns/net")
         limits = Path(f"/proc/{process.pid}/limits").read_text()
         assert re.search(rf"Max file size +{64 << 20} +{64 << 20} ", limits)
         open_files = [entry.resolve() for entry in Path(f"/proc/{process.pid}/fd").iterdir()]

@@ -21,7 +21,7 @@ import pytest
 
 from bootseer_slurm import mounts
 from bootseer_slurm.agentapi import client, protocol
-from tests.integration.node import ALICE, BOB, Node, node, wait_until
+from tests.integration.node import ALICE, BOB, Node, node, node_of, wait_until
 
 __all__ = ["node"]
 HOOK = Path(__file__).parents[2] / "prolog.d" / "50-bootseer"
@@ -216,7 +216,7 @@ def test_a_new_start_ends_the_session_of_the_one_before(node: Node) -> None:
 
 def test_a_lost_epilog_ends_when_no_step_is_left(node: Node, tmp_path: Path) -> None:
     program = shutil.copy("/bin/sleep", tmp_path / "slurmstepd")
-    node.start("sessions._STEPS_EVERY_S, sessions._LOOK_EVERY_S, sessions._REAP_AGE_S = 0.5, 0.1, 1.5")
+    node.start("departures._STEPS_EVERY_S, departures._LOOK_EVERY_S, sessions._REAP_AGE_S = 0.5, 0.1, 1.5")
     with subprocess.Popen(["slurmstepd: [1.batch]", "100"], executable=program) as step:
         begin_s = time.monotonic()
         for job_id in (1, 2):
@@ -233,7 +233,7 @@ def test_a_lost_epilog_ends_when_no_step_is_left(node: Node, tmp_path: Path) -> 
 
 def test_a_job_whose_own_step_is_gone_is_over_at_once(node: Node, tmp_path: Path) -> None:
     program = shutil.copy("/bin/sleep", tmp_path / "slurmstepd")
-    node.start("sessions._STEPS_EVERY_S, sessions._LOOK_EVERY_S = 0.5, 0.1")
+    node.start("departures._STEPS_EVERY_S, departures._LOOK_EVERY_S = 0.5, 0.1")
     with subprocess.Popen(["slurmstepd: [1.extern]", "100"], executable=program) as step:
         for job_id in (1, 2):
             node.ask("attach", JOB_ID=job_id, UID=ALICE, STEP_ID=0, BOOTSEER="observe")
@@ -246,13 +246,56 @@ def test_a_job_whose_own_step_is_gone_is_over_at_once(node: Node, tmp_path: Path
 def test_a_process_that_only_calls_itself_slurmstepd_keeps_no_session(node: Node, whose: str) -> None:
     folder = node.folder / "data"
     program = shutil.copy("/bin/sleep", folder / ("slurmstepd" if whose == "a user's" else "another"))
-    node.start("sessions._STEPS_EVERY_S, sessions._LOOK_EVERY_S, sessions._REAP_AGE_S = 0.3, 0.1, 0")
+    node.start("departures._STEPS_EVERY_S, departures._LOOK_EVERY_S, sessions._REAP_AGE_S = 0.3, 0.1, 0")
     user = ALICE if whose == "a user's" else 0
     title = "slurmstepd: [1.batch]"
     with subprocess.Popen([title, "100"], executable=program, user=user, group=user, extra_groups=[]) as step:
         node.ask("attach", JOB_ID=1, UID=ALICE, STEP_ID=0, BOOTSEER="observe")
         wait_until(lambda: node.jobs() == set())
         step.kill()
+
+
+@pytest.fixture
+def stepd(tmp_path: Path) -> str:
+    """A program that is called slurmstepd, as its title may say then."""
+    return str(shutil.copy("/bin/sleep", tmp_path / "slurmstepd"))
+
+
+def test_a_pause_between_the_steps_of_an_old_job_ends_nothing(node: Node, stepd: str) -> None:
+    """Of a job that Slurm keeps no step for, the hour counts from its last step, not from its begin."""
+    node.start("departures._STEPS_EVERY_S, departures._LOOK_EVERY_S, sessions._REAP_AGE_S = 0.1, 0.1, 4")
+    with subprocess.Popen(["slurmstepd: [1.0]", "100"], executable=stepd) as step:
+        node.ask("attach", JOB_ID=1, UID=ALICE, STEP_ID=0, BOOTSEER="observe")
+        time.sleep(5)  # the job is older than that now
+        step.kill()
+    time.sleep(1.5)  # many rounds without a step
+    assert node.jobs() == {1}
+    wait_until(lambda: node.jobs() == set())
+
+
+def test_processes_in_the_jobs_cgroup_keep_its_session(node: Node, stepd: str) -> None:
+    """Its slurmstepd may be killed, for want of memory say, while the job lives on."""
+    job_id = 10**9 + os.getpid()
+    cgroup = Path("/sys/fs/cgroup/pids/slurm_test/uid_1") / f"job_{job_id}"
+    try:
+        cgroup.mkdir(parents=True)
+    except OSError as error:
+        pytest.skip(f"no cgroups of version 1 here: {error}")
+    node.start("departures._STEPS_EVERY_S, departures._LOOK_EVERY_S = 0.2, 0.1")
+    with contextlib.ExitStack() as stack:
+        for folder in (cgroup.parent.parent, cgroup.parent, cgroup):
+            stack.callback(folder.rmdir)
+        task = stack.enter_context(subprocess.Popen(["sleep", "100"]))
+        stack.callback(task.kill)
+        (cgroup / "cgroup.procs").write_text(str(task.pid))
+        with subprocess.Popen([f"slurmstepd: [{job_id}.extern]", "100"], executable=stepd) as step:
+            node.ask("attach", JOB_ID=job_id, UID=ALICE, STEP_ID=0, BOOTSEER="observe")
+            time.sleep(1)
+            step.kill()
+        time.sleep(1.5)
+        assert node.jobs() == {job_id}
+        task.kill()
+        wait_until(lambda: node.jobs() == set())
 
 
 def run_hook(node: Node, context: str, job_id: int = 1) -> str:
@@ -272,8 +315,7 @@ def test_an_epilog_that_came_while_the_agent_hung_ends_its_session(node: Node) -
         assert "did not answer in time" in run_hook(node, "epilog")
         for link in links:
             link.close()
-    wait_until(lambda: node.jobs() == set())
-    assert list((node.run / "ended").iterdir()) == []
+    wait_until(lambda: node.jobs() == set() and list((node.run / "ended").iterdir()) == [])
 
 
 def test_a_prolog_that_is_read_after_its_job_was_over_begins_nothing(node: Node) -> None:
@@ -289,7 +331,7 @@ def test_a_prolog_that_is_read_after_its_job_was_over_begins_nothing(node: Node)
 
 
 def test_a_word_of_an_earlier_start_does_not_end_the_next_one(node: Node) -> None:
-    node.start("sessions._LOOK_EVERY_S = 600.0")
+    node.start("departures._LOOK_EVERY_S = 600.0")
     (node.run / "ended" / "1").touch()
     assert run_hook(node, "prolog") == ""
     assert node.jobs() == {1} and list((node.run / "ended").iterdir()) == []
@@ -319,6 +361,46 @@ def test_the_next_agent_finds_epilogs_that_came_while_none_ran(node: Node) -> No
     node.wait_for_another(agent_pid)
     wait_until(lambda: node.jobs() == set())
     assert node.job_files() == set()
+
+
+def test_a_prolog_that_is_read_long_after_its_jobs_end_begins_nothing(node: Node) -> None:
+    """The word outlives the looks that find no session: an agent that hung may look before it reads."""
+    node.start("departures._LOOK_EVERY_S, departures._ASKING_S = 0.05, 0.0")
+    start_ns = time.time_ns() - 10**9
+    (node.run / "ended" / "1").touch()
+    time.sleep(1)  # many looks
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER="observe", HOOK_START_NS=start_ns)
+    assert node.jobs() == set()
+
+
+def test_a_step_that_has_gone_begins_no_session(node: Node) -> None:
+    """Its message waited while an agent hung, and its job may be over: nobody would end the session."""
+    node.start()
+    with hanging(node), node.connect(node.root_socket) as link:
+        fields = [("OP", "attach"), ("JOB_ID", "1"), ("UID", str(ALICE)), ("STEP_ID", "0"), ("BOOTSEER", "1")]
+        link.sendall(protocol.encode(fields))
+        link.shutdown(socket.SHUT_WR)
+        link.close()
+    node.ask("prolog", JOB_ID=2, UID=ALICE, BOOTSEER="observe")  # is read behind it
+    time.sleep(1)
+    assert node.jobs() == {2}
+
+
+def test_a_session_that_could_not_end_ends_at_the_next_look(node: Node) -> None:
+    node.start("""
+departures._LOOK_EVERY_S, departures._ASKING_S = 0.1, 0.0
+start, left = threading.Thread.start, [3]
+def fail(thread):
+    if getattr(thread._target, "__func__", None) is endings.Endings._end and left[0]:
+        left[0] -= 1
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = fail
+""")
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER="observe", HOOK_START_NS=time.time_ns())
+    assert "refused" in run_hook(node, "epilog")
+    wait_until(lambda: node.jobs() == set() and list((node.run / "ended").iterdir()) == [])
+    node.events(1)
 
 
 @contextlib.contextmanager
@@ -367,6 +449,29 @@ def test_steps_that_wait_keep_no_hook_waiting(node: Node) -> None:
             assert b"STATUS=ok" in b"".join(iter(partial(link.recv, 65536), b""))
 
 
+def test_as_many_steps_as_can_wait_leave_room_for_the_hook() -> None:
+    """Five users', more than are parked: those beyond start without us, and no user's keep another's out."""
+    with node_of('[prefetch]\nattach_wait = "100s"\n') as node, contextlib.ExitStack() as stack:
+        node.start("session.Intake.wait_looked_up = lambda self, deadline_s: False")
+        for job_id in range(1, 6):
+            node.ask("prolog", JOB_ID=job_id, UID=ALICE + job_id, BOOTSEER="observe")
+        links = []
+        for step in range(1300):
+            job_id = step // 260 + 1
+            fields = [("OP", "attach"), ("JOB_ID", f"{job_id}"), ("UID", f"{ALICE + job_id}")]
+            links.append(stack.enter_context(node.connect(node.root_socket)))
+            links[-1].sendall(protocol.encode([*fields, ("STEP_ID", f"{step}")]))
+            links[-1].shutdown(socket.SHUT_WR)
+        replies = [link.recv(1024) for link in links]
+        assert all(reply.startswith(b"WAIT=") for reply in replies)
+        assert run_hook(node, "prolog", 9) == "" and 9 in node.jobs()
+        answered = select.poll()
+        for link, reply in zip(links, replies, strict=True):
+            if b"STATUS=" not in reply:
+                answered.register(link, select.POLLIN)
+        assert len(answered.poll(2000)) < 600, "they wait meanwhile"
+
+
 def test_a_flood_of_connections_keeps_no_hook_waiting(node: Node) -> None:
     node.start()
     agent = psutil.Process(node.agent_pid)
@@ -404,9 +509,9 @@ def test_root_alone_has_roots_socket(node: Node) -> None:
 
 def test_one_round_without_a_step_ends_nothing(node: Node) -> None:
     node.start("""
-sessions._STEPS_EVERY_S, sessions._LOOK_EVERY_S, sessions._REAP_AGE_S = 0.2, 0.1, 0
+departures._STEPS_EVERY_S, departures._LOOK_EVERY_S, sessions._REAP_AGE_S = 0.2, 0.1, 0
 rounds = iter([{}, {1: {"0"}}] * 10 + [{}] * 1000)
-sessions.jobs_with_steps = lambda: next(rounds)
+departures.jobs_with_steps = lambda: next(rounds)
 """)
     node.ask("attach", JOB_ID=1, UID=ALICE, STEP_ID=0, BOOTSEER="observe")
     time.sleep(2)

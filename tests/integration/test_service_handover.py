@@ -33,7 +33,7 @@ pytestmark = [
 ]
 REPO = Path(__file__).resolve().parents[2]
 UNIT = REPO / "conf/systemd/bootseer-agent.service"
-_OTHERS = {"lock", "private", "record", "listener.path"}
+_OTHERS = {"lock", "private", "record", "listener.path", "listener.root"}
 _MOUNTS = {f"{what}.{name}" for what in ("mount", "ledger") for name in ("blobs", "checkpoints")}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -28,7 +30,7 @@ from bootseer_slurm.fuse import Mount
 from bootseer_slurm.identity import User
 from bootseer_slurm.store import FileStore
 from bootseer_slurm.userproc import protocol
-from bootseer_slurm.userproc.channel import NoAnswer
+from bootseer_slurm.userproc.channel import Channel, NoAnswer
 from bootseer_slurm.userproc.client import Found, UserProcess, start_user_process
 from bootseer_slurm.userproc.job_process import JobProcess
 from bootseer_slurm.userproc.protocol import Resolve
@@ -97,6 +99,29 @@ def open_ring(process: UserProcess) -> int:
 
 
 @as_root
+def test_its_memory_goes_with_it(tmp_path: Path) -> None:
+    """At once: 200 short jobs left 90 rings to the collector of cycles."""
+    (tmp_path / "file").write_bytes(os.urandom(2**20))
+    rings = [each for each in Path("/proc/self/fd").iterdir() if is_ring(each)]
+    process = start_user_process(SELF, f"file://{tmp_path}", streams=1, timeout_s=5)
+    found = process.resolve(Resolve("checkpoint", str(tmp_path / "file")))
+    assert isinstance(found, Found) and found.reply.original_handle is not None
+    with process.read(found.reply.original_handle, 0, 0, 2**20, demand=True, fixed=False) as view:
+        process.kill()
+        assert len([each for each in Path("/proc/self/fd").iterdir() if is_ring(each)]) == len(rings) + 1
+        assert len(bytes(view)) == 2**20, "a read still looks at it"
+    del view
+    process.close()
+    assert [each for each in Path("/proc/self/fd").iterdir() if is_ring(each)] == rings
+    found.close()
+
+
+def is_ring(fd: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return "bootseer-ring" in os.readlink(fd)
+    return False
+
+
 def test_the_ring_cannot_be_shrunk_under_the_agent(process: UserProcess) -> None:
     ring = open_ring(process)
     size_bytes = os.fstat(ring).st_size
@@ -453,6 +478,39 @@ if ctypes.CDLL(None, use_errno=True).ptrace(0x4206, int(sys.argv[1]), None, None
 print("traced", flush=True)
 time.sleep(60)
 """
+
+
+def lingering_connection() -> tuple[socket.socket, socket.socket]:
+    """A connection whose last close waits a minute for a peer that reads nothing (SO_LINGER), and its peer."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        far, _ = server.accept()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+    near.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            near.send(bytes(65536))
+    near.setblocking(True)
+    return near, far
+
+
+def test_descriptors_that_cannot_be_closed_hold_no_jobs_end(mocker: MockerFixture) -> None:
+    """The process's user chooses what it sends: a close of it may wait for his file system, or his peer."""
+    mocker.patch("bootseer_slurm.userproc.channel._END_S", 0.2)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel = Channel(Started(subprocess.Popen(["sleep", "100"]), ours), 1)
+    near, far = lingering_connection()
+    socket.send_fds(theirs, [b"no answer"], [near.fileno()])
+    near.close()
+    time.sleep(0.5)  # the agent's is the last one now, and is being closed
+    killer = threading.Thread(target=channel.kill, daemon=True)
+    killer.start()
+    killer.join(20)
+    stuck = killer.is_alive()
+    far.close()
+    theirs.close()
+    killer.join(20)
+    assert not stuck
 
 
 @as_root

@@ -11,7 +11,7 @@ from bootseer_slurm import config
 from bootseer_slurm.agentapi.client import PUBLIC
 from bootseer_slurm.agentapi.operations import OPERATIONS, Asker, Field
 from bootseer_slurm.service.answers import Answers, slow_operations
-from bootseer_slurm.service.server import _may_ask
+from bootseer_slurm.service.sockets.server import _may_ask
 
 REPO = Path(__file__).resolve().parents[2]
 # Where each client's messages are written, and how a key stands there.

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from bootseer_slurm.cgroups import NO_GROUP
+from bootseer_slurm.config import Config
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.events import MAX_LINE, Event, EventLog, parse_line, read_events
+from bootseer_slurm.job.context import JobContext
+from bootseer_slurm.slurm.allocation import Job
 
 BASE: dict[str, object] = {
     "v": 1,
@@ -181,11 +185,12 @@ def test_mutated_lines_raise_nothing_but_bootseer_errors() -> None:
 
 def test_log_fills_in_job_node_and_time() -> None:
     log = EventLog(42, 1, "n3")
-    event = log.emit("prefetch", "end", what="image", target="/a", bytes=10, bytes_cached=5, dur_s=None)
+    assert log.emit("prefetch", "end", what="image", target="/a", bytes=10, bytes_cached=5, dur_s=None)
+    (event,) = log.events()
     assert (event.job, event.restart, event.node) == (42, 1, "n3")
     assert event.t_ns > 1_700_000_000_000_000_000
     assert event.extra == {"bytes_cached": 5}
-    assert log.emit("hook", "begin", t_ns=5).t_ns == 5
+    assert log.emit("hook", "begin", t_ns=5) and log.events()[-1].t_ns == 5
     assert read_events(log.to_jsonl().splitlines()) == (log.events(), 0)
 
 
@@ -253,8 +258,29 @@ def test_log_bounds_what_a_job_can_mark(monkeypatch: pytest.MonkeyPatch) -> None
     for _ in range(50):
         log.emit("mark", "again")
     log.emit("access", "summary", reads=5)
+    log.emit("mark", "training_started")
     names = [event.name for event in log.events()]
-    assert names == ["again"] * 10 + ["too_many_events", "summary"]
+    assert names == ["again"] * 10 + ["too_many_events", "summary", "training_started"]
+
+
+def test_log_bounds_each_event_that_comes_in_a_loop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """100,000 faults of one loop were seen: they leave room for others, and for the end."""
+    monkeypatch.setattr(EventLog, "MAX_EVENTS_OF_NAME", 10)
+    log = EventLog(1, 0, "n1", path=tmp_path / "log")
+    context = JobContext(Job(job_id=1, restart=0, uid=1, gid=1), "", "n1", Config(), log, NO_GROUP)
+    for _ in range(50):
+        context.fault("not_found", "no such file")
+    assert sum("no such file" in record.message for record in caplog.records) == 10
+    context.fault("corrupt", "another")
+    log.emit("session", "end")
+    expected = ["not_found"] * 10 + ["too_many_events", "corrupt", "end"]
+    assert [event.name for event in log.events()] == expected
+    log.close()
+    again = EventLog(1, 0, "n1", path=tmp_path / "log")  # of the next agent
+    assert not again.emit("fault", "not_found", level="warning", message="no such file")
+    assert again.emit("fault", "corrupt", level="warning", message="another")
 
 
 def test_log_takes_events_from_several_threads(tmp_path: Path) -> None:

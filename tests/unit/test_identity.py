@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from bootseer_slurm.identity import User, without_rights
+from bootseer_slurm.identity import User, out_of_reach, without_rights
 
 PACKAGE = Path(__file__).resolve().parents[2] / "bootseer_slurm"
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -30,12 +31,23 @@ def test_all_ids_and_groups_are_the_users() -> None:
 
 
 @as_root
-def test_a_program_begins_as_the_user() -> None:
-    rights = User(20001, 20002, (20002, 20003)).popen_arguments()
-    done = subprocess.run(
-        ["sh", "-c", "id -u; id -g; id -G"], capture_output=True, text=True, check=True, **rights
-    )
-    assert done.stdout.split("\n")[:3] == ["20001", "20002", "20002 20003"]
+def test_a_program_out_of_reach_opens_files_as_the_user_who_cannot_trace_it() -> None:
+    command = [*out_of_reach(User(20001, 20002, (20002, 20003))), "sleep", "60"]
+    program = subprocess.Popen(command)
+    try:
+        path = Path(f"/proc/{program.pid}/status")
+        deadline_s = time.monotonic() + 30
+        while "Name:\tsleep" not in (status := path.read_text()):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        found = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        assert found["Uid"].split()[1:] == ["20001"] * 3 and found["NoNewPrivs"] == "1"
+        assert found["Groups"].split() == ["20002", "20003"]
+        look = f"User(20001, 20002, ()).become()\ntry: open('/proc/{program.pid}/mem')\n"
+        assert run(look + "except PermissionError: print('refused')") == "refused"
+    finally:
+        program.kill()
+        program.wait()
 
 
 @as_root

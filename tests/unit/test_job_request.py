@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pwd
+
 import pytest
 
 from bootseer_slurm.agentapi import protocol
@@ -43,6 +45,16 @@ def test_a_hostile_value_is_refused(value: str) -> None:
 def test_a_hostile_number_is_refused(value: str) -> None:
     with pytest.raises(InputError):
         parse_job([("JOB_ID", value), ("UID", "1")])
+
+
+def test_a_missing_group_is_the_users_own_and_never_his_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = pwd.struct_passwd(("alice", "x", 20001, 30007, "", "/", "/bin/sh"))
+    monkeypatch.setattr(pwd, "getpwuid", {20001: known}.__getitem__)
+    assert parse_job([("JOB_ID", "1"), ("UID", "20001")]).gid == 30007
+    assert parse_job([("JOB_ID", "1"), ("UID", "20001"), ("GID", "7")]).gid == 7
+    for uid in ("20002", "9" * 19):
+        with pytest.raises(InputError, match="GID: missing"):
+            parse_job([("JOB_ID", "1"), ("UID", uid)])
 
 
 def test_a_bad_profile_names_every_problem() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bootseer_slurm.seccomp import with_files_only
+
 _BEFORE = """
 import ctypes, os, subprocess, sys
 from bootseer_slurm.identity import gain_no_rights
@@ -51,6 +53,20 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
 
 def test_nothing_is_traced() -> None:
     assert run("print(ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0))") == "-1"
+
+
+@pytest.mark.parametrize("family", ["AF_UNIX", "AF_INET", "AF_NETLINK"])
+def test_a_program_with_files_only_has_no_sockets(family: str) -> None:
+    code = f"import socket\ntry: socket.socket(socket.{family})\nexcept PermissionError: print('refused')"
+    command = with_files_only([sys.executable, "-c", code])
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "refused\n"
+
+
+def test_a_program_with_files_only_traces_and_unshares_nothing() -> None:
+    code = "import ctypes; c = ctypes.CDLL(None); print(c.ptrace(0, 0, 0, 0), c.unshare(0x10000000), c.setns(0, 0))"
+    command = with_files_only([sys.executable, "-c", code])
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "-1 -1 -1"
 
 
 def test_threads_and_files_are_as_before() -> None:

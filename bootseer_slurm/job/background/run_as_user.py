@@ -20,6 +20,7 @@ import msgspec
 
 from bootseer_slurm import mounts
 from bootseer_slurm.identity import User, close_to_tracers, gain_no_rights
+from bootseer_slurm.job.background.aws_profiles import hide_programs
 
 _OPEN_TIMEOUT_S = 10.0  # a file server may not answer
 
@@ -54,6 +55,7 @@ def main(task: Task) -> None:
     gain_no_rights()
     task.user.become()
     close_to_tracers()
+    hide_programs()
     sys.argv[1:] = task.arguments[1:]
     runpy.run_module(task.arguments[0], run_name="__main__", alter_sys=True)
 

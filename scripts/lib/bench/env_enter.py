@@ -21,7 +21,7 @@ def attached(job: str, target: str, uid: str) -> int:
     """The mount of `target` that the agent gives."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.connect(protocol.SOCKET)
-        fields = [("OP", "attach"), ("JOB_ID", job), ("UID", uid), ("STEP_ID", "0")]
+        fields = [("OP", "attach"), ("JOB_ID", job), ("UID", uid), ("GID", uid), ("STEP_ID", "0")]
         link.sendall(protocol.encode(fields))
         link.shutdown(socket.SHUT_WR)
         reply, fds = protocol.receive(link)

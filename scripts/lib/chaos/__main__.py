@@ -139,7 +139,7 @@ def main(
     results.chmod(0o1777)
     try:
         with console.status(f"starting a cluster of {NODES} nodes"):
-            cluster.script("up", "--nodes", str(NODES), "--link", "off", "--clocks", timeout_s=900)
+            cluster.script("up", "--nodes", str(NODES), "--link", "off", "--clocks", "--kept", timeout_s=900)
         result = run(cluster, minutes, random.randrange(10**6) if seed is None else seed, results)
     except ClusterError as error:
         console.print(f"scripts/chaos: {error}", style="red", markup=False)

@@ -61,6 +61,14 @@ def agent_killed(failing: Failing) -> Iterator[None]:
 
 
 @contextmanager
+def supervisor_killed(failing: Failing) -> Iterator[None]:
+    """A supervisor dies, and its agent with it; the service manager starts the next one."""
+    with failing.one_of(failing.cluster.nodes) as node:
+        failing.cluster.agent(node, "crash-supervisor")
+        yield
+
+
+@contextmanager
 def agent_hangs(failing: Failing) -> Iterator[None]:
     """An agent and its supervisor stop for a while."""
     with failing.one_of(failing.cluster.nodes) as node:
@@ -184,6 +192,7 @@ def checkpoint_replaced(failing: Failing) -> Iterator[None]:
 
 FAULTS: dict[str, Callable[[Failing], AbstractContextManager[None]]] = {
     "agent killed": agent_killed,
+    "supervisor killed": supervisor_killed,
     "agent hangs": agent_hangs,
     "user's process stopped": users_process_stopped,
     "store stalls": store_stalls,

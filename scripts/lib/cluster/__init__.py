@@ -12,6 +12,7 @@ What each part owns:
     settings    the files below etc/: Slurm, slurmdbd, munge key, users, bootseer
     storage     /shared: sftp.py on the controller, sshfs on the nodes; dropping caches
     ending      taking all of it down
+    keeper      a service manager for an agent: starts it again, with its descriptors
     daemons     munged, MariaDB, slurmdbd, slurmctld, slurmd, the node agent: start and readiness
 
 Everything that is started lives in the PID namespace of the controller or of a node, and every mount, bridge

@@ -39,7 +39,7 @@ def up(layout: Layout, options: argparse.Namespace) -> None:
     install_packages()
     layout.dir.mkdir(parents=True, mode=0o755)
     names = [f"n{number}" for number in range(1, options.nodes + 1)]
-    state = State(layout, nodes=names, clocks=options.clocks)
+    state = State(layout, nodes=names, clocks=options.clocks, kept=options.kept)
     state.save()
     try:
         start(state, options)
@@ -206,6 +206,8 @@ def agent(layout: Layout, options: argparse.Namespace) -> None:
             daemons.stop_agent(state, node)
         elif options.action == "crash":
             daemons.crash_agent(state, node)
+        elif options.action == "crash-supervisor":
+            daemons.crash_supervisor(state, node)
         else:
             daemons.signal_agent(state, node, signal.SIGKILL if options.action == "kill" else signal.SIGSTOP)
 
@@ -244,6 +246,9 @@ def command_line() -> CommandLine:
         "--cpus", type=int, default=4, metavar="N", help="cores that each node claims; default: 4"
     )
     add.add_argument("--clocks", action="store_true", help="give each agent a clock of its own")
+    add.add_argument(
+        "--kept", action="store_true", help="start agents again whose supervisor is killed, as systemd does"
+    )
     add.add_argument("--keep", action="store_true", help="when the start fails, leave what was started")
     add = line.add("down", down, "stop the cluster and delete all it made", locks=True)
     add.add_argument("--keep-logs", action="store_true", help="leave the log files")
@@ -266,7 +271,7 @@ def command_line() -> CommandLine:
     add.add_argument("--shared", action="store_true", help="mount /shared anew too (restarts the agents)")
     add = line.add("agent", agent, "control the agent of a node, for tests of faults", locks=True)
     add.add_argument("node", help="n1, n2, ... or all")
-    add.add_argument("action", choices=["start", "stop", "kill", "crash", "hang"])
+    add.add_argument("action", choices=["start", "stop", "kill", "crash", "crash-supervisor", "hang"])
     add = line.add("clock", clock, "set the clock of a node's agent (up --clocks)", locks=True)
     add.add_argument("node", help="n1, n2, ...")
     add.add_argument("offset", help="seconds from the machine's clock: +90, -90")

@@ -206,6 +206,8 @@ def start_agent(state: State, node: str) -> None:
         process.signal(signal.SIGCONT, group=True)
         return
     argv = [str(COMMAND), "--config", "/etc/bootseer/bootseer.toml", "agent"]
+    if state.kept:
+        argv = [sys.executable, "-ISB", str(Path(__file__).with_name("keeper.py")), *argv]
     start_daemon(state, node, "agent", argv, env=_own_clock(state, node) if state.clocks else None)
     socket_path = f"/proc/{state.init(node)}/root/run/bootseer/agent.sock"
     await_ready(state, node, "agent", lambda: accepts(socket_path), timeout_s=20)
@@ -252,15 +254,38 @@ def signal_agent(state: State, node: str, number: int) -> None:
 
 def crash_agent(state: State, node: str) -> None:
     """Kill a node's agent proper, which its supervisor starts again; raises ClusterError when none runs."""
-    supervisor = state.process(node, "agent")
-    if supervisor is None or not supervisor.alive:
+    _kill_child(_supervisor(state, node), node)
+
+
+def crash_supervisor(state: State, node: str) -> None:
+    """Kill a node's supervisor, which its keeper starts again; raises ClusterError when none runs."""
+    if not state.kept:
+        raise ClusterError("nothing would start the supervisor again: scripts/cluster up --kept")
+    _supervisor(state, node)
+    keeper = state.process(node, "agent")
+    assert keeper
+    _kill_child(keeper, node)
+
+
+def _supervisor(state: State, node: str) -> Process:
+    process = state.process(node, "agent")
+    if process is None or not process.alive:
         raise ClusterError(f"no agent runs on {node}")
-    children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
-    agent = Process.of(int(children[0])) if children else None
-    if agent is None:
+    return _child(process, node) if state.kept else process
+
+
+def _child(process: Process, node: str) -> Process:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    child = Process.of(int(children[0])) if children else None
+    if child is None:
         raise ClusterError(f"the agent on {node} is just being started")
-    agent.signal(signal.SIGKILL)
-    agent.wait(5)
+    return child
+
+
+def _kill_child(process: Process, node: str) -> None:
+    child = _child(process, node)
+    child.signal(signal.SIGKILL)
+    child.wait(5)
 
 
 def accepts(address: str | tuple[str, int]) -> bool:

@@ -183,6 +183,7 @@ class State:
     """The record of a cluster: `processes` maps "NODE/NAME" to (pid, start time in ticks).
 
     host_linked: the network device on the host was made. clocks: each agent has a clock of its own.
+    kept: each has a service manager, which starts it again (keeper.py).
     """
 
     layout: Layout
@@ -192,6 +193,7 @@ class State:
     processes: dict[str, tuple[int, int]] = field(default_factory=dict)
     host_linked: bool = False
     clocks: bool = False
+    kept: bool = False
 
     @classmethod
     def load(cls, layout: Layout) -> State | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -21,8 +22,8 @@ from bootseer_slurm.agentapi import protocol
 from bootseer_slurm.agentapi.operations import OPERATIONS, Asker, Operation
 from bootseer_slurm.agentapi.protocol import Message, first
 from bootseer_slurm.errors import BootseerError, InputError
-from bootseer_slurm.service.limits import ConnectionLimits
-from bootseer_slurm.service.parking import Parked, Parking, Waiting
+from bootseer_slurm.service.sockets.limits import ConnectionLimits
+from bootseer_slurm.service.sockets.parking import MOST_WAITING, Parked, Parking, Waiting
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ _ACCEPT_PAUSE_S = 0.2  # after an error, which is a lack of descriptors or memor
 # Others wait a quarter of a second, for what lies in the backlog before them.
 _FLOOD_PAUSE_S = 0.001
 _ROOT_THREADS = 16
-_ROOT_CONNECTIONS = 1024  # taken and not read yet; each is a descriptor
+# A descriptor each. Half of them is more than can be parked: steps that wait leave room for the hook.
+_ROOT_CONNECTIONS = 2 * MOST_WAITING
 
 # Gives the reply to a user's message, or what it waits for; descriptors of a reply are appended to the list.
 Answer = Callable[[Message, int, list[int]], Message | Waiting]
@@ -52,6 +54,13 @@ class _Client:
         content = protocol.encode(message)
         sent = socket.send_fds(self.link, [content], fds)
         self.link.sendall(content[sent:])
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the other end is closed: nobody reads a reply."""
+        poll = select.poll()
+        poll.register(self.link, 0)
+        return any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
 
     def close(self) -> None:
         self.link.close()
@@ -103,11 +112,11 @@ class Server:
             return
         release = self._root_slots.release if of_root else lambda: self._limits.give_back(uid)
         client = _Client(link, door, uid, release)
+        if of_root:  # it is queued even where this says that no further thread can be started
+            self._root_threads.submit(self._serve, client)
+            return
         try:
-            if of_root:
-                self._root_threads.submit(self._serve, client)
-            else:
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
         except BaseException:
             client.close()
             raise
@@ -129,7 +138,10 @@ class Server:
         self._send(client, answer, fds)
 
     def _finish(self, client: _Client, waiting: Waiting) -> None:
-        """Answer a request that was parked."""
+        """Answer a request that was parked, unless its step has gone."""
+        if client.is_gone:
+            client.close()
+            return
         fds: list[int] = []
         self._send(client, _answered(lambda: waiting.answer(fds)), fds)
 
@@ -154,7 +166,8 @@ class Server:
             raise InputError(f"{op[:40]!r} is for root on this node")
         if operation is None:
             raise InputError(f"unknown request {op[:40]!r}")
-        if operation.slow:  # so that its client can tell this from an agent that hangs
+        # So that its client can tell this from an agent that hangs. It fails where the client went.
+        if operation.slow:
             client.link.sendall(protocol.encode([("WAIT", str(int(self._slow_s[op] * 1000)))]))
         return self._answers[op](message, client.uid, fds)
 

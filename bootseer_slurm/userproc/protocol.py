@@ -267,6 +267,7 @@ def encode_order(order: Order) -> bytes:
 
 
 def decode_order(message: bytes) -> Order:
+    """The agent's order. Raises as `decode_request`."""
     return msgspec.convert(json.loads(message)["become"], Order)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import cast
 
 from bootseer_slurm.agentapi import protocol as agent
-from bootseer_slurm.errors import BootseerError, InputError, NotFound
+from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, NotFound
 from bootseer_slurm.fuse import protocol as fuse
 from bootseer_slurm.fuse.answers import Answers
 from bootseer_slurm.fuse.device import Device
@@ -26,6 +26,8 @@ from scripts.lib.fuzz.target import Target
 _IMAGE = reference.registry_reference("docker://nvcr.io#nvidia/pytorch:24.01-py3")
 _BLOB_BYTES = 10**9
 _FRAME_BYTES = 2**20
+# As `decode_answer`, `decode_request` and `decode_order` say.
+_NO_MESSAGE = (ValueError, LookupError, TypeError, RecursionError)
 _REPLIES = (
     userproc.Resolved,
     userproc.CheckpointFolder,
@@ -76,7 +78,8 @@ def _answer_kernel(message: bytes) -> object:
     nodes = NodeTable(Lookups(memoryview(bytearray(16 * 64))))
     nodes.root.children[b"1000"] = nodes.make_directory(2, uid=1000, mode=0o700)
     answers = Answers(nodes, cast(Device, _Silent()), zero_message_open=True)
-    return answers.handlers[request.opcode](request)
+    handler = answers.handlers.get(request.opcode)
+    return handler(request) if handler else None
 
 
 def _requests() -> list[bytes]:
@@ -139,8 +142,11 @@ def _from_worker() -> list[bytes]:
 
 
 def _read_answer(content: bytes) -> object:
-    """An answer as the agent takes it: whatever cannot be ends in one of the errors that it expects."""
-    number, answer = userproc.decode_answer(content)
+    """An answer as the agent takes it."""
+    try:
+        number, answer = userproc.decode_answer(content)
+    except _NO_MESSAGE as error:
+        raise IntegrityError("no answer: it ends the process") from error
     if isinstance(answer, BootseerError):
         return number, answer.message
     reply = userproc.decode_reply(answer, *_REPLIES)
@@ -206,15 +212,13 @@ def _questions() -> list[bytes]:
     return [access.to_line(each) for each in questions]
 
 
-# As `decode_answer`, `decode_request` and `decode_order` say.
-_NO_MESSAGE = (ValueError, LookupError, TypeError, RecursionError)
 TARGETS: tuple[Target, ...] = (
-    Target("fuse request", _kernels, _answer_kernel, (OSError, struct.error, KeyError)),
+    Target("fuse request", _kernels, _answer_kernel, (OSError, struct.error)),
     Target("agent's request", _requests, _decode_request, (ValueError,), agent.encode),
     Target("profile", _profiles, lambda content: parse_profile(_text(content)), (InputError,)),
     Target("request to a user's process", _to_worker, userproc.decode_request, _NO_MESSAGE),
     Target("order to a user's process", _orders, userproc.decode_order, _NO_MESSAGE, userproc.encode_order),
-    Target("answer of a user's process", _from_worker, _read_answer, (BootseerError, *_NO_MESSAGE)),
+    Target("answer of a user's process", _from_worker, _read_answer),
     Target("frames", _streams, _read_stream, (BootseerError,), _write_stream),
     Target(
         "hostlist",

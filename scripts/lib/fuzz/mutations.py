@@ -13,99 +13,17 @@ from typing import Any
 from hypothesis import strategies as st
 
 _MOST_EDITS = 4
-_LARGEST = (
-    0,
-    1,
-    127,
-    128,
-    255,
-    256,
-    2**15,
-    2**16 - 1,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**63 - 1,
-    2**63,
-    2**64 - 1,
-)
+_LARGEST = sorted({2**bits + more for bits in (7, 8, 15, 16, 31, 32, 63, 64) for more in (-1, 0, 1)} | {0, 1})
 _NUMBERS = [struct.pack(form, n) for form in "BHIQ" for n in _LARGEST if n < 256 ** struct.calcsize(form)]
-_TOKENS = [
-    b"\0",
-    b"\n",
-    b"\r\n",
-    b"=",
-    b",",
-    b"/",
-    b"..",
-    b"\xff",
-    b"\xed\xa0\x80",
-    b"\xe2\x80\xae",
-    b"\x1b[2J",
-    b"%00",
-    b"[",
-    b"]",
-    b"{",
-    b"}",
-    b'"',
-    b"\\",
-    b"\\ud800",
-    b"1e999",
-    b"-1",
-    b"NaN",
-    b"[" * 9000,
-    b'{"a":' * 9000,
-    b"9" * 400,
-    b"9" * 5000,
-    b"null",
-    b"true",
-    b"[0-9,07-08]",
-    b"n[1-65536]" * 2,
-    b"://",
-    b"file://[",
-    b"@sha256:",
-    b"#",
-]
-_VALUES: list[Any] = [
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    2**31,
-    2**32,
-    2**53,
-    2**63,
-    2**64,
-    10**400,
-    0.5,
-    float("nan"),
-    float("inf"),
-    "",
-    "0",
-    "/",
-    "..",
-    "\0",
-    "\n",
-    "\ud800",
-    "\udcff",
-    "\u202e",
-    "\x1b[2J",
-    "a" * 300,
-    "a" * 5000,
-    "file://[",
-    "file:///a%00b",
-    "docker://",
-    "sha256:" + "0" * 64,
-    [],
-    {},
-    [[]],
-    [None],
-    [[1, 2]],
-    {"": None},
-    [0] * 300,
-]
+_TOKENS = (
+    rb'= , / .. [ ] { } " \ # @sha256: :// file://[ %00 \ud800 1e999 -1 NaN null true [0-9,07-08]'.split()
+)
+_TOKENS += [b"\0", b"\n", b"\r\n", b"\xff", b"\xed\xa0\x80", b"\xe2\x80\xae", b"\x1b[2J"]
+_TOKENS += [b"[" * 9000, b'{"a":' * 9000, b"9" * 400, b"9" * 5000, b"n[1-65536]" * 2]
+_VALUES: list[Any] = [None, True, False, [], {}, [[]], [None], [[1, 2]], {"": None}, [0] * 300]
+_VALUES += [0, 1, -1, 2**31, 2**32, 2**53, 2**63, 2**64, 10**400, 0.5, float("nan"), float("inf")]
+_VALUES += ["", "0", "/", "..", "\0", "\n", "\ud800", "\udcff", "\u202e", "\x1b[2J", "a" * 300, "a" * 5000]
+_VALUES += ["file://[", "file:///a%00b", "docker://", f"sha256:{'0' * 64}"]
 
 
 @st.composite

@@ -8,6 +8,7 @@ from bootseer_slurm.errors import InputError
 
 _BYTES = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
           "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # fmt: skip
+_MOST = 2.0**63
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -19,7 +20,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in _BYTES:
         raise InputError(f"{text!r} is not a quantity of bytes", hint='write it as "64MiB" or "20GB"')
-    return int(float(match[1]) * _BYTES[match[2].upper()])
+    size_bytes = float(match[1]) * _BYTES[match[2].upper()]
+    if size_bytes >= _MOST:
+        raise InputError(f"{text[:40]!r} is more bytes than there can be")
+    return int(size_bytes)
 
 
 def parse_duration(text: str) -> float:
@@ -30,7 +34,10 @@ def parse_duration(text: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text)
     if not match or match[2] not in _SECONDS:
         raise InputError(f"{text!r} is not a duration", hint='write it as "30s", "250ms" or "2h"')
-    return float(match[1]) * _SECONDS[match[2]]
+    duration_s = float(match[1]) * _SECONDS[match[2]]
+    if duration_s >= _MOST:
+        raise InputError(f"{text[:40]!r} is longer than anything lasts")
+    return duration_s
 
 
 def format_bytes(size_bytes: float) -> str:

@@ -186,6 +186,8 @@ def _decode(content: bytes, uid: int, name: str) -> Name:
             if not all(isinstance(value, str) for value in asdict(record["base"]).values()):
                 raise ValueError("its base is not of texts")
         found = Name(**record)
+        for text in (found.name, found.blob, *found.folders):
+            os.fsencode(text)  # raises where it can be no path
         for folder in found.folders:
             if not folder.startswith(f"{user_folder(uid)}/blobs/") or ".." in folder.split("/"):
                 raise ValueError("its folder is not one of this user's blobs")

@@ -183,13 +183,14 @@ def _sources(root: str) -> Iterator[str]:
                 record = json.loads(content) if content else {}
                 url, commit = str(record.get("url", "")), str(record.get("vcs_info", {}).get("commit_id", ""))
                 editable = bool(record.get("dir_info", {}).get("editable"))
+                path = unquote(urlsplit(url).path)
             except (ValueError, AttributeError, RecursionError):
                 continue
             package = name.rpartition(".")[0]
             if commit:
                 yield f"{package} from {url} at {commit}"
             elif editable and url.startswith("file://"):
-                yield f"{package} in {unquote(urlsplit(url).path)}"
+                yield f"{package} in {path}"
 
 
 def _with_commit(line: str) -> str:
@@ -242,7 +243,7 @@ def _read(path: str) -> str:
     """A small file; "" when there is none, or it is no file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
+    except (OSError, ValueError):  # what a file of the user's names need not be a path
         return ""
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):

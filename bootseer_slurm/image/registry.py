@@ -79,7 +79,16 @@ def resolve(
             # Some registries refuse enroot, whose first question does not say which manifests it takes.
             if not shutil.which("skopeo") or patience.is_over:
                 raise
-    content = _inspect(reference, patience)
+    return digest_in(_inspect(reference, patience), reference)
+
+
+def download_bytes(reference: Reference, *, timeout_s: float = 60.0) -> int | None:
+    """The bytes of a pinned image's layers in the registry, or None where it does not say."""
+    return layer_bytes_in(_inspect(reference, Patience(timeout_s)), reference)
+
+
+def digest_in(content: str, reference: Reference) -> str:
+    """The digest that a registry's answer, a manifest or a list of them, says. Raises as `resolve`."""
     manifest = _parse(content, reference)
     digest: object = f"sha256:{hashlib.sha256(content.encode('utf-8', 'surrogateescape')).hexdigest()}"
     if isinstance(manifest.get("manifests"), list):
@@ -87,12 +96,14 @@ def resolve(
     return reference.pinned(str(digest)).digest
 
 
-def download_bytes(reference: Reference, *, timeout_s: float = 60.0) -> int | None:
-    """The bytes of a pinned image's layers in the registry, or None where it does not say."""
+def layer_bytes_in(content: str, reference: Reference) -> int | None:
+    """The bytes of the layers that a manifest names; None where it does not say.
+
+    Raises RegistryUnreachable.
+    """
     try:
-        layers = _parse(_inspect(reference, Patience(timeout_s)), reference)["layers"]
-        return sum(int(layer["size"]) for layer in layers)
-    except (KeyError, TypeError, ValueError):
+        return sum(int(layer["size"]) for layer in _parse(content, reference)["layers"])
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 

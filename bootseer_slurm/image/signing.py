@@ -91,5 +91,5 @@ def is_signed(key: Key, uid: int, manifest_id: str, signature: str) -> bool:
     if not key or not _ID.fullmatch(manifest_id):
         return False
     # As bytes: compare_digest refuses text that is not ASCII, and this text is the user's.
-    given = signature.encode("utf-8", "surrogateescape")
+    given = signature.encode("utf-8", "surrogatepass")
     return hmac.compare_digest(sign(key, uid, manifest_id).encode(), given)

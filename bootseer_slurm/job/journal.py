@@ -122,8 +122,8 @@ def _records(path: Path) -> list[Record]:
     """
     records: list[Record] = []
     with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 ((name, fields),) = json.loads(line).items()
                 request = fields.get("request") or {}
                 if "wishes" in request:  # as an agent before these rooms wrote it

@@ -147,7 +147,7 @@ def parse_profile(text: str) -> Request:
     """
     try:
         content: dict[str, Any] = tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of a number with 5000 digits, and of 5000 brackets
         raise InputError(f"profile: not valid TOML: {error}") from error
     problems: list[str] = []
     wanted: list[ArtifactRef] = []

@@ -267,6 +267,7 @@ def encode_order(order: Order) -> bytes:
 
 
 def decode_order(message: bytes) -> Order:
+    """The agent's order. Raises as `decode_request`."""
     return msgspec.convert(json.loads(message)["become"], Order)
 
 
@@ -275,7 +276,7 @@ def encode_request(number: int, request: Request) -> bytes:
 
 
 def decode_request(message: bytes) -> tuple[int, AnyRequest]:
-    """The agent's request. Raises ValueError, LookupError or TypeError."""
+    """The agent's request. Raises ValueError, LookupError, TypeError or RecursionError when it is none."""
     fields = json.loads(message)
     return fields["id"], msgspec.convert(fields, AnyRequest)
 

@@ -72,6 +72,9 @@ def test_all_names_are_listed_and_damaged_records_told(tmp_path: Path) -> None:
     found, damaged = list_names(store, UID)
     assert found == [second, first]
     assert len(damaged) == 2 and all("is damaged" in each for each in damaged)
+    odd = (names / "moved.json").read_text().replace("/shared/", "/shared\\ud800/")
+    (names / "moved.json").write_text(odd)
+    assert list_names(store, UID)[0] == found and len(list_names(store, UID)[1]) == 2
     remove_name(store, UID, first.name)
     remove_name(store, UID, first.name)
     assert list_names(store, UID)[0] == [second]

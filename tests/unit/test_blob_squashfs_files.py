@@ -125,3 +125,28 @@ def test_a_damaged_image_is_one_clear_error_or_other_files(tmp_path: Path) -> No
         else:
             assert all("/../" not in f"/{path}/" for path in found.files)
     assert refused > 50
+
+
+def test_folders_that_share_a_listing_are_refused(tmp_path: Path) -> None:
+    """A small image would otherwise name each of its files in each of its folders."""
+    for number in range(60):
+        (tmp_path / f"tree/empty{number}").mkdir(parents=True)
+        (tmp_path / f"tree/full/{number}").parent.mkdir(exist_ok=True)
+        (tmp_path / f"tree/full/{number}").touch()
+    image = pack(tmp_path / "tree", tmp_path / "image", "-noI")
+    assert len(files_of(image).files) == 60
+    raw, reader = bytearray(image.read_bytes()), FileReader(image)
+    head = read_superblock(reader, "image")
+    reader.close()
+    inodes = range(head.inodes + 2, head.inodes + 2 + 32 * head.inode_count, 32)  # all are of 32 bytes
+    folders = [place for place in inodes if raw[place] == 1]
+    listing = {
+        place: (bytes(raw[place + 16 : place + 20]), bytes(raw[place + 24 : place + 28])) for place in folders
+    }
+    full = min((each for each in listing.values() if each[1][:2] != b"\3\0"), key=lambda each: each[1][:2])
+    for place in folders:
+        if listing[place][1][:2] == b"\3\0":
+            raw[place + 16 : place + 20], raw[place + 24 : place + 28] = full
+    image.write_bytes(raw)
+    with pytest.raises(InputError, match="tables cannot be read"):
+        files_of(image)

@@ -52,3 +52,18 @@ def test_the_shipped_file_is_the_template() -> None:
 def test_the_units_socket_is_the_default() -> None:
     unit = Path(__file__).parents[2] / "conf/systemd/bootseer-answer.socket"
     assert f"ListenStream={config.RecordsConfig().socket}\n" in unit.read_text()
+
+
+@pytest.mark.parametrize("text", [f"a = {'[' * 50_000}", f"a = {'9' * 5000}"])
+def test_toml_that_cannot_be_read_is_said(tmp_path: Path, text: str) -> None:
+    (tmp_path / "b.toml").write_text(text)
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        config.load(tmp_path / "b.toml", environ={})
+
+
+def test_quantities_beyond_all_reason_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "b.toml"
+    path.write_text(f'[cache]\nmax = "{"9" * 400}TiB"\n[prefetch]\nstart_cap = "{"9" * 400}h"\n')
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, environ={})
+    assert "cache.max" in caught.value.message and "prefetch.start_cap" in caught.value.message

@@ -164,3 +164,12 @@ def test_other_shapes(tmp_path: Path) -> None:
         key_of(str(tmp_path / "empty"), home="/")
     with pytest.raises(InputError, match="not a directory"):
         key_of(str(tmp_path / "none"), home="/")
+
+
+@pytest.mark.parametrize("url", ["file://[", "file:///a%00b", "file:///\ud800"])
+def test_odd_sources_are_no_fault(venv: Path, url: str) -> None:
+    record = {"url": url, "dir_info": {"editable": True}}
+    (site(venv) / "mine-0.1.dist-info" / "direct_url.json").write_text(json.dumps(record))
+    (venv / ".git").write_bytes(b"gitdir: a\0b\n")
+    assert "repo-2 from https://example.org/repo.git at abc123" in key(venv)["sources"]
+    assert fingerprint_of(key(venv))

@@ -73,3 +73,10 @@ def test_a_file_that_does_not_say_what_began_is_told_of(
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: does not say what began the job's session"
     ]
+
+
+@pytest.mark.parametrize("line", [b"\x80\xff", b"[" * 50_000, b"{" + b'"a":{' * 50_000])
+def test_a_damaged_line_costs_no_other(journal: Journal, tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "jobs" / "7"
+    path.write_bytes(line + path.read_bytes() + line + b"\n")
+    assert list(journal.jobs()) == [(7, BEGAN, OTHERS)]

@@ -27,6 +27,7 @@ _BLOCK_STORED = 1 << 24
 _NO_FRAGMENT = 2**32 - 1
 _TABLE_LIMIT_BYTES = 2**30  # of inodes or folders, uncompressed: ten million files
 _DEPTH_LIMIT = 256
+_LIST_LIMIT = 256  # names behind one head, as the kernel has it
 _BLOCK_SIZES = {2**n for n in range(12, 21)}
 _CODECS = {"gzip": "gzip", "lz4": "lz4_raw", "zstd": "zstd"}  # pyarrow's names
 
@@ -226,6 +227,10 @@ class _Inodes:
 def _walk(image: _Image, head: Superblock, inodes: _Inodes) -> Iterator[tuple[str, StoredFile]]:
     """All regular files, by path; what lies in a folder comes before the next folder."""
     table = image.table(head.folders, image.end_of_folders())
+    # A small image could otherwise name each of a million files in each of a million folders.
+    listed_bytes = sum(max(0, folder.size_bytes - 3) for folder in inodes.folders.values())
+    if listed_bytes > len(table.content):
+        raise ValueError("folders share their listing")
     seen: set[int] = set()
 
     def walk(number: int, path: str, depth: int) -> Iterator[tuple[str, StoredFile]]:
@@ -251,6 +256,8 @@ def _entries(table: _Table, folder: _Folder) -> Iterator[tuple[str, int]]:
     while offset < end:
         count, _, first = _LIST_HEAD.unpack_from(table.content, offset)
         offset += _LIST_HEAD.size
+        if count >= _LIST_LIMIT:
+            raise ValueError("a list of a folder is too long")
         for _ in range(count + 1):
             _, delta, _, size = _ENTRY.unpack_from(table.content, offset)
             offset += _ENTRY.size

@@ -89,6 +89,7 @@ class _Collector:
     def add_new(self) -> None:
         """Put the starts whose jobs are over into the dataset, and note their comments."""
         found: dict[int, list[RunFolder]] = {}
+        self._result.problems += OwnersEvents(self._uri).give_back()
         for uid in OwnersEvents(self._uri).users():
             with self._for_user(uid):
                 found[uid] = self._new_runs(uid)

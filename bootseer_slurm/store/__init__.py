@@ -23,7 +23,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from bootseer_slurm.store.base import TEMPORARY, ObjectReader, ObjectWriter, Store, StoreEntry, clock_offset
-from bootseer_slurm.store.local import FileReader, FileStore
+from bootseer_slurm.store.local import FileReader, FileStore, give_folder, users_of
 
 __all__ = [
     "TEMPORARY",
@@ -34,8 +34,17 @@ __all__ = [
     "Store",
     "StoreEntry",
     "clock_offset",
+    "folder_of",
+    "give_folder",
     "open_store",
+    "users_of",
 ]
+
+
+def folder_of(uri: str) -> Path | None:
+    """The folder of a file:// store; None of another one."""
+    parts = urlsplit(uri)
+    return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
 
 def open_store(uri: str, *, plain: bool = False) -> Store:

@@ -4,8 +4,8 @@ Plain system calls: parallel preads of a file are as fast as the file system let
 to import) is then never loaded on the way of a starting job.
 
 In users/ anybody can make a folder with another's uid as its name. So the folder of a uid is used only when
-it is that user's and nobody else can write to it. What root puts into the store is for all: its folders are
-open, and a user's names are looked for among root's too.
+it is that user's and nobody else can write to it; root puts another's aside (`give_folder`). What root puts
+into the store is for all: its folders are open, and a user's names are looked for among root's too.
 """
 
 from __future__ import annotations
@@ -236,3 +236,37 @@ class FileStore(Store):  # size: the interface's methods
             source.rename(target)
         except OSError as error:
             raise StoreError(f"{source}: cannot be renamed to {target}: {error.strerror}") from error
+
+
+def users_of(root: Path) -> Iterator[tuple[int, int]]:
+    """Each uid that has a folder in users/, and the folder's owner. Raises StoreError."""
+    try:
+        with os.scandir(root / "users") as entries:
+            for entry in entries:
+                if entry.name.isascii() and entry.name.isdecimal() and str(int(entry.name)) == entry.name:
+                    with contextlib.suppress(FileNotFoundError):
+                        status = entry.stat(follow_symlinks=False)
+                        yield int(entry.name), status.st_uid if stat.S_ISDIR(status.st_mode) else -1
+    except OSError as error:
+        raise StoreError(f"{root / 'users'}: cannot be listed: {error.strerror}") from error
+
+
+def give_folder(root: Path, uid: int, gid: int) -> None:
+    """Put aside what has a user's place in users/, and make his folder. For root. Raises StoreError.
+
+    Only he is given it, by a rename: others cannot change what root made in a sticky folder.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    token = secrets.token_hex(6)
+    draft = f".{uid}.{token}"
+    try:
+        users = os.open(root / "users", flags)
+        try:
+            os.mkdir(draft, 0o700, dir_fd=users)
+            os.chown(draft, uid, gid, dir_fd=users, follow_symlinks=False)
+            os.rename(str(uid), f".put-aside-{uid}-{token}", src_dir_fd=users, dst_dir_fd=users)
+            os.rename(draft, str(uid), src_dir_fd=users, dst_dir_fd=users)
+        finally:
+            os.close(users)
+    except OSError as error:
+        raise StoreError(f"{root}/users/{uid}: cannot be given to its user: {error.strerror}") from error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pwd
 from collections.abc import Iterator
 from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from bootseer_slurm.errors import StoreError
 from bootseer_slurm.report.gather.stored import MAX_TEXT, StoredEvents, run_folders, user_folders
-from bootseer_slurm.store import Store
+from bootseer_slurm.store import Store, folder_of, give_folder, users_of
 from bootseer_slurm.userproc.forked import Limits, read_as_user
 
 _RUN_LIMIT_BYTES = 128 << 20  # of one run's files, which its user wrote; in memory they are six times that
@@ -22,6 +24,12 @@ class UserFolder(Struct, frozen=True):
     """A user who has a folder."""
 
     uid: _Number
+
+
+class GivenFolder(Struct, frozen=True):
+    """What was done with folders of users/ that others had made, in words."""
+
+    said: str
 
 
 class Run(Struct, frozen=True, tag=True):
@@ -54,12 +62,46 @@ class OwnersEvents:
         self._uri = store_uri
 
     def users(self) -> list[int]:
-        """The uids that have a folder. Raises StoreError."""
+        """The uids that have a folder of their own. Raises StoreError.
+
+        Of folders the owner counts, where the store tells him: anybody can make 400,000 with others' uids.
+        """
+        root = folder_of(self._uri)
 
         def produce(store: Store) -> Iterator[_Piece]:
-            yield from ((UserFolder(uid), b"") for uid in user_folders(store))
+            if root is None:
+                yield from ((UserFolder(uid), b"") for uid in user_folders(store))
+            else:
+                yield from ((UserFolder(uid), b"") for uid, owner in users_of(root) if uid == owner)
 
-        return [folder.uid for folder, _ in read_as_user(0, self._uri, produce, UserFolder)]
+        return sorted(folder.uid for folder, _ in read_as_user(0, self._uri, produce, UserFolder))
+
+    def give_back(self) -> list[str]:
+        """Give known users their folders that others have made; tells which. Raises StoreError."""
+        root = folder_of(self._uri)
+        if root is None:
+            return []
+
+        def produce(store: Store) -> Iterator[_Piece]:
+            strange = 0
+            for uid, owner in users_of(root):
+                if uid == owner:
+                    continue
+                if (gid := _group_of(uid)) is None:
+                    strange += 1
+                    continue
+                try:
+                    give_folder(root, uid, gid)
+                    yield GivenFolder(f"users/{uid} was made by user {owner}, and is its own user's now"), b""
+                except StoreError as error:
+                    yield GivenFolder(f"users/{uid} was made by user {owner}: {error.message}"), b""
+            if strange:
+                yield (
+                    GivenFolder(f"{strange} folders of users/ are another user's than they say: not read"),
+                    b"",
+                )
+
+        return [folder.said for folder, _ in read_as_user(0, self._uri, produce, GivenFolder)]
 
     def restarts(self, uid: int, job: int) -> list[int]:
         """The restart counts under which this user's job has events."""
@@ -108,6 +150,14 @@ class OwnersEvents:
         return [each for each in found if isinstance(each, Run)], [
             each for each in found if isinstance(each, GoneRun)
         ]
+
+
+def _group_of(uid: int) -> int | None:
+    """The group of a user whom this machine knows."""
+    try:
+        return pwd.getpwuid(uid).pw_gid
+    except (KeyError, OverflowError):
+        return None
 
 
 def event_pieces(store: Store, uid: int, job: int, restart: int) -> Iterator[tuple[EventFile, bytes]]:

@@ -5,6 +5,9 @@ its user between packing and signing; the signature is over the manifest's id, t
 an HMAC-SHA256 with the site's key, the same file on all nodes, and lies with the image's name in the store,
 where its user may change it: a changed one does not verify, and the image goes through squashfuse.
 
+A key is replaced while images hang on it: the file <key>.old beside it holds the one before, whose signatures
+count as long as that file is there. It signs nothing any more.
+
 Owns: the key's file and the signature. Does not own: what is signed, see `packer`.
 """
 
@@ -16,7 +19,7 @@ import os
 import re
 import secrets
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bootseer_slurm.errors import BootseerError
@@ -30,10 +33,14 @@ _ID = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """The site's key, or why there is none: then `secret` is empty and nothing is trusted."""
+    """The site's key, or why there is none: then `secret` is empty and nothing is trusted.
+
+    earlier: the key before it, whose signatures still count; empty where there is none.
+    """
 
     secret: bytes = field(repr=False)
     reason: str = ""
+    earlier: bytes = field(default=b"", repr=False)
 
     def __bool__(self) -> bool:
         return bool(self.secret)
@@ -41,6 +48,11 @@ class Key:
 
 def read_key(path: Path = KEY_PATH) -> Key:
     """The site's key, a file of root that nobody else may read. Never raises: the reason is in the result."""
+    key = _read(path)
+    return replace(key, earlier=_read(path.with_name(f"{path.name}.old")).secret) if key else key
+
+
+def _read(path: Path) -> Key:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
@@ -82,8 +94,12 @@ def sign(key: Key, uid: int, manifest_id: str) -> str:
         raise ValueError(f"no key to sign with: {key.reason}")
     if not _ID.fullmatch(manifest_id):
         raise ValueError("not the id of a manifest")
+    return _signature(key.secret, uid, manifest_id)
+
+
+def _signature(secret: bytes, uid: int, manifest_id: str) -> str:
     text = f"{_PURPOSE}\0{int(uid)}\0{manifest_id}"
-    return hmac.new(key.secret, text.encode(), hashlib.sha256).hexdigest()
+    return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
 
 
 def is_signed(key: Key, uid: int, manifest_id: str, signature: str) -> bool:
@@ -92,4 +108,5 @@ def is_signed(key: Key, uid: int, manifest_id: str, signature: str) -> bool:
         return False
     # As bytes: compare_digest refuses text that is not ASCII, and this text is the user's.
     given = signature.encode("utf-8", "surrogatepass")
-    return hmac.compare_digest(sign(key, uid, manifest_id).encode(), given)
+    trusted = [secret for secret in (key.secret, key.earlier) if secret]
+    return any(hmac.compare_digest(_signature(each, uid, manifest_id).encode(), given) for each in trusted)

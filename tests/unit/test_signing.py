@@ -29,6 +29,23 @@ def test_a_signature_is_for_one_user_and_one_manifest_and_one_key() -> None:
     assert not is_signed(KEY, 100, "0" + ID[:-1], sign(KEY, 1000, ID))
 
 
+@needs_root
+def test_a_key_is_replaced_while_images_hang_on_it(tmp_path: Path) -> None:
+    path = tmp_path / "site.key"
+    make_key(path)
+    before = sign(read_key(path), 1000, ID)
+    path.rename(tmp_path / "site.key.old")
+    make_key(path)
+    key = read_key(path)
+    assert is_signed(key, 1000, ID, before) and sign(key, 1000, ID) != before
+    assert not is_signed(key, 1001, ID, before)
+    (tmp_path / "site.key.old").chmod(0o644)
+    assert not is_signed(read_key(path), 1000, ID, before), "a file that others can read is no key"
+    (tmp_path / "site.key.old").unlink()
+    assert not is_signed(read_key(path), 1000, ID, before)
+    assert is_signed(read_key(path), 1000, ID, sign(key, 1000, ID))
+
+
 def test_a_signature_binds_what_the_digests_are() -> None:
     one, other = (Manifest("image", layout, ID.encode()) for layout in (Layout(5), Layout(5, digest=BLAKE3)))
     assert is_signed(KEY, 1000, one.id, sign(KEY, 1000, one.id))

@@ -42,3 +42,9 @@ def hook_times(folder: Path) -> dict[str, list[float]]:
             elif (kind, job) in begun:
                 times[kind].append(float(seconds) - begun.pop((kind, job)))
     return times
+
+
+def clear_hook_times(folder: Path) -> None:
+    """Forget the times so far."""
+    for path in folder.glob("hooks.*"):
+        path.unlink()

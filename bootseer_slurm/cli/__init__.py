@@ -51,6 +51,7 @@ def agent() -> None:
     from bootseer_slurm import log
     from bootseer_slurm.service.agent import Agent
     from bootseer_slurm.service.handover import is_trial
+    from bootseer_slurm.service.layouts import check_layouts
     from bootseer_slurm.service.supervisor import Supervisor
 
     config = settings.config()
@@ -58,6 +59,7 @@ def agent() -> None:
     if os.geteuid() != 0:
         raise InputError("the agent must run as root")
     if is_trial():
+        check_layouts(config.agent.socket.parent)
         return
     status = Supervisor(config, lambda config, resources: Agent(config, resources).run()).run()
     raise typer.Exit(status)

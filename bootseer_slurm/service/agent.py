@@ -27,6 +27,7 @@ from bootseer_slurm.job.session import Session
 from bootseer_slurm.service.answers import Answers, slow_operations
 from bootseer_slurm.service.departures import watch
 from bootseer_slurm.service.killed_tasks import end_waits_of_killed
+from bootseer_slurm.service.layouts import write_layouts
 from bootseer_slurm.service.lost_epilogs import LostEpilogs
 from bootseer_slurm.service.sessions import Sessions
 from bootseer_slurm.service.sockets.server import Server
@@ -72,6 +73,7 @@ class Agent:
         self._lost = LostEpilogs(home)
         self._sessions = Sessions(self._make_session, self._journal, self._lost, observe_all=observe_all)
         # Have the hook tell every job, or only those that asked.
+        write_layouts(home)
         said = home / "observe-all"
         said.touch() if observe_all else said.unlink(missing_ok=True)
         self._stop = threading.Event()

@@ -42,6 +42,7 @@ from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.fuse import Mount
 from bootseer_slurm.mounts import Namespace
 from bootseer_slurm.service.handover import Handover, trial_environment
+from bootseer_slurm.service.layouts import check_layouts
 from bootseer_slurm.service.leftover import end_leftover
 
 _log = logging.getLogger(__name__)
@@ -136,9 +137,10 @@ class Supervisor:
         received = self._handover.received
         self._lock_fd = received["lock"] if "lock" in received else _lock(self._home / "agent.lock")
         try:
+            check_layouts(self._home)
             self._resources = Resources.from_fds(received)
             self._served = True  # jobs may have files open
-        except (KeyError, ValueError, OSError):
+        except (KeyError, ValueError, OSError, BootseerError):
             self._handover.give_up(but=self._lock_fd)
             self._resources = Resources()
             self._served = False

@@ -24,7 +24,7 @@ from scripts.lib.node import Node as _Node
 ALICE, BOB = 54321, 54322
 # What a test changes in the agent's process can name these.
 _BEFORE = "import sys, threading, time\nfrom bootseer_slurm.job import session\n"
-_BEFORE += "from bootseer_slurm.service import agent, departures, endings, sessions, supervisor\n"
+_BEFORE += "from bootseer_slurm.service import agent, departures, endings, layouts, sessions, supervisor\n"
 _BEFORE += "from bootseer_slurm.service.sockets import limits, parking, server\n"
 
 

@@ -151,6 +151,32 @@ if pathlib.Path({str(flag)!r}).exists():
     assert node.jobs() == {1}
 
 
+def test_an_upgrade_to_another_layout_leaves_the_old_agent(node: Node) -> None:
+    flag = node.folder / "newer"
+    supervisor = node.start(f"""
+import pathlib
+if pathlib.Path({str(flag)!r}).exists():
+    layouts.LAYOUTS["journal"] += 1
+""")
+    model = make_file(node, "model.bin", 50 * 2**20)
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
+    mount = attach(node, 1)[str(model)]
+    pid = node.agent_pid
+    flag.touch()
+    supervisor.send_signal(signal.SIGHUP)
+    wait_until(lambda: "the old goes on" in node.log)
+    assert "keeps its jobs in layouts" in node.log and "restart bootseer-agent when no job" in node.log
+    with reader(f"/proc/{os.getpid()}/fd/{mount}", 1 << 20) as each:
+        output, errors = each.communicate(timeout=60)
+    assert (output.strip(), errors) == (digest_of(model), ""), node.log
+    os.close(mount)
+    assert (node.agent_pid, node.jobs()) == (pid, {1})
+    flag.unlink()
+    supervisor.send_signal(signal.SIGHUP)
+    node.wait_for_another(pid)
+    assert node.jobs() == {1}
+
+
 def test_a_stop_that_comes_during_an_upgrade_is_not_lost(node: Node) -> None:
     supervisor = node.start()
     supervisor.send_signal(signal.SIGHUP)

@@ -256,8 +256,8 @@ def test_a_stop_ends_what_users_left_in_the_service(node: Node, systemd: Systemd
     script = f"echo $$ > /sys/fs/cgroup{cgroup}/cgroup.procs && exec setsid --fork sleep 1000 < /dev/null > /dev/null 2>&1"
     systemd.run("sh", "-c", script)
     procs = f"/sys/fs/cgroup{cgroup}/cgroup.procs"
-    found = systemd.run("sh", "-c", f"for pid in $(cat {procs}); do cat /proc/$pid/comm; done").stdout.split()
-    assert "sleep" in found
+    names = f"for pid in $(cat {procs}); do cat /proc/$pid/comm; done"
+    wait_until(lambda: "sleep" in systemd.run("sh", "-c", names, check=False).stdout.split())
     systemd.ctl("stop", "bootseer-agent")
     assert systemd.ctl("show", "bootseer-agent", "-p", "Result", "--value").stdout.strip() == "success"
     assert systemd.run("sh", "-c", f"cat {procs} 2>/dev/null", check=False).stdout.split() == []

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from bootseer_slurm.errors import BootseerError, InputError
+from bootseer_slurm.errors import BootseerError, InputError, StoreError
 from bootseer_slurm.report.access.owners import OwnersEvents
 from bootseer_slurm.report.gather.gather import gather
 from bootseer_slurm.report.gather.stored import MAX_TEXT
@@ -89,7 +89,10 @@ class _Collector:
     def add_new(self) -> None:
         """Put the starts whose jobs are over into the dataset, and note their comments."""
         found: dict[int, list[RunFolder]] = {}
-        self._result.problems += OwnersEvents(self._uri).give_back()
+        try:
+            self._result.problems += OwnersEvents(self._uri).give_back()
+        except StoreError as error:  # the starts of those who have theirs are added all the same
+            self._result.problems.append(error.message)
         for uid in OwnersEvents(self._uri).users():
             with self._for_user(uid):
                 found[uid] = self._new_runs(uid)

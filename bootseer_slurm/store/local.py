@@ -264,9 +264,12 @@ def give_folder(root: Path, uid: int, gid: int) -> None:
         try:
             os.mkdir(draft, 0o700, dir_fd=users)
             os.chown(draft, uid, gid, dir_fd=users, follow_symlinks=False)
-            os.rename(str(uid), f".put-aside-{uid}-{token}", src_dir_fd=users, dst_dir_fd=users)
-            os.rename(draft, str(uid), src_dir_fd=users, dst_dir_fd=users)
+            if os.stat(str(uid), dir_fd=users, follow_symlinks=False).st_uid != uid:  # still
+                os.rename(str(uid), f".put-aside-{uid}-{token}", src_dir_fd=users, dst_dir_fd=users)
+                os.rename(draft, str(uid), src_dir_fd=users, dst_dir_fd=users)
         finally:
+            with contextlib.suppress(OSError):  # it is where it belongs
+                os.rmdir(draft, dir_fd=users)
             os.close(users)
     except OSError as error:
         raise StoreError(f"{root}/users/{uid}: cannot be given to its user: {error.strerror}") from error

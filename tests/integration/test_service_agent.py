@@ -379,7 +379,14 @@ def test_a_step_that_has_gone_begins_no_session(node: Node) -> None:
     """Its message waited while an agent hung, and its job may be over: nobody would end the session."""
     node.start()
     with hanging(node), node.connect(node.root_socket) as link:
-        fields = [("OP", "attach"), ("JOB_ID", "1"), ("UID", str(ALICE)), ("STEP_ID", "0"), ("BOOTSEER", "1")]
+        fields = [
+            ("OP", "attach"),
+            ("JOB_ID", "1"),
+            ("UID", str(ALICE)),
+            ("GID", str(ALICE)),
+            ("STEP_ID", "0"),
+            ("BOOTSEER", "1"),
+        ]
         link.sendall(protocol.encode(fields))
         link.shutdown(socket.SHUT_WR)
         link.close()
@@ -437,7 +444,13 @@ def test_steps_that_wait_keep_no_hook_waiting(node: Node) -> None:
     links = []
     for step in range(200):
         links.append(node.connect(node.root_socket))
-        fields = [("OP", "attach"), ("JOB_ID", "1"), ("UID", str(ALICE)), ("STEP_ID", str(step))]
+        fields = [
+            ("OP", "attach"),
+            ("JOB_ID", "1"),
+            ("UID", str(ALICE)),
+            ("GID", str(ALICE)),
+            ("STEP_ID", str(step)),
+        ]
         links[-1].sendall(protocol.encode(fields))
         links[-1].shutdown(socket.SHUT_WR)
         assert links[-1].recv(5) == b"WAIT=", "it is taken"
@@ -460,7 +473,7 @@ def test_as_many_steps_as_can_wait_leave_room_for_the_hook() -> None:
         links = []
         for step in range(1300):
             job_id = step // 260 + 1
-            fields = [("OP", "attach"), ("JOB_ID", f"{job_id}"), ("UID", f"{ALICE + job_id}")]
+            fields = [("OP", "attach"), ("JOB_ID", f"{job_id}"), ("UID", f"{ALICE + job_id}"), ("GID", "100")]
             links.append(stack.enter_context(node.connect(node.root_socket)))
             links[-1].sendall(protocol.encode([*fields, ("STEP_ID", f"{step}")]))
             links[-1].shutdown(socket.SHUT_WR)

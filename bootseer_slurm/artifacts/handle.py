@@ -75,9 +75,9 @@ class OpenBlob:
         """Whether a file system lies in it."""
         return self.reader.patience_s == MOUNTED_PATIENCE_S
 
-    def hurry(self) -> None:
-        """Have its reads fail early for a while: the tasks that wait for it are being killed."""
-        self.server.hurry(self.name)
+    def fail_reads(self, before_s: float) -> bool:
+        """Fail its reads that wait since before a time.monotonic(); tells whether there were any."""
+        return self.server.fail_reads(self.name, before_s)
 
     def store(self, offset: int, data: memoryview) -> None:
         """Give bytes of it to the kernel. Raises OSError where the kernel does not know the file."""

@@ -17,7 +17,7 @@ from bootseer_slurm.fuse.nodes import File, Node, NodeTable
 from bootseer_slurm.fuse.protocol import Request
 from bootseer_slurm.fuse.waiting import WaitingReads
 
-_LOOK_EVERY_S, _HURRIED_LOOK_S = 1.0, 0.05
+_LOOK_EVERY_S, _HURRIED_LOOK_S = 1.0, 0.1
 
 
 class PendingReads:
@@ -61,6 +61,13 @@ class PendingReads:
         while not stop.wait(_HURRIED_LOOK_S if self._waiting.hurries else _LOOK_EVERY_S):
             for parked in self._waiting.fail_overdue():
                 self._forget(parked)
+
+    def fail(self, node: Node, before_s: float) -> bool:
+        """Fail the reads of a node that wait since before then; tells whether there were any."""
+        failed = self._waiting.fail(node.id, before_s)
+        for parked in failed:
+            self._forget(parked)
+        return bool(failed)
 
     def file_came(self, node: Node, file: File) -> None:
         """Go on with the reads that waited for the File of a node."""

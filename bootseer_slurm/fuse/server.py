@@ -128,14 +128,13 @@ class Server:
         node = self._names.find(path)
         return node is not None and node.lookups > 0
 
-    def hurry(self, path: str) -> None:
-        """Have the reads of a file fail early for a while: the tasks that wait for it are being killed.
+    def fail_reads(self, path: str, before_s: float) -> bool:
+        """Fail the reads of a file that wait since before a time.monotonic(); tells whether there were any.
 
         Raises ValueError.
         """
         node = self._names.find(path)
-        if node is not None:
-            self._waiting.hurry(node.id)
+        return node is not None and self._reads.fail(node, before_s)
 
     def store(self, path: str, offset: int, data: bytes | memoryview) -> bool:
         """Put bytes of a file into the kernel's page cache; reads of them do not come to the server.

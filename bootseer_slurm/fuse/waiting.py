@@ -11,7 +11,7 @@ does come to need such a page asks for it again, alone, which is not readahead t
 
 A read that waits too long fails: some tasks that wait cannot be killed, and Slurm drains a node whose tasks
 do not end. For one read of a task the kernel's squashfs asks for several blocks, one after the other and each
-twice, whatever failed (seen on Linux 6.18). So all reads of that file fail early for a while.
+twice, whatever failed (24 requests, seen on Linux 6.18). So all reads of that file fail early for a while.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from bootseer_slurm.fuse.protocol import Request
 
 # Of the kernel's table: what is left is for requests that were not looked at yet.
 _MOST_PARKED = protocol.MAX_BACKGROUND * 3 // 4
-_EARLY_S = 0.1  # how long a read waits that fails early; a store that is there again may answer sooner
-_HURRY_S = 10.0  # within it the kernel has asked for all that one read of a task needs
+_EARLY_S = 0.5  # how long a read waits that fails early; a store that is there again may answer sooner
+_HURRY_S = 15.0  # within it the kernel has asked for all that one read of a task needs
 
 
 @dataclass(slots=True)
@@ -159,14 +159,22 @@ class WaitingReads:
                 for wait in self._reads.values()
                 if wait.has_waited(_EARLY_S if wait.parked.node_id in hurried else math.inf)
             ]
-        for parked in overdue:
-            self.finish(parked, protocol.failure(errno.EIO))
-        return overdue
+        return self._fail(overdue)
 
-    def hurry(self, node_id: int) -> None:
-        """Have the reads of a node fail early for a while, or until one succeeds that waited."""
+    def fail(self, node_id: int, before_s: float) -> list[Parked]:
+        """Fail the reads of a node that wait since before a time.monotonic(); gives them."""
         with self._lock:
-            self._hurried_until_s[node_id] = time.monotonic() + _HURRY_S
+            reads = [
+                wait.parked
+                for wait in self._reads.values()
+                if wait.parked.node_id == node_id and wait.since_s < before_s
+            ]
+        return self._fail(reads)
+
+    def _fail(self, reads: list[Parked]) -> list[Parked]:
+        for parked in reads:
+            self.finish(parked, protocol.failure(errno.EIO))
+        return reads
 
     @property
     def hurries(self) -> bool:

@@ -3,35 +3,55 @@
 Such a task ends only when its block came or its read failed, and Slurm drains the node after
 UnkillableStepTimeout. The kernel does not say for whom a loop device reads. So while reads of mounted blobs
 wait for seconds, the processes of their user are looked at: where all that wait in the kernel are being
-killed, nobody is left who wants the bytes. In any case no such read waits longer than
-cache.reader.MOUNTED_PATIENCE_S.
+killed, nobody is left who wants the bytes. Only reads fail that waited before that look: whoever waits for one
+was seen. For one read of a task the kernel asks several times, so the next looks follow soon. In any case no
+such read waits longer than cache.reader.MOUNTED_PATIENCE_S.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Set
 from pathlib import Path
 
 from bootseer_slurm.artifacts.open_blobs import OpenBlobs
 
-_LOOK_EVERY_S = 1.0
+_log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S, _LOOK_AGAIN_S = 1.0, 0.2
 _LONG_S = 3.0  # a read that waits for so long is worth a look at processes
+_AGAIN_FOR_S = 10.0  # within it the kernel asks again for what failed, or for what lies behind it
+_SETTLED_S = 0.1  # who waits for a read of this age is seen to wait
 _SIGKILL = 1 << (signal.SIGKILL - 1)
 
 
 def end_waits_of_killed(blobs: OpenBlobs, stop: threading.Event) -> None:
     """Have the reads of tasks that are being killed fail, until told to stop (a thread of its own)."""
-    while not stop.wait(_LOOK_EVERY_S):
-        waiting = blobs.mounted_that_wait(_LONG_S)
-        if waiting:
-            killed = users_being_killed({blob.reader.uid for blob in waiting})
-            for blob in waiting:
-                if blob.reader.uid in killed:
-                    blob.hurry()
+    again_until_s = 0.0
+    while True:
+        again = time.monotonic() < again_until_s
+        if stop.wait(_LOOK_AGAIN_S if again else _LOOK_EVERY_S):
+            return
+        try:
+            if _look(blobs, _SETTLED_S if again else _LONG_S):
+                again_until_s = time.monotonic() + _AGAIN_FOR_S
+        except Exception:  # the next look may do better
+            _log.exception("tasks that are being killed cannot be looked at")
+
+
+def _look(blobs: OpenBlobs, longer_than_s: float) -> bool:
+    """Fail the reads of blobs for which only killed tasks wait; tells whether there were any."""
+    waiting = blobs.mounted_that_wait(longer_than_s)
+    if not waiting:
+        return False
+    before_s = time.monotonic() - _SETTLED_S
+    killed = users_being_killed({blob.reader.uid for blob in waiting})
+    return any([blob.fail_reads(before_s) for blob in waiting if blob.reader.uid in killed])
 
 
 def users_being_killed(uids: Set[int]) -> set[int]:

@@ -52,7 +52,10 @@ def test_threads_that_cannot_be_told_apart_may_wait_for_each_of_their_reads(wait
     assert park(waiting, _MOST + 1, uid=2, pid=7) == _MOST
 
 
-def test_what_waits_too_long_fails_and_more_of_it_fails_early(waiting: WaitingReads) -> None:
+def test_what_waits_too_long_fails_and_more_of_it_fails_early(
+    waiting: WaitingReads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bootseer_slurm.fuse.waiting._EARLY_S", 0.1)
     nodes = [
         Mock(id=number, file=Mock(patience_s=patience_s)) for number, patience_s in ((1, 0.3), (2, 900.0))
     ]
@@ -67,15 +70,26 @@ def test_what_waits_too_long_fails_and_more_of_it_fails_early(waiting: WaitingRe
     assert waiting.fail_overdue() == [] and not waiting.hurries
     time.sleep(0.35)
     assert waiting.fail_overdue() == first[:1] and waiting.hurries
-    again, late = park_one(10, nodes[0]), park_one(11, nodes[1])
+    again, _ = park_one(10, nodes[0]), park_one(11, nodes[1])
     time.sleep(0.15)
     assert waiting.fail_overdue() == [again], "sooner than the first"
-    waiting.hurry(2)
     good = park_one(12, nodes[0])
     waiting.finish(good, memoryview(b""))
-    assert waiting.fail_overdue() == [first[1], late]
-    waiting.finish(park_one(13, nodes[1]), memoryview(b""))
-    assert not waiting.hurries, "both had a read that succeeded"
+    assert not waiting.hurries, "it had a read that succeeded"
+    assert waiting.fail_overdue() == [], "the others wait on"
+
+
+def test_only_reads_of_one_node_fail_that_wait_since_before_then(waiting: WaitingReads) -> None:
+    def park_one(unique: int, node_id: int) -> Parked:
+        parked = waiting._ledger.park(unique, node_id, 0, 4096, unique, 1)
+        waiting.add(parked, Mock(id=node_id, file=Mock(patience_s=900.0)))
+        return parked
+
+    old, other = park_one(1, 1), park_one(2, 2)
+    before_s = time.monotonic()
+    young = park_one(3, 1)
+    assert waiting.fail(1, before_s) == [old] and waiting.fail(1, before_s) == []
+    assert young.unique in waiting and other.unique in waiting and not waiting.hurries
 
 
 def test_nothing_is_kept_of_what_was_answered(waiting: WaitingReads) -> None:

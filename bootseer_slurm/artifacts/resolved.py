@@ -19,7 +19,7 @@ from bootseer_slurm.artifacts.source import ProcessOfJob
 from bootseer_slurm.blob.ref import ArtifactRef
 from bootseer_slurm.errors import InputError, NotFound
 from bootseer_slurm.userproc.channel import NoAnswer
-from bootseer_slurm.userproc.protocol import Resolved
+from bootseer_slurm.userproc.protocol import IsSame, Resolved
 
 # A step waits for the check that an original is still the same.
 _SAME_TIMEOUT_S = 4.0
@@ -143,10 +143,10 @@ class ResolvedArtifact:
     def _check_same(self, original: Original) -> None:
         is_recent = time.monotonic() - self._resolved_s < _RECENT_S
         timeout_s = _RECENT_TIMEOUT_S if is_recent else _SAME_TIMEOUT_S
+        # The process that was asked before may be gone: the question says all that the next one needs.
+        question = IsSame(self.ref.kind, original.path, self.reply.fingerprint, self.reply.image)
         try:
-            is_same = self.process().is_same(
-                self.ref.kind, original.path, self.reply.fingerprint, timeout_s=timeout_s
-            )
+            is_same = self.process().is_same(question, timeout_s=timeout_s)
         except NoAnswer:
             if not is_recent:
                 raise

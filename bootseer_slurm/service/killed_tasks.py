@@ -3,9 +3,9 @@
 Such a task ends only when its block came or its read failed, and Slurm drains the node after
 UnkillableStepTimeout. The kernel does not say for whom a loop device reads. So while reads of mounted blobs
 wait for seconds, the processes of their user are looked at: where all that wait in the kernel are being
-killed, nobody is left who wants the bytes. Only reads fail that waited before that look: whoever waits for one
-was seen. For one read of a task the kernel asks several times, so the next looks follow soon. In any case no
-such read waits longer than cache.reader.MOUNTED_PATIENCE_S.
+killed, nobody is left who wants the bytes. Only reads fail that waited before that look: whoever waits for
+one was seen. For one read of a task the kernel asks several times, so the next looks follow soon. In any case
+no such read waits longer than cache.reader.MOUNTED_PATIENCE_S.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def _look(blobs: OpenBlobs, longer_than_s: float) -> bool:
         return False
     before_s = time.monotonic() - _SETTLED_S
     killed = users_being_killed({blob.reader.uid for blob in waiting})
-    return any([blob.fail_reads(before_s) for blob in waiting if blob.reader.uid in killed])
+    failed = [blob.fail_reads(before_s) for blob in waiting if blob.reader.uid in killed]
+    return any(failed)
 
 
 def users_being_killed(uids: Set[int]) -> set[int]:

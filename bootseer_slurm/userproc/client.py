@@ -78,9 +78,8 @@ class UserProcess:  # size: a method for each operation
         assert isinstance(reply, Resolved)
         return Found(reply, fds)
 
-    def is_same(self, kind: str, path: str, fingerprint: str, *, timeout_s: float) -> bool:
+    def is_same(self, request: protocol.IsSame, *, timeout_s: float) -> bool:
         """Whether an original is what it was. Raises NoAnswer, BootseerError."""
-        request = protocol.IsSame(kind, path, fingerprint)
         return self._ask(request, protocol.Same, timeout_s=timeout_s)[0].same
 
     def reopen(self, blob: str, folder: str) -> int:

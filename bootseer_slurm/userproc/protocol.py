@@ -147,11 +147,12 @@ class CheckpointFolder(Reply, frozen=True):
 
 
 class IsSame(Request, frozen=True):
-    """Whether an original is still what it was when it was resolved."""
+    """Whether an original is still what it was when it was resolved. image: as Resolved has it."""
 
     kind: str
     path: str
     fingerprint: str
+    image: str = ""
 
 
 class Same(Reply, frozen=True):

@@ -42,6 +42,7 @@ from bootseer_slurm.phase import JobPhase
 from bootseer_slurm.prefetch.budget import MemoryBudget
 from bootseer_slurm.prefetch.scheduler import Scheduler
 from bootseer_slurm.store import FileStore
+from bootseer_slurm.userproc import protocol
 from bootseer_slurm.userproc.client import Found, start_user_process
 from bootseer_slurm.userproc.protocol import Resolve
 
@@ -206,7 +207,9 @@ def test_a_changed_original_is_not_the_blob(scene: Scene) -> None:
     found.close()
     assert not found.reply.blobs
     assert "was changed" in found.reply.warning
-    assert not scene.process.is_same("checkpoint", str(scene.file), scene.name.fingerprint, timeout_s=5)
+    assert not scene.process.is_same(
+        protocol.IsSame("checkpoint", str(scene.file), scene.name.fingerprint), timeout_s=5
+    )
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,22 @@ def test_what_was_looked_up_just_now_is_shown_where_the_check_has_no_answer(
     assert [each["message"] for each in skipped] == ([] if recent_s else ["no answer from the file system"])
 
 
+@pytest.mark.parametrize("uid", [ALICE, BOB])
+def test_a_later_step_is_shown_it_when_the_users_process_is_another(node: Node, uid: int) -> None:
+    root = make_venv(node)
+    node.start("from bootseer_slurm.artifacts import resolved\nresolved._FRESH_S = 0\n")
+    node.bootseer("env", "save", "--share", str(root))
+    os.close(int(str(shown_to(node, uid, 1, root)).rpartition("/")[2]))
+    for worker in psutil.Process(node.agent_pid).children():
+        if worker.uids().real == uid:
+            worker.kill()
+    fds: list[int] = []
+    wait_until(lambda: bool(fds.extend(node.request("attach", JOB_ID=1, UID=uid, STEP_ID=1)[1]) or fds))
+    (view,) = (Path(f"/proc/self/fd/{fd}") for fd in fds)
+    assert (view / package(root).relative_to(root) / "__init__.py").read_text() == "VALUE = 1\n"
+    assert ended(node, uid, 1, view) == {}
+
+
 def test_the_commands(node: Node) -> None:
     root = make_venv(node)
     assert "has no snapshot" in refused(node, "env", "why", str(root))

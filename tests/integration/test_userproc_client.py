@@ -359,7 +359,7 @@ def test_only_a_resolve_and_a_plan_bring_descriptors(hostile: UserProcess) -> No
     before = open_fds()
     for request in (protocol.Write("x"), protocol.KeepTrace("c", "b"), protocol.Remember("c")):
         hostile.write(request, b"", timeout_s=5)
-    assert hostile.is_same("image", "/x", "f", timeout_s=5)
+    assert hostile.is_same(protocol.IsSame("image", "/x", "f"), timeout_s=5)
     assert hostile.recall("c") == []
     until(lambda: open_fds() == before)
     found = hostile.resolve(Resolve("image", "file"))
@@ -447,7 +447,7 @@ def test_a_process_that_says_nothing_at_all_is_killed(impatient: None) -> None:
     mute = start_user_process(SELF, "file:///", streams=1, timeout_s=5, take=start)
     try:
         with pytest.raises(StoreError, match="ended"):
-            mute.is_same("image", "/x", "f", timeout_s=20)
+            mute.is_same(protocol.IsSame("image", "/x", "f"), timeout_s=20)
         assert mute.ended
     finally:
         mute.kill()
@@ -462,7 +462,9 @@ def test_a_process_whose_file_system_says_nothing_goes_on(
     try:
         for _ in range(2):
             with pytest.raises(NoAnswer):
-                process.is_same("checkpoint", str(tmp_path / "hung" / "file"), "f", timeout_s=1.5)
+                process.is_same(
+                    protocol.IsSame("checkpoint", str(tmp_path / "hung" / "file"), "f"), timeout_s=1.5
+                )
         assert not process.ended
         assert read(process, resolve(process, file)) == CONTENT[:4096]
     finally:
@@ -531,7 +533,7 @@ def test_a_process_that_does_not_end_is_left_alone(process: UserProcess, mocker:
     assert not stuck
     until(lambda: process._channel._process.returncode is not None)
     with pytest.raises(StoreError, match="takes no requests"):
-        process.is_same("image", "/x", "f", timeout_s=5)
+        process.is_same(protocol.IsSame("image", "/x", "f"), timeout_s=5)
 
 
 def test_a_file_replaced_while_it_is_looked_up_is_not_mixed_up(process: UserProcess, tmp_path: Path) -> None:

@@ -56,10 +56,21 @@ class Environments:
             installed = None
         return Environment(record, installed, fingerprint, digest)
 
-    def fingerprint_now(self, path: str) -> str:
-        """The fingerprint of one that was looked up before. Raises InputError."""
-        looked = self._keys[path]
-        return self._note_key(path, looked.image, looked.record)
+    def fingerprint_now(self, path: str, image: str) -> str:
+        """The fingerprint of one that was looked up before, by this process or one before it.
+
+        image: the digest of the image that it is used in, "" without one. Raises InputError, StoreError.
+        """
+        looked = self._keys.get(path)
+        if looked is None or looked.image != image:
+            try:
+                owner = os.stat(path).st_uid
+            except OSError as error:
+                raise InputError(f"environment {path}: {reason(error)}") from error
+            record = self._record(stored_name(path, image), owner)
+        else:
+            record = looked.record
+        return self._note_key(path, image, record)
 
     def changes(self, path: str, record: Name) -> str:
         """How it differs from what was saved, to be said behind that it does."""

@@ -86,7 +86,7 @@ class Resolver:
 
     def is_same(self, request: IsSame, _: bytes) -> tuple[Reply, list[int]]:
         if request.kind == "environment":
-            fingerprint = self._environments.fingerprint_now(request.path)
+            fingerprint = self._environments.fingerprint_now(request.path, request.image)
         else:
             fingerprint = fingerprint_now(request.kind, request.path)
         return Same(fingerprint == request.fingerprint), []

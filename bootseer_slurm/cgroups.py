@@ -114,8 +114,7 @@ def job_group(service: Path | None, name: str) -> JobGroup:
     return JobGroup(folder)
 
 
-def end_left(service: Path | None, used: set[str]) -> None:
-    """End the groups of jobs that an agent left which was killed. used: the names of those that go on."""
-    for folder in service.iterdir() if service is not None else ():
-        if folder.is_dir() and folder.name != _AGENT and folder.name not in used:
-            JobGroup(folder).end()
+def group_folders(service: Path | None) -> list[Path]:
+    """The folders of all jobs' groups."""
+    folders = service.iterdir() if service is not None else ()
+    return [folder for folder in folders if folder.is_dir() and folder.name != _AGENT]

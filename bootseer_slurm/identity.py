@@ -6,6 +6,7 @@ process.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import pwd
@@ -15,7 +16,7 @@ from pathlib import Path
 # When the node's memory is full, users' processes go first, and the agent last (conf/systemd).
 _OOM_SCORE_ADJUST = "500"
 # The beginning of a command that runs as a user.
-KILLED_FIRST = ("sh", "-c", f'echo {_OOM_SCORE_ADJUST} > /proc/self/oom_score_adj; exec "$@"', "sh")
+KILLED_FIRST = ("sh", "-c", f'{{ echo {_OOM_SCORE_ADJUST} > /proc/self/oom_score_adj; }} 2>&-; exec "$@"', "sh")
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 _NOBODYS_UID = 61875  # behind those of image.packer, between Linux's own ranges
@@ -40,7 +41,8 @@ class User:
 
     def become(self) -> None:
         """Take this user's ids and groups, all of them. For root. Raises OSError."""
-        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJUST)
+        with contextlib.suppress(OSError):  # a container may forbid it
+            Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJUST)
         os.setgroups(self.groups)
         os.setresgid(self.gid, self.gid, self.gid)
         os.setresuid(self.uid, self.uid, self.uid)

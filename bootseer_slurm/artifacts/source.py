@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -17,11 +19,14 @@ from bootseer_slurm.blob.manifest import MANIFEST_LIMIT_BYTES, Layout, decode
 from bootseer_slurm.blob.names import publisher_of
 from bootseer_slurm.blob.published import is_published
 from bootseer_slurm.cache.sources import Source
-from bootseer_slurm.errors import InputError, NotFound
+from bootseer_slurm.errors import InputError, NotFound, StoreError
 from bootseer_slurm.image.signing import Key, is_signed
 from bootseer_slurm.userproc.client import Found, UserProcess
 from bootseer_slurm.userproc.memory_file import memory_file_size
 from bootseer_slurm.userproc.protocol import Resolve, StoredBlob
+
+_OPEN_WAIT_S = 5.0  # another source may have the bytes
+_FAILED_FOR_S = 2.0  # a store that did not answer is not asked again by each of many reads
 
 # Gives the process of a job, or raises StoreError.
 ProcessOfJob = Callable[[], UserProcess]
@@ -64,6 +69,8 @@ class ObjectSource:
         self._process = process
         self._open_again = open_again
         self._opened = opened
+        self._failure = ""
+        self._failed_s = -math.inf
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
@@ -77,12 +84,29 @@ class ObjectSource:
             yield view
 
     def _open(self) -> Opened:
-        """The handle in the process that there is now. Raises StoreError, NotFound where another file is."""
+        """The handle in the process that there is now. Raises StoreError, NotFound where another file is.
+
+        One reader opens it again. The others wait for that one, and share its failure: each alone would wait
+        as long for the same silent store.
+        """
         process = self._process()
-        with self._lock:
+        if not self._lock.acquire(timeout=_OPEN_WAIT_S):
+            raise StoreError("it is being opened again, which takes long")
+        try:
             if self._opened is None or self._opened.process is not process:
-                self._opened = Opened(process, self._open_again(process))
+                if time.monotonic() - self._failed_s < _FAILED_FOR_S:
+                    raise StoreError(self._failure)
+                self._opened = Opened(process, self._open_anew(process))
             return self._opened
+        finally:
+            self._lock.release()
+
+    def _open_anew(self, process: UserProcess) -> int:
+        try:
+            return self._open_again(process)
+        except StoreError as error:
+            self._failure, self._failed_s = error.message, time.monotonic()
+            raise
 
 
 @dataclass(frozen=True, slots=True)

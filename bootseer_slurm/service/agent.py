@@ -16,7 +16,7 @@ import threading
 from bootseer_slurm.agentapi.operations import OPERATIONS
 from bootseer_slurm.artifacts.open_blobs import OpenBlobs
 from bootseer_slurm.cache.cache import Cache
-from bootseer_slurm.cgroups import end_left, service_folder
+from bootseer_slurm.cgroups import JobGroup, group_folders, service_folder
 from bootseer_slurm.config import Config
 from bootseer_slurm.env.unpacking import remove, unpacked_folder
 from bootseer_slurm.errors import BootseerError
@@ -126,10 +126,15 @@ class Agent:
         self._sessions.wait_restored()
         self._blobs.close_unused()
         self._cache.forget_left()
-        used = {session.context.job.folder_name for session in self._sessions.all()}
-        end_left(service_folder(), used)
+        groups = group_folders(service_folder())
         unpacked = unpacked_folder(self._config.cache.path)
-        for folder in unpacked.iterdir() if unpacked.exists() else ():
+        trees = list(unpacked.iterdir()) if unpacked.exists() else []
+        # Only now: what a job that begins meanwhile has made was not there to be listed, or it is told here.
+        used = {session.context.job.folder_name for session in self._sessions.all_with_ending()}
+        for folder in groups:
+            if folder.name not in used:
+                JobGroup(folder).end()
+        for folder in trees:
             if folder.name not in used:
                 remove(folder)
 

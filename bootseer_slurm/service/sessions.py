@@ -134,6 +134,11 @@ class Sessions:
         with self._lock:
             return [row.session for row in self._rows.values()]
 
+    def all_with_ending(self) -> list[Session]:
+        """The sessions of all jobs that are not over, and those that are ending."""
+        with self._lock:
+            return self.all() + self._endings.state()[0]
+
     def faults(self) -> Counter[str]:
         """How often each fault was told since the agent started, by its name."""
         with self._lock:

@@ -58,6 +58,7 @@ _LOOK_EVERY_S = 1.0
 _SHORT_LIFE_S = 10.0  # an agent that is killed earlier than this, again and again, is started ever later
 _PAUSES_S = (0.0, 0.0, 0.1, 0.5, 2.0, 5.0)
 _TRIAL_LIMIT_S = 30.0
+_TRIAL_LOOK_S = 0.1
 _GONE_LIMIT_S = 10.0  # for the agent of a supervisor that was killed
 
 # Always overwritten by one write: a supervisor may be killed at any moment.
@@ -277,24 +278,41 @@ class Supervisor:
 
 
 def _loads_anew() -> bool:
-    """Try the code and the configuration that are installed now, in a process that serves nobody."""
+    """Try the code and the configuration that are installed now, in a process that serves nobody.
+
+    False too when the supervisor is to stop meanwhile.
+    """
     try:
-        done = subprocess.run(
-            sys.orig_argv,
-            executable=sys.executable,
-            env=trial_environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TRIAL_LIMIT_S,
-            check=False,
-        )
-        reason = f"exit status {done.returncode}: {done.stderr.strip()}" if done.returncode else ""
+        reason = _try_out()
     except (OSError, subprocess.SubprocessError) as error:
         reason = str(error)
     if reason:
         _log.error("SIGHUP: the code that is installed now does not start, the old goes on: %s", reason)
     return not reason
+
+
+def _try_out() -> str:
+    """Why the trial failed, "" when it did not. Raises OSError, SubprocessError."""
+    trial = subprocess.Popen(
+        sys.orig_argv,
+        executable=sys.executable,
+        env=trial_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline_s = time.monotonic() + _TRIAL_LIMIT_S
+    with trial:
+        while True:
+            try:
+                said = trial.communicate(timeout=_TRIAL_LOOK_S)[1]
+                return f"exit status {trial.returncode}: {said.strip()}" if trial.returncode else ""
+            except subprocess.TimeoutExpired:
+                is_told_to_stop = not _STOPS.isdisjoint(signal.sigpending())
+                if is_told_to_stop or time.monotonic() > deadline_s:
+                    trial.kill()
+                    return "told to stop" if is_told_to_stop else f"no end within {_TRIAL_LIMIT_S:g} s"
 
 
 def _listen(address: str, mode: int = 0o666) -> socket.socket:

@@ -98,8 +98,10 @@ class Channel:
             return  # another thread does
         try:
             now_s = time.monotonic()
-            if self._ping is None or (self._ping.done() and not self._ping.exception()):
-                self._ping, self._ping_s = self.send(Ping()), now_s
+            if self._ping is None or (self._ping.done() and self._ping.exception() is None):
+                self._ping_s = now_s
+            if self._ping is None or self._ping.done():  # one that could not be sent counts as not answered
+                self._ping = self.send(Ping())
             if _is_stopped(self._process.pid) or now_s - self._ping_s > _SILENT_S:
                 _log.warning("process of uid %d: is stopped, or does not answer: killed", self._uid)
                 self._process.kill()

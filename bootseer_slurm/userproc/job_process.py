@@ -30,6 +30,7 @@ class JobProcess:
         self._group = group
         self._user: User | None = None
         self._process: UserProcess | None = None
+        self._gone: list[UserProcess] = []
         self._starts = 0
         self._over = False
         self._lock = threading.Lock()
@@ -43,6 +44,7 @@ class JobProcess:
             if self._process is not None and self._process.ended and not self._over:
                 # Not here: one that a file system holds ends late.
                 threading.Thread(target=self._process.kill, daemon=True).start()
+                self._gone.append(self._process)
                 self._process = None
             if self._process is None:
                 if self._over:
@@ -79,6 +81,7 @@ class JobProcess:
         self._spare.prepare()
 
     def close(self) -> None:
-        """Give back what the process shared, once nobody reads any more."""
-        if self._process is not None:
-            self._process.close()
+        """Give back what the processes shared, once nobody reads any more."""
+        for process in (*self._gone, self._process):
+            if process is not None:
+                process.close()

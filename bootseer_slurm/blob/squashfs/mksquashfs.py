@@ -13,6 +13,8 @@ QUICK_LEVEL, THOROUGH_LEVEL = 3, 9
 _CONTENT = ("-b", "128K", "-no-xattrs")
 # Errors are fatal, since a part of an image is worse than none.
 _ALWAYS = ("-noappend", "-quiet", "-no-progress", "-exit-on-error", *_CONTENT)
+# Its caches take a quarter of the memory else: all that a job's group may have in the background (cgroups.py).
+_MEMORY = ("-mem", "512M")
 _UNCOMPRESSED = ("-noI", "-noD", "-noF", "-noX")
 
 
@@ -31,13 +33,13 @@ def from_tar(target: str, compression: str, *, quick: bool = False, all_root: bo
     quick: somebody waits. all_root: all in it becomes root's. Raises KeyError for an unknown compression.
     """
     owners = ("-all-root",) if all_root else ()
-    options = (*_ALWAYS, *owners, *compression_options(compression, quick=quick))
+    options = (*_ALWAYS, *_MEMORY, *owners, *compression_options(compression, quick=quick))
     return ["mksquashfs", "-", target, "-tar", "-root-mode", "755", *options]
 
 
 def from_rootfs(rootfs: str, target: str) -> list[str]:
     """The command that makes the squashfs `target` of a folder but its dev/*; all in it becomes root's."""
-    options = (*_ALWAYS, "-all-root", *compression_options("zstd", quick=True))
+    options = (*_ALWAYS, *_MEMORY, "-all-root", *compression_options("zstd", quick=True))
     return ["mksquashfs", rootfs, target, *options, "-wildcards", "-e", "dev/*"]
 
 

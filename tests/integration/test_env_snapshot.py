@@ -443,7 +443,7 @@ for folder, folders, files in os.walk(sys.argv[1]):
     return {line.split(" ", 1)[0]: tuple(line.split(" ", 1)[1:]) for line in done.stdout.splitlines()}
 
 
-def start_where_programs_may_lack(node: Node) -> Path:
+def start_where_programs_may_lack(node: Node, changes: str = "") -> Path:
     """Start an agent that does not find the programs that are named in this file."""
     without = node.folder / "without"
     without.write_text("")
@@ -454,8 +454,36 @@ real = shutil.which
 def which(name, path=None):
     return None if name in pathlib.Path({str(without)!r}).read_text().split() else real(name, path=path)
 mounting.shutil.which = which
-""")
+{changes}""")
     return without
+
+
+_LATE_LOOK = """
+import os
+looked, folder = agent.Agent._close_unused, agent.service_folder
+def service_folder():
+    while not os.path.exists({folder!r} + "/may-look"):
+        time.sleep(0.01)
+    return folder()
+def _close_unused(self):
+    looked(self)
+    open({folder!r} + "/has-looked", "w")
+agent.service_folder, agent.Agent._close_unused = service_folder, _close_unused
+"""
+
+
+def test_what_a_job_has_unpacked_is_no_leftover_of_an_agent(node: Node) -> None:
+    root = make_venv(node)
+    late = _LATE_LOOK.replace("{folder!r}", repr(str(node.folder)))
+    without = start_where_programs_may_lack(node, late)
+    node.bootseer("env", "save", str(root))
+    without.write_text("squashfuse_ll squashfuse")
+    view = shown(node, 1, root)
+    assert view is not None and list((node.folder / "cache" / ".unpacked").iterdir())
+    (node.folder / "may-look").touch()
+    wait_until((node.folder / "has-looked").exists)
+    assert (view / package(root).relative_to(root) / "__init__.py").read_text() == "VALUE = 1\n"
+    end(node, 1, view)
 
 
 def test_each_way_to_mount_it_shows_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

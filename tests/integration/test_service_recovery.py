@@ -186,6 +186,21 @@ def test_a_stop_that_comes_during_an_upgrade_is_not_lost(node: Node) -> None:
     assert mounts.mounts_below(node.run) == []
 
 
+def test_a_stop_ends_a_trial_of_new_code_that_hangs(node: Node) -> None:
+    flag = node.folder / "hangs"
+    supervisor = node.start(f"""
+import pathlib
+if pathlib.Path({str(flag)!r}).exists():
+    time.sleep(60)
+""")
+    flag.touch()
+    supervisor.send_signal(signal.SIGHUP)
+    wait_until(lambda: len(psutil.Process(supervisor.pid).children()) == 2)
+    supervisor.send_signal(signal.SIGTERM)
+    assert supervisor.wait(15) == 0, "systemd kills it after 30 s"
+    assert "told to stop" in node.log and mounts.mounts_below(node.run) == []
+
+
 def test_what_a_job_has_mounted_stays_what_it_was_when_the_file_was_replaced(node: Node) -> None:
     model, other = make_file(node, "model.bin", 40 * 2**20), make_file(node, "other.bin", 40 * 2**20)
     expected = digest_of(model)

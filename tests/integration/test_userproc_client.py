@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -451,6 +452,65 @@ def test_a_process_that_says_nothing_at_all_is_killed(impatient: None) -> None:
         assert mute.ended
     finally:
         mute.kill()
+
+
+# It takes its requests late, and answers each.
+LATE = """
+import json, os, socket, sys, time
+link = socket.socket(fileno=int(sys.argv[1]))
+while not os.path.exists(sys.argv[2]):
+    time.sleep(0.01)
+link.recv(65536)  # whom to become
+while message := link.recv(65536):
+    link.send(json.dumps({"id": json.loads(message)["id"], "reply": {"of": "Reply"}}).encode())
+"""
+
+
+def test_a_process_that_took_no_requests_for_a_while_goes_on(impatient: None, tmp_path: Path) -> None:
+    may_take = tmp_path / "may"
+
+    def start() -> Started:
+        link, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with far:
+            command = [sys.executable, "-S", "-c", LATE, str(far.fileno()), str(may_take)]
+            return Started(subprocess.Popen(command, pass_fds=[far.fileno()]), link)
+
+    late = start_user_process(SELF, "file:///", streams=1, timeout_s=5, take=start)
+    channel = late._channel
+    try:
+        sent = [channel.send(protocol.Ping())]
+        while not sent[-1].done():  # until the socket is full
+            sent.append(channel.send(protocol.Ping()))
+        with pytest.raises(NoAnswer):
+            channel.wait(sent[0], 0.5)  # it looks whether the process answers
+        may_take.touch()
+        assert [each.result(5) for each in sent[:-1]]
+        with pytest.raises(NoAnswer):
+            channel.wait(Future(), 2.0)
+        assert not late.ended
+    finally:
+        late.kill()
+
+
+@as_root
+def test_the_memory_of_one_that_was_replaced_goes_too(tmp_path: Path, file: Path) -> None:
+    config = dataclasses.replace(Config(), store=StoreConfig(uri=f"file://{tmp_path}"))
+    spare = Spare()
+    rings = [each for each in Path("/proc/self/fd").iterdir() if is_ring(each)]
+    job = JobProcess(os.getuid(), os.getgid(), config, spare)
+    first = job()
+    with first.read(resolve(first, file), 0, 0, 4096, demand=True, fixed=False) as view:
+        os.kill(first._channel._process.pid, signal.SIGKILL)
+        until(lambda: first.ended)
+        assert job() is not first
+        until(lambda: first._channel._process.returncode is not None)
+        time.sleep(0.1)  # its memory was to be given back, and a read looked at it
+        assert len(bytes(view)) == 4096
+    del view
+    job.kill()
+    job.close()
+    spare.close()
+    assert [each for each in Path("/proc/self/fd").iterdir() if is_ring(each)] == rings
 
 
 @as_root

@@ -51,6 +51,16 @@ def test_a_program_out_of_reach_opens_files_as_the_user_who_cannot_trace_it() ->
 
 
 @as_root
+def test_a_user_is_become_where_oom_scores_cannot_be_set() -> None:
+    fixed = 'mount --bind /proc /proc && mount -o remount,ro,bind /proc && exec "$@"'
+    here = ["unshare", "--mount", "sh", "-c", fixed, "sh"]
+    code = "from bootseer_slurm.identity import User; User(20001, 20002, ()).become(); print('is')"
+    for command in ([sys.executable, "-c", code], [*without_rights(61999), "echo", "is"]):
+        done = subprocess.run([*here, *command], capture_output=True, text=True, check=True)
+        assert (done.stdout, done.stderr) == ("is\n", "")
+
+
+@as_root
 def test_a_program_without_rights() -> None:
     command = [*without_rights(61999), "cat", "/proc/self/status"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -5,9 +5,25 @@ from __future__ import annotations
 import threading
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 from bootseer_slurm.events import Event
 from bootseer_slurm.service.sessions import Sessions, _Row
+
+
+def test_a_session_that_is_ending_is_among_all() -> None:
+    sessions = Sessions(cast(Any, None), Mock(), Mock())
+    may_end = threading.Event()
+    log = SimpleNamespace(events=list)
+    session = SimpleNamespace(
+        context=SimpleNamespace(log=log, job=SimpleNamespace(restart=0)), end=lambda _: may_end.wait(10)
+    )
+    sessions._rows[7] = _Row(cast(Any, session), 0.0, 0)
+    sessions.end(7, "job ended")
+    assert sessions.all() == [] and sessions.all_with_ending() == [session]
+    may_end.set()
+    sessions._endings.wait(10)
+    assert sessions.all_with_ending() == []
 
 
 def test_counting_faults_holds_no_prolog_up() -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 # When the node's memory is full, users' processes go first, and the agent last (conf/systemd).
 _OOM_SCORE_ADJUST = "500"
+_SET_SCORE = f"{{ echo {_OOM_SCORE_ADJUST} > /proc/self/oom_score_adj; }} 2>&-"  # a container may forbid it
 # The beginning of a command that runs as a user.
-KILLED_FIRST = ("sh", "-c", f'{{ echo {_OOM_SCORE_ADJUST} > /proc/self/oom_score_adj; }} 2>&-; exec "$@"', "sh")
+KILLED_FIRST = ("sh", "-c", f'{_SET_SCORE}; exec "$@"', "sh")
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 _NOBODYS_UID = 61875  # behind those of image.packer, between Linux's own ranges

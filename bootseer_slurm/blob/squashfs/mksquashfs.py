@@ -13,7 +13,7 @@ QUICK_LEVEL, THOROUGH_LEVEL = 3, 9
 _CONTENT = ("-b", "128K", "-no-xattrs")
 # Errors are fatal, since a part of an image is worse than none.
 _ALWAYS = ("-noappend", "-quiet", "-no-progress", "-exit-on-error", *_CONTENT)
-# Its caches take a quarter of the memory else: all that a job's group may have in the background (cgroups.py).
+# Its caches take a quarter of the memory else: all that a job's group may have (cgroups.py).
 _MEMORY = ("-mem", "512M")
 _UNCOMPRESSED = ("-noI", "-noD", "-noF", "-noX")
 

@@ -159,7 +159,9 @@ class WaitingReads:
                 for wait in self._reads.values()
                 if wait.has_waited(_EARLY_S if wait.parked.node_id in hurried else math.inf)
             ]
-        return self._fail(overdue)
+        for parked in overdue:
+            self.finish(parked, protocol.failure(errno.EIO))
+        return overdue
 
     def fail(self, node_id: int, before_s: float) -> list[Parked]:
         """Fail the reads of a node that wait since before a time.monotonic(); gives them."""
@@ -169,9 +171,6 @@ class WaitingReads:
                 for wait in self._reads.values()
                 if wait.parked.node_id == node_id and wait.since_s < before_s
             ]
-        return self._fail(reads)
-
-    def _fail(self, reads: list[Parked]) -> list[Parked]:
         for parked in reads:
             self.finish(parked, protocol.failure(errno.EIO))
         return reads

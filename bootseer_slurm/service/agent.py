@@ -130,7 +130,7 @@ class Agent:
         unpacked = unpacked_folder(self._config.cache.path)
         trees = list(unpacked.iterdir()) if unpacked.exists() else []
         # Only now: what a job that begins meanwhile has made was not there to be listed, or it is told here.
-        used = {session.context.job.folder_name for session in self._sessions.all_with_ending()}
+        used = {session.context.job.folder_name for session in self._sessions.all(with_ending=True)}
         for folder in groups:
             if folder.name not in used:
                 JobGroup(folder).end()

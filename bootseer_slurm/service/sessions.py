@@ -129,15 +129,11 @@ class Sessions:
             raise NotFound(f"job {job_id} did not ask for Bootseer on this node")
         return row.session
 
-    def all(self) -> list[Session]:
-        """The sessions of jobs that are not over."""
+    def all(self, *, with_ending: bool = False) -> list[Session]:
+        """The sessions of jobs that are not over. with_ending: those too that are just ending."""
         with self._lock:
-            return [row.session for row in self._rows.values()]
-
-    def all_with_ending(self) -> list[Session]:
-        """The sessions of all jobs that are not over, and those that are ending."""
-        with self._lock:
-            return self.all() + self._endings.state()[0]
+            sessions = [row.session for row in self._rows.values()]
+            return sessions + self._endings.state()[0] if with_ending else sessions
 
     def faults(self) -> Counter[str]:
         """How often each fault was told since the agent started, by its name."""

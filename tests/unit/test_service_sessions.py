@@ -20,10 +20,10 @@ def test_a_session_that_is_ending_is_among_all() -> None:
     )
     sessions._rows[7] = _Row(cast(Any, session), 0.0, 0)
     sessions.end(7, "job ended")
-    assert sessions.all() == [] and sessions.all_with_ending() == [session]
+    assert sessions.all() == [] and sessions.all(with_ending=True) == [session]
     may_end.set()
     sessions._endings.wait(10)
-    assert sessions.all_with_ending() == []
+    assert sessions.all(with_ending=True) == []
 
 
 def test_counting_faults_holds_no_prolog_up() -> None:

@@ -126,6 +126,13 @@ def _prose(largest: int) -> Check:
     return check
 
 
+def _nodelist(key: str, value: object) -> str:
+    """A list that is whole: one that is cut reads as the list of fewer nodes."""
+    if not isinstance(value, str) or len(value) > _MAX_TEXT:
+        raise InputError(f"event field {key} is no text of at most {_MAX_TEXT} characters")
+    return _clean(value, _MAX_TEXT)
+
+
 def _level(key: str, value: object) -> str:
     if value not in _LEVELS:
         raise InputError(f"event field {key} is none of {', '.join(_LEVELS)}")
@@ -182,7 +189,10 @@ _SOURCE = Field("source", "text", "", "`store`, or `origin`: where the bytes cam
 _MESSAGE = Field("message", "text", "", "one line for a person", _prose(_MAX_MESSAGE))
 
 _UID = _count("uid", "the job's user")
-_NODELIST = _words("nodelist", "the job's nodes, as Slurm writes them")
+# Each node writes it: of a job with many nodes, accounting has a long one.
+_NODELIST = Field(
+    "nodelist", "text", "", "the job's nodes, as Slurm writes them; left out above 16 KiB", _nodelist
+)
 _MODE = _words("mode", "`prefetch` or `observe`")
 _PARTITION = _words("partition", "as Slurm has it")
 _JOB_NAME = _words("job_name", "as Slurm has it")

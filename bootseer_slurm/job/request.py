@@ -17,7 +17,7 @@ import tomli
 
 from bootseer_slurm.agentapi.protocol import Message, first
 from bootseer_slurm.blob.jobclass import Remembered
-from bootseer_slurm.blob.ref import NAME_LIMIT, ArtifactRef, has_bad_characters, is_usable
+from bootseer_slurm.blob.ref import ArtifactRef, has_bad_characters, is_usable
 from bootseer_slurm.errors import InputError
 from bootseer_slurm.image.reference import parse
 from bootseer_slurm.slurm.allocation import Job
@@ -49,7 +49,8 @@ def parse_job(message: Message) -> Job:
         restart=number(message, "RESTART", "0"),
         uid=uid,
         gid=number(message, "GID") if first(message, "GID") else _gid_of(uid),
-        nodelist=first(message, "NODELIST")[:NAME_LIMIT],
+        nodelist=first(message, "NODELIST"),
+        node_count=number(message, "NODES", "0"),
         partition=first(message, "PARTITION")[:256],
         name=first(message, "JOB_NAME")[:256],
         account=first(message, "ACCOUNT")[:256],

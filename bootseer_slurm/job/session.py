@@ -95,18 +95,29 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         if hook_start_ns:
             log.emit("hook", "begin", t_ns=hook_start_ns)
             log.emit("hook", "received", t_ns=now_ns)
+        nodelist = self._usable_nodelist()
         log.emit(
             "session",
             "begin",
             t_ns=now_ns,
             uid=job.uid,
-            nodelist=job.nodelist or None,
+            nodelist=nodelist or None,
             mode="observe" if request.observe else "prefetch",
             partition=job.partition or None,
             job_name=job.name or None,
         )
         self._telemetry.begin()
         self.intake.begin(request)
+
+    def _usable_nodelist(self) -> str:
+        """The job's list of nodes; "" where there is none, or none that can be used, which is told."""
+        job = self.context.job
+        try:
+            job.nodes(self.context.node)
+        except InputError as error:
+            self.context.fault("nodelist_not_used", error.message)
+            return ""
+        return job.nodelist
 
     def recover(self, request: Request, found: list[Found]) -> None:
         """Go on where an agent was killed. found: the blobs that it had given the job."""

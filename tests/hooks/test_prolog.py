@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.nodelists import nodelist_of
+
 HOOK = Path(__file__).resolve().parents[2] / "prolog.d" / "50-bootseer"
 # For an agent that hangs: the hook gives up after 0.1 s. Far more here, as machines for tests are busy.
 HUNG_LIMIT_S = 5.0
@@ -24,6 +26,7 @@ PROLOG = {
     "SLURM_JOB_GID": "1001",
     "SLURM_JOB_USER": "alice",
     "SLURM_NODELIST": "n[1-2]",
+    "SLURM_JOB_NUM_NODES": "2",
     "SLURMD_NODENAME": "n1",
     "SLURM_JOB_PARTITION": "main",
     "SLURM_JOB_ACCOUNT": "research",
@@ -131,6 +134,7 @@ def test_prolog_says_all_it_knows(agent: Agent) -> None:
         b"UID": b"1000",
         b"GID": b"1001",
         b"NODELIST": b"n[1-2]",
+        b"NODES": b"2",
         b"NODENAME": b"n1",
         b"PARTITION": b"main",
         b"ACCOUNT": b"research",
@@ -367,6 +371,30 @@ def test_a_value_that_is_too_long_is_left_out(agent: Agent) -> None:
     done = run_hook(agent.path, PROLOG | {"SPANK_BOOTSEER_IMAGE": "x" * 130_000})
     assert_one_line(done, "SPANK_BOOTSEER_IMAGE is 130000 bytes long and ignored")
     assert b"IMAGE" not in agent.requests[0]
+
+
+def test_the_longest_nodelist_that_slurm_passes_goes_whole(agent: Agent) -> None:
+    # Slurm leaves out a variable of 128 KiB with its name and the NUL (setenvf of its src/common/env.c).
+    nodelist = nodelist_of(10_000, size_bytes=131_055)
+    assert_silent(run_hook(agent.path, PROLOG | {"SLURM_NODELIST": nodelist, "SLURM_JOB_NUM_NODES": "10000"}))
+    assert agent.requests[0][b"NODELIST"].decode() == nodelist
+    assert agent.requests[0][b"NODES"] == b"10000"
+
+
+def test_a_longer_nodelist_is_refused_and_not_cut(agent: Agent) -> None:
+    # Slurm gives none; the kernel passes one byte more than Slurm does (MAX_ARG_STRLEN of execve(2)).
+    nodelist = nodelist_of(10_000, size_bytes=131_056)
+    done = run_hook(agent.path, PROLOG | {"SLURM_NODELIST": nodelist, "SLURM_JOB_NUM_NODES": "10000"})
+    assert_one_line(done, "SLURM_NODELIST is 131056 bytes long and ignored")
+    assert b"NODELIST" not in agent.requests[0]
+    assert agent.requests[0][b"NODES"] == b"10000", "the agent is told that the job has more nodes than one"
+
+
+def test_a_job_whose_nodelist_slurm_left_out(agent: Agent) -> None:
+    env = {key: value for key, value in PROLOG.items() if key != "SLURM_NODELIST"}
+    assert_silent(run_hook(agent.path, env | {"SLURM_JOB_NUM_NODES": "12000"}))
+    assert b"NODELIST" not in agent.requests[0]
+    assert agent.requests[0][b"NODES"] == b"12000"
 
 
 def test_much_that_does_not_concern_it(agent: Agent) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import select
@@ -22,6 +23,7 @@ import pytest
 from bootseer_slurm import mounts
 from bootseer_slurm.agentapi import client, protocol
 from tests.integration.node import ALICE, BOB, Node, node, node_of, wait_until
+from tests.nodelists import nodelist_of
 
 __all__ = ["node"]
 HOOK = Path(__file__).parents[2] / "prolog.d" / "50-bootseer"
@@ -298,12 +300,52 @@ def test_processes_in_the_jobs_cgroup_keep_its_session(node: Node, stepd: str) -
         wait_until(lambda: node.jobs() == set())
 
 
-def run_hook(node: Node, context: str, job_id: int = 1) -> str:
+def run_hook(node: Node, context: str, job_id: int = 1, **variables: str) -> str:
     """The hook as slurmd runs it; what it says."""
     env = {"SLURM_JOB_ID": str(job_id), "SLURM_JOB_UID": str(ALICE), "SLURM_JOB_GID": str(ALICE)}
     env |= {"SLURM_SCRIPT_CONTEXT": f"{context}_slurmd", "SPANK_BOOTSEER_MODE": "observe"}
+    env |= variables
     done = subprocess.run([HOOK, node.root_socket], env=env, stderr=subprocess.PIPE, text=True, check=True)
     return done.stderr
+
+
+def nodelist_kept(node: Node, job_id: int) -> str:
+    """The list that the agent keeps of a job."""
+    (line,) = (node.run / "jobs" / str(job_id)).read_text().strip().split("\n")
+    return str(json.loads(line)["Began"]["job"]["nodelist"])
+
+
+def test_a_list_of_10_000_nodes_passes_the_hook(node: Node) -> None:
+    node.start()
+    nodelist = nodelist_of(10_000, size_bytes=131_055)  # Slurm gives the prolog no longer one
+    variables = {"SLURM_NODELIST": nodelist, "SLURM_JOB_NUM_NODES": "10000"}
+    name = nodelist.split(",")[7]
+    assert run_hook(node, "prolog", SLURMD_NODENAME=name, **variables) == ""
+    assert nodelist_kept(node, 1) == nodelist
+    node.crash()
+    assert nodelist_kept(node, 1) == nodelist and node.jobs() == {1}
+    assert run_hook(node, "epilog", SLURMD_NODENAME=name) == ""
+    faults = [event["name"] for event in node.events(1) if event["kind"] == "fault"]
+    assert faults == ["agent_restarted"], "the list is as long as it should be, and has this node"
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "words"),
+    [("n[1-99]", "names 99 of the job's 100 nodes"), (None, "no list came of the job's 100 nodes")],
+)
+def test_a_nodelist_that_was_cut_is_refused_and_the_job_goes_on(
+    node: Node, nodelist: str | None, words: str
+) -> None:
+    node.start()
+    variables = {"SLURMD_NODENAME": "n1", "SLURM_JOB_NUM_NODES": "100"}
+    variables |= {} if nodelist is None else {"SLURM_NODELIST": nodelist}
+    assert run_hook(node, "prolog", **variables) == ""
+    assert node.jobs() == {1}
+    assert run_hook(node, "epilog", **variables) == ""
+    events = node.events(1)
+    (fault,) = (event for event in events if event["kind"] == "fault")
+    assert fault["name"] == "nodelist_not_used" and words in str(fault["message"])
+    assert not any("nodelist" in event for event in events)
 
 
 def test_an_epilog_that_came_while_the_agent_hung_ends_its_session(node: Node) -> None:

@@ -387,6 +387,19 @@ def test_shadow(cluster: Any, folder: Path) -> None:
     assert target not in cluster.exec(NODE, "cat", "/proc/1/mountinfo").stdout
 
 
+def test_what_slurm_says_of_a_jobs_nodes_fits_together(cluster: Any) -> None:
+    """Else the agent would refuse the list: of a component, and where the job has the node beside others."""
+    with fake_agent(cluster) as agent:
+        for options in (["--nodes=3"], ["--nodelist=n1", ":", "--nodelist=n[2-3]"]):
+            argv = ["sbatch", "--parsable", "--bootseer=observe", *options]
+            script = "#!/bin/bash\ntrue\n"
+            done = cluster.exec("login", *argv, user="alice", input_text=script)
+            assert done.returncode == 0, done.stderr
+            assert cluster.wait(int(done.stdout.split(";")[0])) == "COMPLETED"
+        said = [(each["NODELIST"], each["NODES"]) for each in agent.requests("prolog", 2)]
+    assert said == [("n[1-3]", "3"), ("n1", "1")]
+
+
 def test_jobs_without_bootseer_do_not_meet_the_agent(cluster: Any, folder: Path) -> None:
     target, blob = make(folder / "target", "slow"), make(folder / "blob", "fast")
     with fake_agent(cluster, "--bind", f"{blob}={target}") as agent:

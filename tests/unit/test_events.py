@@ -154,9 +154,18 @@ def test_extra_fields_are_kept_only_if_scalar_and_bounded() -> None:
 
 
 def test_long_texts_are_cut() -> None:
-    event = parse_line(line(message="m" * 5000, target="/" * 5000, nodelist="n" * 40_000))
+    event = parse_line(line(message="m" * 5000, target="/" * 5000, partition="p" * 40_000))
     assert (len(event.message or ""), len(event.target or "")) == (1000, 4096)
-    assert len(str(event.extra["nodelist"])) == 16 * 1024
+    assert len(str(event.extra["partition"])) == 16 * 1024
+
+
+def test_a_long_nodelist_is_left_out_and_not_cut() -> None:
+    """A list that is cut reads as the list of fewer nodes."""
+    assert parse_line(line(nodelist="n," * 8192)).extra["nodelist"] == "n," * 8192
+    assert "nodelist" not in parse_line(line(nodelist="n," * 8192 + "n")).extra
+    log = EventLog(1, 0, "n1")
+    log.emit("session", "begin", nodelist="n," * 20_000, mode="observe")
+    assert log.events()[0].extra == {"mode": "observe"}
 
 
 def test_number_of_an_extra_field_that_is_text_or_absent_is_zero() -> None:

@@ -10,6 +10,7 @@ from bootseer_slurm.agentapi import protocol
 from bootseer_slurm.blob.ref import ArtifactRef
 from bootseer_slurm.errors import InputError
 from bootseer_slurm.job.request import parse_job, parse_profile, parse_request
+from tests.nodelists import nodelist_of
 
 
 def test_options_and_profile_are_joined() -> None:
@@ -78,6 +79,12 @@ def test_a_damaged_message_is_refused(content: bytes) -> None:
         protocol.decode(content)
     with pytest.raises(ValueError):
         protocol.encode([("A", "\0")])
+
+
+def test_a_list_of_10_000_nodes_is_taken_whole() -> None:
+    nodelist = nodelist_of(10_000)
+    job = parse_job([("JOB_ID", "1"), ("UID", "2"), ("GID", "2"), ("NODELIST", nodelist), ("NODES", "10000")])
+    assert (job.nodelist, job.node_count) == (nodelist, 10_000)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from bootseer_slurm.report.gather.run import Run
 from bootseer_slurm.report.gather.stored import StoredEvents
 from bootseer_slurm.slurm.jobs import AccountingError, JobRecord
 from bootseer_slurm.store import FileStore
+from tests.nodelists import nodelist_of
 from tests.unit.records import RECORD as BASE
 from tests.unit.records import SECOND, START
 
@@ -22,12 +23,19 @@ RECORD = replace(BASE, job=77, shown_id="77", end_ns=START + 100 * SECOND, nodes
 
 
 def write(
-    root: Path, node: str, *, uid: int = 1000, job: int = 77, restart: int = 0, t_ns: int = START
+    root: Path,
+    node: str,
+    *,
+    uid: int = 1000,
+    job: int = 77,
+    restart: int = 0,
+    t_ns: int = START,
+    nodelist: str = "n[1-2,10]",
 ) -> Path:
     """One node's file with a hook event and a session event."""
     log = EventLog(job, restart, node)
     log.emit("hook", "begin", t_ns=t_ns)
-    log.emit("session", "begin", t_ns=t_ns + 1, nodelist="n[1-2,10]", mode="prefetch")
+    log.emit("session", "begin", t_ns=t_ns + 1, nodelist=nodelist, mode="prefetch")
     path = root / "users" / str(uid) / "events" / f"{job}.{restart}" / f"{node}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(log.to_jsonl())
@@ -70,6 +78,12 @@ def test_without_accounting_the_events_still_give_a_run(tmp_path: Path) -> None:
     assert run.uid == 1000
     assert run.silent_nodes == ("n2", "n10")
     assert run.notes == ("without accounting: sacct is not installed here",)
+
+
+def test_without_accounting_a_long_nodelist_makes_no_node_silent(tmp_path: Path) -> None:
+    """Nor another one in its place: a list that is cut ends in the beginning of a name."""
+    write(tmp_path, "n1", nodelist=nodelist_of(10_000))
+    assert run_of(tmp_path, AccountingError("sacct is not installed here")).silent_nodes == ()
 
 
 def test_accounting_that_does_not_know_the_job_is_no_reason_to_give_up(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def _requests() -> list[bytes]:
         ("JOB_ID", "7"),
         ("UID", "1000"),
         ("NODELIST", "n[1-3]"),
+        ("NODES", "3"),
         ("GPUS", "0,1,4-7"),
         ("JOB_NAME", "träin"),
     ]

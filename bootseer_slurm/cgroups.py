@@ -21,7 +21,7 @@ _AGENT = "agent"
 _DELEGATED = "trusted.delegate"  # systemd's mark, with Delegate=yes
 # Threads count. mksquashfs has three for each core.
 _MOST_TASKS = 256 + 4 * (os.cpu_count() or 1)
-# Of the node's memory: what mksquashfs takes, and what a user's process reads counts as its page cache.
+# Of the node's memory: what a user's process and mksquashfs read counts as the group's page cache.
 _MEMORY_SHARE = 4
 _END_S = 2.0  # what is killed goes at once, but for one that a file system holds
 

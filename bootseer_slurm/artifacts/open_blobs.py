@@ -197,9 +197,12 @@ class OpenBlobs:
                     idle.mount.close()
 
     def mounted_that_wait(self, longer_than_s: float) -> list[OpenBlob]:
-        """The blobs that a file system lies in, and of which a read has waited for so long."""
+        """The blobs that the kernel has mounted, and of which a read has waited for so long.
+
+        Who waits for a user's squashfuse can be killed.
+        """
         with self._lock:
-            mounted = [blob for blob in self._open.values() if blob.is_mounted]
+            mounted = [blob for blob in self._open.values() if blob.mount is not None]
         return [blob for blob in mounted if blob.reader.waits.longest_now_s() > longer_than_s]
 
     def usage(self) -> Usage:

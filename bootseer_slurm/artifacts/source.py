@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import threading
 import time
@@ -52,6 +51,14 @@ class Trust(NamedTuple):
     allow: Callable[[int], None]
 
 
+class _Failed(NamedTuple):
+    """Why a process could not open the objects, and until when it is not asked again."""
+
+    process: UserProcess
+    message: str
+    until_s: float
+
+
 class ObjectSource:
     """The objects behind one handle, as a source of the blob (cache.sources.Source). Thread-safe."""
 
@@ -69,8 +76,7 @@ class ObjectSource:
         self._process = process
         self._open_again = open_again
         self._opened = opened
-        self._failure = ""
-        self._failed_s = -math.inf
+        self._failed: _Failed | None = None
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
@@ -94,8 +100,9 @@ class ObjectSource:
             raise StoreError("it is being opened again, which takes long")
         try:
             if self._opened is None or self._opened.process is not process:
-                if time.monotonic() - self._failed_s < _FAILED_FOR_S:
-                    raise StoreError(self._failure)
+                failed = self._failed
+                if failed and failed.process is process and time.monotonic() < failed.until_s:
+                    raise StoreError(failed.message)
                 self._opened = Opened(process, self._open_anew(process))
             return self._opened
         finally:
@@ -105,7 +112,7 @@ class ObjectSource:
         try:
             return self._open_again(process)
         except StoreError as error:
-            self._failure, self._failed_s = error.message, time.monotonic()
+            self._failed = _Failed(process, error.message, time.monotonic() + _FAILED_FOR_S)
             raise
 
 

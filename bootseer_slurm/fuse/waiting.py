@@ -32,7 +32,7 @@ from bootseer_slurm.fuse.protocol import Request
 
 # Of the kernel's table: what is left is for requests that were not looked at yet.
 _MOST_PARKED = protocol.MAX_BACKGROUND * 3 // 4
-_EARLY_S = 0.5  # how long a read waits that fails early; a store that is there again may answer sooner
+_EARLY_S = 0.3  # how long a read waits that fails early; a store that is there again may answer sooner
 _HURRY_S = 15.0  # within it the kernel has asked for all that one read of a task needs
 
 

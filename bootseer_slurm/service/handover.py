@@ -1,7 +1,8 @@
 """Handing descriptors on to the next supervisor: at an upgrade by exec, at a restart by systemd's store.
 
-Owns: what is said to systemd (sd_notify(3)), and the variables in which names and numbers come. Does not own
-the descriptors. Children get nothing of it: the variables are taken out of the environment.
+Owns: what is said to systemd (sd_notify(3)), the variables in which names and numbers come, and the trial
+before an upgrade. Does not own the descriptors. Children get nothing of it: the variables are taken out of
+the environment.
 
     BOOTSEER_HANDED_ON                        {name: number}, from the process that this one was
     LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES    from systemd (sd_listen_fds(3)): what was stored before
@@ -15,9 +16,12 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Set
 
 _log = logging.getLogger(__name__)
 
@@ -28,16 +32,13 @@ _TRIAL = "trial"  # instead: a process that loads all the same, and ends
 _NOTIFY = "NOTIFY_SOCKET"
 _UNIT = "BOOTSEER_UNIT"  # the unit's name, as the unit says it
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
+_TRIAL_LIMIT_S = 30.0
+_TRIAL_LOOK_S = 0.1
 
 
 def is_trial() -> bool:
     """Whether this process only shows that the code and the configuration can be loaded."""
     return os.environ.get(_HANDED_ON) == _TRIAL
-
-
-def trial_environment() -> dict[str, str]:
-    """The environment of a process that is to be a trial."""
-    return os.environ | {_HANDED_ON: _TRIAL}
 
 
 class Handover:
@@ -105,3 +106,48 @@ def _listed(pid: str, count: str, names: str) -> dict[str, int]:
         if int(pid) == os.getpid():
             return dict(zip(names.split(":"), range(_FIRST_FD, _FIRST_FD + int(count)), strict=False))
     return {}
+
+
+def loads_anew(stops: Set[signal.Signals]) -> bool:
+    """Try the code and the configuration that are installed now, in a process that serves nobody.
+
+    False too when one of `stops` is pending: signals that this process blocks, and ends by.
+    """
+    try:
+        reason = _try_out(stops)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = str(error)
+    if _is_told_to_stop(stops):
+        _log.info("SIGHUP: told to stop meanwhile, nothing is loaded")
+        return False
+    if reason:
+        _log.error("SIGHUP: the code that is installed now does not start, the old goes on: %s", reason)
+    return not reason
+
+
+def _try_out(stops: Set[signal.Signals]) -> str:
+    """Why the trial failed, "" when it did not. Raises OSError, SubprocessError."""
+    trial = subprocess.Popen(
+        sys.orig_argv,
+        executable=sys.executable,
+        env=os.environ | {_HANDED_ON: _TRIAL},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    deadline_s = time.monotonic() + _TRIAL_LIMIT_S
+    with trial:
+        while True:
+            try:
+                said = trial.communicate(timeout=_TRIAL_LOOK_S)[1]
+                return f"exit status {trial.returncode}: {said.strip()}" if trial.returncode else ""
+            except subprocess.TimeoutExpired:
+                if _is_told_to_stop(stops) or time.monotonic() > deadline_s:
+                    trial.kill()
+                    return f"no end within {_TRIAL_LIMIT_S:g} s"
+
+
+def _is_told_to_stop(stops: Set[signal.Signals]) -> bool:
+    return not signal.sigpending().isdisjoint(stops)

@@ -27,8 +27,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,7 +39,7 @@ from bootseer_slurm.config import Config
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.fuse import Mount
 from bootseer_slurm.mounts import Namespace
-from bootseer_slurm.service.handover import Handover, trial_environment
+from bootseer_slurm.service.handover import Handover, loads_anew
 from bootseer_slurm.service.layouts import check_layouts
 from bootseer_slurm.service.leftover import end_leftover
 
@@ -57,8 +55,6 @@ _STOP_LIMIT_S = 25.0  # the agent gives its sessions 20 s, the systemd unit all 
 _LOOK_EVERY_S = 1.0
 _SHORT_LIFE_S = 10.0  # an agent that is killed earlier than this, again and again, is started ever later
 _PAUSES_S = (0.0, 0.0, 0.1, 0.5, 2.0, 5.0)
-_TRIAL_LIMIT_S = 30.0
-_TRIAL_LOOK_S = 0.1
 _GONE_LIMIT_S = 10.0  # for the agent of a supervisor that was killed
 
 # Always overwritten by one write: a supervisor may be killed at any moment.
@@ -259,7 +255,7 @@ class Supervisor:
                 os.kill(child, signal.SIGTERM)
                 deadline_s = deadline_s or time.monotonic() + _STOP_LIMIT_S
             elif info is not None and info.si_signo == signal.SIGHUP and deadline_s is None:
-                upgrade = upgrade or _loads_anew()
+                upgrade = upgrade or loads_anew(_STOPS)
                 if upgrade:
                     os.kill(child, signal.SIGKILL)
 
@@ -275,44 +271,6 @@ class Supervisor:
             self._handover.exec_anew(self._fds())
         except OSError as error:
             _log.error("the code cannot be loaded anew, the old goes on: %s", error)
-
-
-def _loads_anew() -> bool:
-    """Try the code and the configuration that are installed now, in a process that serves nobody.
-
-    False too when the supervisor is to stop meanwhile.
-    """
-    try:
-        reason = _try_out()
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = str(error)
-    if reason:
-        _log.error("SIGHUP: the code that is installed now does not start, the old goes on: %s", reason)
-    return not reason
-
-
-def _try_out() -> str:
-    """Why the trial failed, "" when it did not. Raises OSError, SubprocessError."""
-    trial = subprocess.Popen(
-        sys.orig_argv,
-        executable=sys.executable,
-        env=trial_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline_s = time.monotonic() + _TRIAL_LIMIT_S
-    with trial:
-        while True:
-            try:
-                said = trial.communicate(timeout=_TRIAL_LOOK_S)[1]
-                return f"exit status {trial.returncode}: {said.strip()}" if trial.returncode else ""
-            except subprocess.TimeoutExpired:
-                is_told_to_stop = not _STOPS.isdisjoint(signal.sigpending())
-                if is_told_to_stop or time.monotonic() > deadline_s:
-                    trial.kill()
-                    return "told to stop" if is_told_to_stop else f"no end within {_TRIAL_LIMIT_S:g} s"
 
 
 def _listen(address: str, mode: int = 0o666) -> socket.socket:

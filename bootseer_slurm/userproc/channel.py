@@ -98,10 +98,14 @@ class Channel:
             return  # another thread does
         try:
             now_s = time.monotonic()
-            if self._ping is None or (self._ping.done() and self._ping.exception() is None):
-                self._ping_s = now_s
-            if self._ping is None or self._ping.done():  # one that could not be sent counts as not answered
+            if self._ping is None or self._ping.done():
+                was_answered = self._ping is None or self._ping.exception() is None
                 self._ping = self.send(Ping())
+                # One that is not sent, for want of room, counts as not answered. Where the next one is sent,
+                # the process has taken others meanwhile.
+                was_sent = not self._ping.done() or self._ping.exception() is None
+                if was_answered or was_sent:
+                    self._ping_s = now_s
             if _is_stopped(self._process.pid) or now_s - self._ping_s > _SILENT_S:
                 _log.warning("process of uid %d: is stopped, or does not answer: killed", self._uid)
                 self._process.kill()

@@ -17,6 +17,7 @@ import pytest
 
 from bootseer_slurm import mounts
 from bootseer_slurm.image.signing import make_key
+from bootseer_slurm.service.killed_tasks import waiting_tasks
 from tests.integration.node import ALICE, Node, digest_of, node_of, wait_until
 from tests.integration.test_env_layer import make_large_venv, saved
 from tests.integration.test_env_snapshot import end, package, pytestmark, shown
@@ -139,6 +140,51 @@ def test_who_is_not_killed_waits_on_beside_one_who_is(node: Node) -> None:
         stall(node).unlink()
         assert other.communicate(timeout=60)[0].strip() == digest_of(package(root) / "large")
     end(node, 2, view)
+
+
+# A user's task that waits without being interruptible, for a child that shares its memory, beside threads that
+# come and go. It did no exec since it became the user, as one that Slurm has just begun.
+_WAITS = """
+import ctypes, os, sys, threading, time
+os.setresuid(54321, 54321, 54321)
+def short():
+    for _ in range(10**6):
+        thread = threading.Thread(target=time.sleep, args=(0.0005,))
+        thread.start()
+        thread.join()
+for _ in range(4):
+    threading.Thread(target=short, daemon=True).start()
+library = ctypes.CDLL(None)  # without the lock of the interpreter
+child = threading.Thread(target=lambda: library.vfork() or library.sleep(60), daemon=True)
+child.start()
+child.join()
+"""
+
+
+def states(pid: int) -> set[str]:
+    """Of each thread that has not ended meanwhile."""
+    found = set()
+    for thread in psutil.Process(pid).threads():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            stat = Path(f"/proc/{pid}/task/{thread.id}/stat").read_text()
+            found.add(stat.rpartition(")")[2].split()[0])
+    return found
+
+
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_a_task_that_waits_is_seen_whatever_ends_beside_it_and_before_its_exec(is_ours: bool) -> None:
+    command = [sys.executable, "-S", "-c", _WAITS]
+    with subprocess.Popen(command if is_ours else ["sh", "-c", '"$@"; :', "sh", *command]) as process:
+        try:
+            if is_ours:
+                wait_until(lambda: "D" in states(process.pid))
+                assert list(waiting_tasks({ALICE})) == [], "it waits for the store"
+            else:
+                wait_until(lambda: bool(list(waiting_tasks({ALICE}))))
+                assert all(list(waiting_tasks({ALICE})) for _ in range(300))
+        finally:
+            for each in (*psutil.Process(process.pid).children(recursive=True), process):
+                each.kill()
 
 
 def test_who_reads_after_a_task_was_killed_waits_for_the_store(node: Node) -> None:

@@ -198,7 +198,7 @@ if pathlib.Path({str(flag)!r}).exists():
     wait_until(lambda: len(psutil.Process(supervisor.pid).children()) == 2)
     supervisor.send_signal(signal.SIGTERM)
     assert supervisor.wait(15) == 0, "systemd kills it after 30 s"
-    assert "told to stop" in node.log and mounts.mounts_below(node.run) == []
+    assert "told to stop meanwhile" in node.log and mounts.mounts_below(node.run) == []
 
 
 def test_what_a_job_has_mounted_stays_what_it_was_when_the_file_was_replaced(node: Node) -> None:

@@ -485,6 +485,7 @@ def test_a_process_that_took_no_requests_for_a_while_goes_on(impatient: None, tm
             channel.wait(sent[0], 0.5)  # it looks whether the process answers
         may_take.touch()
         assert [each.result(5) for each in sent[:-1]]
+        time.sleep(1.2)  # longer than a process may be silent, and nobody looks meanwhile
         with pytest.raises(NoAnswer):
             channel.wait(Future(), 2.0)
         assert not late.ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
@@ -28,9 +29,14 @@ class SilentStore:
         self.may_answer.wait(10)
         raise StoreError("no answer")
 
-    def source(self) -> ObjectSource:
-        process = cast(UserProcess, object())
-        return ObjectSource("store", Layout(BLOCK_BYTES), lambda: process, self.open_again)
+    def source(self, *processes: UserProcess) -> ObjectSource:
+        """Read by one process, or by these, one after the other."""
+        given = iter(processes) if processes else itertools.repeat(a_process())
+        return ObjectSource("store", Layout(BLOCK_BYTES), lambda: next(given), self.open_again)
+
+
+def a_process() -> UserProcess:
+    return cast(UserProcess, object())
 
 
 def read(source: ObjectSource) -> None:
@@ -62,6 +68,16 @@ def test_a_reader_does_not_wait_for_long_for_the_one_who_opens_it(monkeypatch: p
             read(source)
         store.may_answer.set()
     assert str(first.exception()) == "no answer"
+
+
+def test_the_next_process_is_asked_at_once() -> None:
+    store = SilentStore()
+    store.may_answer.set()
+    source = store.source(a_process(), a_process())
+    for _ in range(2):
+        with pytest.raises(StoreError):
+            read(source)
+    assert store.asked == 2
 
 
 def test_what_failed_is_opened_again_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -446,7 +446,9 @@ print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())
             output, errors = children[-1].communicate(timeout=20)
             assert output.split()[-1] == hashlib.sha256(fast.data).hexdigest(), errors
             users = server._waiting._users
-            assert sum(len(user) for user in users.values()) <= protocol.MAX_BACKGROUND * 3 // 4
+            # Each reader thread parks a read before it drops one too many.
+            most = protocol.MAX_BACKGROUND * 3 // 4 + len(server._requests.threads)
+            assert sum(len(user) for user in users.values()) <= most
             assert first <= set(users[12346].latest) | set(users[12346].ahead), "what waited waits"
             attacked.released.set()
             waited.released.set()

@@ -69,9 +69,10 @@ def reading(node: Node, job: int, count: int = 1) -> Iterator[list[subprocess.Po
     fields["IMAGE"] = node.folder / "data" / "img.sqsh"
     node.ask("prolog", **fields)
     _, (fd,) = node.request("attach", **fields, STEP_ID=0)
-    # Each its own part: of the same pages the kernel would ask only once.
+    # Each its own part: of the same pages the kernel would ask only once. Without the kernel's readahead, which
+    # may still wait when all have read.
     readers = [
-        subprocess.Popen(["dd", f"if=/proc/self/fd/{fd}", "bs=1M", f"skip={number}", "count=1", "status=none"],
+        subprocess.Popen(["dd", f"if=/proc/self/fd/{fd}", "bs=1M", f"skip={number}", "count=1", "iflag=direct", "status=none"],
                          pass_fds=[fd], stdout=subprocess.DEVNULL)
         for number in range(count)
     ]  # fmt: skip

@@ -219,6 +219,7 @@ def test_the_unit_under_systemd(node: Node, systemd: Systemd) -> None:
     assert shown_text(again[str(folder)]) == "thing"
     for mount in (*shown.values(), *again.values()):
         os.close(mount)
+    wait_until(lambda: systemd.ctl("is-active", "bootseer-agent", check=False).stdout == "active\n")
     pid = main_pid(systemd)
     systemd.ctl("reload", "bootseer-agent")
     wait_until(lambda: "loading the code anew" in node.log)

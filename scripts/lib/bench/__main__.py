@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts.lib.bench import checkpoint, cpu, digest, env, image, load, prolog, report, start
+from scripts.lib.bench import checkpoint, cpu, digest, engines, env, image, load, prolog, report, start
 from scripts.lib.bench.rows import Row
 from scripts.lib.cluster.client import Cluster
 from scripts.lib.cluster.layout import ClusterError
@@ -24,9 +24,13 @@ BENCHMARKS = {
     "prolog": prolog.run,
     "report": report.run,
 }
-WITHOUT_CLUSTER = {"checkpoint": checkpoint.run, "digest": digest.run}
+WITHOUT_CLUSTER = {"checkpoint": checkpoint.run, "digest": digest.run, "peers-engines": engines.run}
 IN_PARTS = {"start": start.run}
-PARTS = {"checkpoint": ("disk", "node", "hdfs"), "start": start.PARTS}
+PARTS = {
+    "checkpoint": ("disk", "node", "hdfs"),
+    "peers-engines": engines.PARTS,
+    "start": start.PARTS,
+}
 NAMES = [*BENCHMARKS, *IN_PARTS, *WITHOUT_CLUSTER]
 # What a cluster that is started has; three, where nothing is said.
 NODES = {"cpu": 1, "env": 1, "image": 1, "load": 1, "report": 1, "start": start.NODES}
@@ -58,7 +62,7 @@ def main(
         str,
         typer.Option(
             help="Measure one part of it: of checkpoint disk, node or hdfs; of start paper, warm or demo, "
-            "or one cell, paper-1gbit, demo-4-1gbit."
+            "or one cell, paper-1gbit, demo-4-1gbit; of peers-engines one rate, 1gbit or 250mbit."
         ),
     ] = "",
 ) -> None:

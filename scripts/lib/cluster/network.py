@@ -68,7 +68,7 @@ def set_link(state: State, node: str, rate: str) -> None:
             if "tbf" in run(pid, ["tc", "qdisc", "show", "dev", device]):
                 run(pid, ["tc", "qdisc", "del", "dev", device, "root"])
         else:
-            run(pid, ["tc", "qdisc", "replace", "dev", device, "root", *_tbf(rate)])
+            run(pid, ["tc", "qdisc", "replace", "dev", device, "root", *tbf(rate)])
     state.links[node] = rate
     state.save()
 
@@ -82,7 +82,8 @@ def sent_bytes(state: State, node: str) -> int:
     raise ClusterError(f"{node} has no link")
 
 
-def _tbf(rate: str) -> list[str]:
+def tbf(rate: str) -> list[str]:
+    """What `tc qdisc replace … root` needs to limit a link to a rate ("500mbit"); raises ClusterError."""
     bits = rate_bits(rate)
     burst = max(2 * GSO_BYTES, int(bits / 8 * LATE_S))
     queue = burst + int(bits / 8 * QUEUE_S)

@@ -51,6 +51,7 @@ class Loss(enum.Enum):
     BUSY = enum.auto()
     LACK = enum.auto()
     WRONG_DIGEST = enum.auto()
+    STORE = enum.auto()  # it is the store that failed
 
 
 @dataclass(frozen=True, slots=True)

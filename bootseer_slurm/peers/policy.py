@@ -109,7 +109,14 @@ class Policy:
         return [*([CallSlow(parent)] if slow and parent is not None else []), *self._fill(now_s)]
 
     def failed(self, chunk: Chunk, peer: int, loss: Loss, now_s: float) -> list[Action]:
-        """A peer that was asked for this chunk, directory or parent, did something else."""
+        """A peer that was asked for this chunk, directory or parent, did something else.
+
+        loss STORE: no read of the chunk works here, so it is not fetched any more; peer does not count.
+        """
+        if loss is Loss.STORE:
+            given_up = self._fetches.pop(chunk, None)
+            self._prefetching -= given_up is not None and not given_up.demand
+            return self._fill(now_s)
         if loss is Loss.REFUSED:
             self._here.liveness.refused(peer, now_s)
         elif loss is Loss.SILENT:

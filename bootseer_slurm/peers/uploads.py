@@ -68,7 +68,13 @@ class Uploads:
         self._leaf_until_s = 0.0
 
     def asked(self, get: Get, held: Held) -> Reply:
-        """The answer to one question; with QUEUED the chunk follows."""
+        """The answer to one question; with QUEUED the chunk follows.
+
+        The same question again, with demand say, takes the place of the first.
+        """
+        for gets in (self._waiting.get(get.chunk, []), self._demand, self._prefetch):
+            for earlier in [each for each in gets if (each.chunk, each.reader) == (get.chunk, get.reader)]:
+                gets.remove(earlier)
         if held is Held.LACKS:
             return Reply.LACK
         if self._queue_s() > _patience_s(get):

@@ -124,6 +124,11 @@ class Connection:
         head = _HEAD.pack(Kind.DATA, _DATA_BYTES + size_bytes) + pack_chunk(chunk)
         self._data.append(_Sending(head + _DATA.pack(offset, size_bytes), fd, fd_offset, size_bytes))
 
+    def ignore(self, chunk: Chunk) -> None:
+        """What is left of a frame of this chunk, where one comes just now, goes nowhere."""
+        if self._receiving is not None and self._receiving.chunk == chunk:
+            self._receiving.view = None
+
     def write(self) -> int:
         """Send what the socket takes now; gives how many frames of bytes were finished. Raises OSError."""
         finished = 0
@@ -166,6 +171,9 @@ class Connection:
                 count += self._read(heard)
         except BlockingIOError:
             pass
+        except EOFError:
+            if not heard:
+                raise
         receiving = self._receiving
         if receiving is not None and receiving.untold_bytes >= SIGN_BYTES:
             heard.append(receiving.tell())
@@ -189,7 +197,7 @@ class Connection:
         taken = bytes(self._in[:wanted])
         self._have = 0
         if self._head is None:
-            self._head = self._checked_head(taken)
+            self._head = _checked_head(taken)
         elif kind == Kind.DATA:
             self._receiving = self._begin(taken, length)
             self._head = None
@@ -197,16 +205,6 @@ class Connection:
             self._head = None
             heard.append(decode(kind, taken))
         return count
-
-    def _checked_head(self, taken: bytes) -> tuple[int, int]:
-        kind, length = _HEAD.unpack(taken)
-        if kind == Kind.DATA:
-            is_right = _DATA_BYTES < length <= _DATA_BYTES + MOST_DATA_BYTES
-        else:
-            is_right = length <= MOST_BODY_BYTES
-        if not is_right:
-            raise BadMessage(f"a frame of kind {kind} and {length} bytes")
-        return kind, length
 
     def _begin(self, taken: bytes, length: int) -> _Receiving:
         chunk = read_chunk(taken)
@@ -231,3 +229,14 @@ class Connection:
                 heard.append(receiving.tell())
             self._receiving = None
         return count
+
+
+def _checked_head(taken: bytes) -> tuple[int, int]:
+    kind, length = _HEAD.unpack(taken)
+    if kind == Kind.DATA:
+        is_right = _DATA_BYTES < length <= _DATA_BYTES + MOST_DATA_BYTES
+    else:
+        is_right = length <= MOST_BODY_BYTES
+    if not is_right:
+        raise BadMessage(f"a frame of kind {kind} and {length} bytes")
+    return kind, length

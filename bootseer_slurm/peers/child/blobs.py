@@ -1,0 +1,69 @@
+"""The blobs of the job on this node: which chunks are in their data files, and which are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from bootseer_slurm.blob.manifest import CHUNK_BYTES
+from bootseer_slurm.peers.groups import Chunk
+from bootseer_slurm.peers.local import OpenBlob
+from bootseer_slurm.peers.uploads import Held
+from bootseer_slurm.peers.wire import MOST_DATA_BYTES
+
+
+@dataclass(slots=True)
+class Blob:
+    """One blob. number: the owner's. fd: of its data file. wanted: chunks that are not here."""
+
+    number: int
+    name: str
+    size_bytes: int
+    fd: int
+    here: set[int]
+    wanted: set[int] = field(default_factory=set)
+
+
+class Blobs:
+    """All that the owner has opened."""
+
+    def __init__(self) -> None:
+        self._by_number: dict[int, Blob] = {}
+        self._by_name: dict[str, Blob] = {}
+
+    def open(self, order: OpenBlob, fd: int) -> None:
+        bits = int.from_bytes(order.here, "little")
+        here = {number for number in range(bits.bit_length()) if bits >> number & 1}
+        blob = Blob(order.blob, order.name, order.size_bytes, fd, here)
+        self._by_number[order.blob] = self._by_name[order.name] = blob
+
+    def numbered(self, number: int) -> Blob:
+        """The one that the owner calls so."""
+        return self._by_number[number]
+
+    def of(self, chunk: Chunk) -> Blob:
+        """The one that a chunk of this node is of."""
+        return self._by_name[chunk.blob]
+
+    def held(self, chunk: Chunk) -> Held:
+        """How much of a chunk is here, which another node asks for."""
+        blob = self._by_name.get(chunk.blob)
+        if blob is not None and chunk.number in blob.here:
+            return Held.HERE
+        return Held.COMING if blob is not None and chunk.number in blob.wanted else Held.LACKS
+
+    @property
+    def wants(self) -> bool:
+        """Whether something is wanted that is not here."""
+        return any(blob.wanted for blob in self._by_name.values())
+
+    def size_of(self, chunk: Chunk) -> int:
+        """Bytes of a chunk of this node."""
+        return min(CHUNK_BYTES, self.of(chunk).size_bytes - chunk.number * CHUNK_BYTES)
+
+    def parts(self, chunk: Chunk) -> Iterator[tuple[Chunk, int, int, int, int]]:
+        """A chunk that is here, in parts that a frame takes (links.Part)."""
+        size_bytes, begin = self.size_of(chunk), chunk.number * CHUNK_BYTES
+        for offset in range(0, size_bytes, MOST_DATA_BYTES):
+            part_bytes = min(MOST_DATA_BYTES, size_bytes - offset)
+            yield chunk, offset, self.of(chunk).fd, begin + offset, part_bytes

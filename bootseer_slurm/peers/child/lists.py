@@ -1,0 +1,117 @@
+"""This node's parts of the job's directory, on each ring that it is on, and its JOIN when it starts.
+
+JOIN goes to the nodes behind this one, eight at a time, until one of them answers; the answers of those
+before that one have 25 ms. What others want meanwhile waits. Where eight nodes are silent and nobody was
+heard, something is in between, and this node goes on alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from bootseer_slurm.peers.child.links import Links
+from bootseer_slurm.peers.directory import JOIN_AT_ONCE, JOIN_WAIT_S, Answer, Directory, Handover, Want
+from bootseer_slurm.peers.fetch import Viewpoint
+from bootseer_slurm.peers.messages import Answered, AskList, Given, Join, split
+
+_MOST_HELD = 4096  # WANTs; who is not answered asks elsewhere
+_SILENT = 2
+
+
+@dataclass(slots=True)
+class _Joining:
+    """A ring, and the nodes of it that were sent JOIN and have neither answered nor refused, in order."""
+
+    level: int
+    nodes: Iterator[int]
+    asked: list[int] = field(default_factory=list)
+    until_s: float = 0.0
+    heard: bool = False
+    ready: bool = False
+
+
+class Lists:
+    """The directories of this node."""
+
+    def __init__(self, here: Viewpoint, links: Links, nodes: int) -> None:
+        self._here = here
+        self._links = links
+        self._nodes = nodes
+        rings = [ring for ring in here.rings if here.node in ring.members]
+        self._directories = {ring.level: Directory(here.node, ring) for ring in rings}
+        self._joining = [_Joining(ring.level, ring.after(here.node)) for ring in rings]
+        self._held: list[tuple[int, AskList]] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether it answers. Until then this node asks nothing."""
+        return all(each.ready for each in self._joining)
+
+    def until_s(self) -> float | None:
+        """When `go_on` is to be called."""
+        return min((each.until_s for each in self._joining if not each.ready), default=None)
+
+    def go_on(self, now_s: float) -> None:
+        """Send JOIN to the next nodes, where those that were asked have answered or had their time."""
+        was_ready = self.ready
+        for each in self._joining:
+            while not each.ready and (not each.asked or now_s >= each.until_s):
+                is_cut_off = len(each.asked) >= _SILENT and not self._here.liveness.any_heard
+                each.asked = list(itertools.islice(each.nodes, JOIN_AT_ONCE))
+                each.until_s = now_s + JOIN_WAIT_S
+                each.ready = each.heard or is_cut_off or not each.asked
+                if each.ready:
+                    break
+                for node in each.asked:
+                    self._links.send(node, Join(each.level), now_s)
+        if self.ready and not was_ready:
+            held, self._held = self._held, []
+            for node, asked in held:
+                self.asked(node, asked)
+
+    def want(self, level: int, want: Want) -> Answer | None:
+        """The answer of this node; None where it is on no such ring."""
+        directory = self._directories.get(level)
+        return directory.want(want) if directory else None
+
+    def asked(self, node: int, asked: AskList) -> None:
+        """A node sent a WANT."""
+        if not self.ready:
+            if len(self._held) < _MOST_HELD:
+                self._held.append((node, asked))
+        elif answer := self.want(asked.level, asked.want):
+            self._links.send(node, Answered(asked.want.chunk, answer))
+
+    def joined(self, node: int, level: int) -> None:
+        """A node sent JOIN."""
+        directory = self._directories.get(level)
+        if directory and node in self._here.rings[level].members:
+            for part in split(directory.join(node)):
+                self._links.send(node, Given(level, part))
+
+    def given(self, node: int, given: Given, now_s: float) -> None:
+        """A node gives lists to this one."""
+        directory = self._directories.get(given.level)
+        if directory is None:
+            return
+        rows = {
+            chunk: tuple(row for row in listed if row.node < self._nodes)
+            for chunk, listed in given.handover.lists.items()
+        }
+        live = tuple(each for each in given.handover.live if each < self._nodes)
+        for to, onward in directory.take(Handover(rows, live)).items():
+            for part in split(onward):
+                self._links.send(to, Given(given.level, part), now_s)
+        for each in self._joining:
+            if each.level == given.level and node in each.asked:
+                each.heard = True
+                # Those behind it know no more than it does.
+                each.asked = each.asked[: each.asked.index(node)]
+
+    def ended(self, node: int) -> None:
+        """A node cannot be reached."""
+        for each in self._joining:
+            if node in each.asked:
+                each.asked.remove(node)

@@ -1,0 +1,186 @@
+"""The chunks that this node gets: has its policy's actions done, and tells it what came of them.
+
+No digest is compared here: what came is the owner's to look at, and is not here before the owner has it. Only
+an answer to a question that is open counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from bootseer_slurm.peers.child.blobs import Blobs
+from bootseer_slurm.peers.child.incoming import Coming, Incoming
+from bootseer_slurm.peers.child.links import Links
+from bootseer_slurm.peers.child.lists import Lists
+from bootseer_slurm.peers.child.owner import Owner
+from bootseer_slurm.peers.directory import Moved, Parent
+from bootseer_slurm.peers.fetch import AskDirectory, AskParent, Cause, Loss, ReadStore
+from bootseer_slurm.peers.groups import Chunk
+from bootseer_slurm.peers.local import Arrived, Read
+from bootseer_slurm.peers.messages import Answered, AskList, Refused, Slow
+from bootseer_slurm.peers.policy import Action, CallSlow, Policy, in_order
+from bootseer_slurm.peers.uploads import Held
+from bootseer_slurm.peers.wire import Received
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """All that chunks come by, for this node among so many."""
+
+    node: int
+    nodes: int
+    owner: Owner
+    links: Links
+    lists: Lists
+    blobs: Blobs
+    incoming: Incoming
+
+    def free(self, chunk: Chunk) -> Coming | None:
+        """A chunk's slot is free; what still comes of it goes nowhere."""
+        coming = self.incoming.free(chunk)
+        if coming is not None and not coming.is_whole:
+            self.links.ignore(coming.parent, chunk)
+        return coming
+
+    def read_store(self, chunk: Chunk, *, demand: bool) -> None:
+        """Have the owner read a chunk from the store."""
+        self.owner.say(Read(self.blobs.of(chunk).number, chunk.number, demand))
+
+
+@dataclass(slots=True)
+class Counts:
+    """Figures since the start: bytes by node, reads of the store by cause, and nodes that are slow."""
+
+    received: Counter[int] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    slow: set[int] = field(default_factory=set)
+
+
+class Reading:
+    """This node as a reader, among so many nodes."""
+
+    def __init__(self, ways: Ways, policy: Policy) -> None:
+        self.counts = Counts()
+        self._ways = ways
+        self._policy = policy
+        self._asked: dict[int, set[Chunk]] = {}  # of a node: chunks of which it has not said all yet
+        self._from_store: set[Chunk] = set()
+
+    def want(self, chunks: Sequence[Chunk], *, demand: bool, now_s: float) -> None:
+        """The owner wants these."""
+        blobs = self._ways.blobs
+        missing = [chunk for chunk in chunks if blobs.held(chunk) is not Held.HERE]
+        for chunk in missing:
+            blobs.of(chunk).wanted.add(chunk.number)
+        if not demand:
+            order = in_order(missing, self._ways.node, self._ways.nodes)
+            self._do(self._policy.prefetch(order, now_s), now_s)
+            return
+        for chunk in missing:
+            if chunk in self._from_store:
+                self._ways.read_store(chunk, demand=True)
+            self._do(self._policy.demand(chunk, now_s), now_s)
+
+    def have(self, chunk: Chunk, now_s: float) -> None:
+        """A chunk is in the data file."""
+        blob = self._ways.blobs.of(chunk)
+        blob.here.add(chunk.number)
+        blob.wanted.discard(chunk.number)
+        self._from_store.discard(chunk)
+        coming = self._ways.free(chunk)
+        parent = None
+        if coming is not None and coming.is_whole:
+            parent = coming.parent
+            self.counts.received[parent] += coming.size_bytes
+        dur_s = coming.dur_s if coming else 0.0
+        self._do(self._policy.received(chunk, parent, dur_s, now_s), now_s)
+
+    def wrong(self, chunk: Chunk, now_s: float) -> None:
+        """A chunk that came has a wrong digest."""
+        coming = self._ways.free(chunk)
+        if coming is not None:
+            self._do(self._policy.failed(chunk, coming.parent, Loss.WRONG_DIGEST, now_s), now_s)
+
+    def lost(self, chunk: Chunk, now_s: float) -> None:
+        """A chunk cannot be had."""
+        self._ways.blobs.of(chunk).wanted.discard(chunk.number)
+        self._from_store.discard(chunk)
+        self._ways.free(chunk)
+        self._do(self._policy.failed(chunk, self._ways.node, Loss.STORE, now_s), now_s)
+
+    def answered(self, node: int, answered: Answered, now_s: float) -> None:
+        """A directory has answered."""
+        chunk, answer = answered.chunk, answered.answer
+        if chunk not in self._asked.get(node, ()):
+            return
+        self._asked[node].discard(chunk)
+        named = (
+            answer.node if isinstance(answer, Parent) else answer.owner if isinstance(answer, Moved) else 0
+        )
+        if named >= self._ways.nodes or (isinstance(answer, Parent) and named == self._ways.node):
+            self._do(self._policy.failed(chunk, node, Loss.SILENT, now_s), now_s)  # no directory says so
+            return
+        self._do(self._policy.answered(chunk, node, answer, now_s), now_s)
+
+    def refused(self, node: int, refused: Refused, now_s: float) -> None:
+        """A parent does not send a chunk."""
+        chunk = refused.chunk
+        if chunk in self._asked.get(node, ()):
+            self._asked[node].discard(chunk)
+            self._do(
+                self._policy.failed(chunk, node, Loss.LACK if refused.lacks else Loss.BUSY, now_s), now_s
+            )
+
+    def took(self, node: int, received: Received, now_s: float) -> None:
+        """Bytes of a chunk have come."""
+        coming = self._ways.incoming.took(node, received, now_s)
+        if coming is None:
+            return
+        chunk = received.chunk
+        self._policy.pending(chunk, node, 0, now_s)
+        if coming.is_whole:
+            self._asked[node].discard(chunk)
+            number = self._ways.blobs.of(chunk).number
+            self._ways.owner.say(Arrived(number, chunk.number, coming.slot, node, coming.dur_s))
+
+    def ended(self, node: int, now_s: float) -> None:
+        """A node cannot be reached, or its connection ended."""
+        for chunk in self._asked.pop(node, ()):
+            self._do(self._policy.failed(chunk, node, Loss.REFUSED, now_s), now_s)
+
+    def overdue(self, now_s: float) -> None:
+        """What is to be done because time has passed."""
+        for chunk, parent in self._ways.incoming.whole():
+            self._policy.pending(chunk, parent, 0, now_s)  # it is the owner who takes his time
+        self._do(self._policy.overdue(now_s), now_s)
+
+    def _do(self, actions: Iterable[Action], now_s: float) -> None:
+        ways = self._ways
+        to_do = deque(actions)
+        while to_do:
+            action = to_do.popleft()
+            match action:
+                case AskDirectory(to, level, want):
+                    if not want.has:
+                        ways.free(want.chunk)  # of a parent that was left
+                    if to != ways.node:
+                        self._asked.setdefault(to, set()).add(want.chunk)
+                        ways.links.send(to, AskList(level, want), now_s)
+                    elif answer := ways.lists.want(level, want):
+                        to_do += self._policy.answered(want.chunk, to, answer, now_s)
+                case AskParent(to, get):
+                    if ways.incoming.expect(get.chunk, to, ways.blobs.size_of(get.chunk)):
+                        self._asked.setdefault(to, set()).add(get.chunk)
+                        ways.links.send(to, get, now_s)
+                    else:
+                        to_do += self._policy.failed(get.chunk, to, Loss.BUSY, now_s)
+                case ReadStore(chunk, demand, cause):
+                    ways.free(chunk)
+                    self._from_store.add(chunk)
+                    self.counts.fallbacks[cause.value] += cause is not Cause.FIRST
+                    ways.read_store(chunk, demand=demand)
+                case CallSlow(to):
+                    self.counts.slow.add(to)
+                    ways.links.send(to, Slow())

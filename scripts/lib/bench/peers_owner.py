@@ -125,7 +125,7 @@ class Owner:
     def close(self) -> None:
         """End the process."""
         self._link.close()
-        self.process.terminate()
+        self.process.kill()
         self.process.wait(_END_S)
         self._pool.shutdown()
         os.close(self._fd)

@@ -8,6 +8,7 @@ import random
 import select
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -192,8 +193,7 @@ def test_a_node_without_a_port_gets_chunks_too(make_job: Callable[[int], Job]) -
     job = make_job(2)
     with contextlib.ExitStack() as stack:
         for port in PORTS:
-            taken = stack.enter_context(socket.create_server((job.site.addresses[1], port), backlog=0))
-            taken.close() if False else None
+            stack.enter_context(socket.create_server((job.site.addresses[1], port)))
         owners = job.start_all()
         assert owners[1].port == 0
         owners[1].want([0])
@@ -270,7 +270,6 @@ def test_many_connections_of_strangers_stop_no_peer(make_job: Callable[[int], Jo
     job.store_s = 0.03
     owners = job.start_all()
     before = files(owners[0])
-    most_files = 0
     with contextlib.ExitStack() as stack:
         for owner in owners:
             owner.want(range(CHUNKS))
@@ -384,7 +383,7 @@ def test_who_sends_wrong_bytes_is_banned(make_job: Callable[[int], Job], tmp_pat
 
 def endless(connection: Connection, get: Get) -> None:
     """More than the chunk, and again and again."""
-    with open("/dev/shm/bootseer-test-zeros", "wb+") as file:
+    with tempfile.TemporaryFile() as file:
         file.truncate(MOST_DATA_BYTES)
         for _ in range(200):
             connection.send_bytes(Chunk(get.chunk.blob, 99), 0, file.fileno(), 0, MOST_DATA_BYTES)
@@ -409,7 +408,9 @@ def huge(connection: Connection, get: Get) -> None:
     os.write(connection.fileno(), b"\3\0\0\0\xff\xff\xff\xff")
 
 
-@pytest.mark.parametrize("serve", [endless, slow, huge, lambda *_: None], ids=["endless", "slow", "huge", "silent"])
+@pytest.mark.parametrize(
+    "serve", [endless, slow, huge, lambda *_: None], ids=["endless", "slow", "huge", "silent"]
+)
 def test_who_does_not_send_a_chunk_costs_half_a_second(
     make_job: Callable[[int], Job], serve: Callable[[Connection, Get], None]
 ) -> None:

@@ -19,6 +19,7 @@ from scripts.lib.bench import (
     env,
     image,
     load,
+    peers,
     peers_sim,
     prolog,
     report,
@@ -39,12 +40,14 @@ BENCHMARKS = {
 WITHOUT_CLUSTER = {
     "checkpoint": checkpoint.run,
     "digest": digest.run,
+    "peers": peers.run,
     "peers-engines": engines.run,
     "peers-sim": peers_sim.run,
 }
 IN_PARTS = {"start": start.run}
 PARTS = {
     "checkpoint": ("disk", "node", "hdfs"),
+    "peers": peers.PARTS,
     "peers-engines": engines.PARTS,
     "peers-sim": peers_sim.PARTS,
     "start": start.PARTS,
@@ -81,7 +84,7 @@ def main(
         typer.Option(
             help="Measure one part of it: of checkpoint disk, node or hdfs; of start paper, warm or demo, "
             "or one cell, paper-1gbit, demo-4-1gbit; of peers-engines one rate, 1gbit or 250mbit; "
-            "of peers-sim 3, 16, 100, 1000 or 10000 nodes."
+            "of peers 4 or 8 nodes; of peers-sim 3, 16, 100, 1000 or 10000 nodes."
         ),
     ] = "",
 ) -> None:

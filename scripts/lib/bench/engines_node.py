@@ -9,7 +9,7 @@ when the engine runs, then a line of JSON for each line that it reads:
     check                 {"sha256": HEX}              of the file that it got
 
 Times are of the monotonic clock, which all machines share. It ends, with its engine, when its input ends.
-Standard library only, and libtorrent's binding for the arms of libtorrent.
+Standard library only, libtorrent's binding for the arms of libtorrent, and the product for its own peers.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ def engine_of(task: Task) -> Engine:
         from scripts.lib.bench.engines_libtorrent import Libtorrent
 
         return Libtorrent(task)
+    if task.engine == "peers":
+        from scripts.lib.bench.peers_engine import Peers
+
+        return Peers(task)
     return Aria2(task)
 
 

@@ -96,6 +96,14 @@ class Inputs:
         with self.lock:
             return any(begun - SEEN_LATE_S <= version.until <= ended for version in self.versions[user, name])
 
+    def told(self, user: str, name: str, found: str, begun: float) -> str:
+        """What a digest is that a task should not have read."""
+        with self.lock:
+            for version in self.versions[user, name]:
+                if version.digest == found:
+                    return f"the bytes that were replaced {begun - version.until:.1f} s before the task began"
+        return "bytes that it never held"
+
     def objects(self) -> list[Path]:
         """The files in the store, as they lie on the server."""
         with contextlib.suppress(OSError):

@@ -11,7 +11,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts.lib.bench import checkpoint, cpu, digest, engines, env, image, load, prolog, report, start
+from scripts.lib.bench import (
+    checkpoint,
+    cpu,
+    digest,
+    engines,
+    env,
+    image,
+    load,
+    peers_sim,
+    prolog,
+    report,
+    start,
+)
 from scripts.lib.bench.rows import Row
 from scripts.lib.cluster.client import Cluster
 from scripts.lib.cluster.layout import ClusterError
@@ -24,11 +36,17 @@ BENCHMARKS = {
     "prolog": prolog.run,
     "report": report.run,
 }
-WITHOUT_CLUSTER = {"checkpoint": checkpoint.run, "digest": digest.run, "peers-engines": engines.run}
+WITHOUT_CLUSTER = {
+    "checkpoint": checkpoint.run,
+    "digest": digest.run,
+    "peers-engines": engines.run,
+    "peers-sim": peers_sim.run,
+}
 IN_PARTS = {"start": start.run}
 PARTS = {
     "checkpoint": ("disk", "node", "hdfs"),
     "peers-engines": engines.PARTS,
+    "peers-sim": peers_sim.PARTS,
     "start": start.PARTS,
 }
 NAMES = [*BENCHMARKS, *IN_PARTS, *WITHOUT_CLUSTER]
@@ -62,7 +80,8 @@ def main(
         str,
         typer.Option(
             help="Measure one part of it: of checkpoint disk, node or hdfs; of start paper, warm or demo, "
-            "or one cell, paper-1gbit, demo-4-1gbit; of peers-engines one rate, 1gbit or 250mbit."
+            "or one cell, paper-1gbit, demo-4-1gbit; of peers-engines one rate, 1gbit or 250mbit; "
+            "of peers-sim 3, 16, 100, 1000 or 10000 nodes."
         ),
     ] = "",
 ) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from scripts.lib.fuzz import formats, messages
+from scripts.lib.fuzz import formats, messages, peers
 
-TARGETS = (*formats.TARGETS, *messages.TARGETS)
+TARGETS = (*formats.TARGETS, *messages.TARGETS, *peers.TARGETS)

@@ -1,0 +1,238 @@
+"""The way of one chunk to one node: a directory, its parents, and the store where these fail.
+
+The node asks the directory (WANT), and then the parent that the directory names (GET), or reads the store.
+Both answer at once, a parent with PENDING where it has to wait itself. A node that has not answered after
+150 ms is missing, and so is a parent that is silent for 250 ms later on. The next WANT tells the directory.
+After three parents, or 1 s in vain, the chunk comes from the store; after 0.5 s where somebody waits for it
+(demand).
+
+Pure: time is a parameter, in seconds of a clock that only goes forward. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from bootseer_slurm.peers.directory import Answer, First, Moved, Want
+from bootseer_slurm.peers.groups import Chunk, Ring
+from bootseer_slurm.peers.liveness import Liveness
+from bootseer_slurm.peers.uploads import Get
+
+FIRST_ANSWER_S = 0.15
+SILENCE_S = 0.25
+_PARENTS = 3
+_LOST_S = 1.0
+_DEMAND_LOST_S = 0.5
+# Where none of a large job's directory has started: it looks again, for a short while.
+_RETRY_S = 0.025
+_NO_DIRECTORY_S = 0.1
+_MOST_ANSWERS = 16
+# PENDING counts its way from the store. In a circle of nodes that wait for one another it grows on and on.
+_MOST_HOPS = 32
+
+
+class Cause(enum.Enum):
+    """Why a chunk is read from the store. FIRST is the plan; all others are peers that failed."""
+
+    FIRST = "first"
+    NO_DIRECTORY = "no directory"
+    LOST_PARENTS = "lost parents"
+    LOST_TIME = "lost time"
+    WRONG_DIGEST = "wrong digest"
+    CUT_OFF = "cut off"
+
+
+class Loss(enum.Enum):
+    """What a peer did instead of what it was asked."""
+
+    REFUSED = enum.auto()  # also: closed the connection
+    SILENT = enum.auto()
+    BUSY = enum.auto()
+    LACK = enum.auto()
+    WRONG_DIGEST = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class AskDirectory:
+    """Send this WANT to a node's directory of that level; the node may be this one."""
+
+    to: int
+    level: int
+    want: Want
+
+
+@dataclass(frozen=True, slots=True)
+class AskParent:
+    """Send this GET to a node. The same one again, with demand, puts it before others there."""
+
+    to: int
+    get: Get
+
+
+@dataclass(frozen=True, slots=True)
+class ReadStore:
+    """Read this chunk from the store."""
+
+    chunk: Chunk
+    demand: bool
+    cause: Cause
+
+
+Step = AskDirectory | AskParent | ReadStore
+
+
+class _Phase(enum.Enum):
+    LOOKING = enum.auto()  # for a directory
+    ASKING = enum.auto()
+    GETTING = enum.auto()
+    STORE = enum.auto()
+
+
+@dataclass(slots=True)
+class Viewpoint:
+    """The node that fetches: its number, its rings, and what it knows of the others.
+
+    serves: whether the directory may well send others to this node; the owner keeps it true to its uploads.
+    """
+
+    node: int
+    rings: tuple[Ring, ...]
+    liveness: Liveness = field(default_factory=Liveness)
+    serves: bool = True
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What is under way. sign_s: when it began, or the last sign of life.
+
+    named: whether a directory named this owner, and not the ring. only: there is no other parent.
+    """
+
+    phase: _Phase
+    peer: int
+    sign_s: float
+    named: bool = False
+    only: bool = False
+    has_answered: bool = False
+
+
+class Fetch:
+    """One chunk that a node gets. Each method gives what is to be done next, where that changes."""
+
+    def __init__(self, chunk: Chunk, here: Viewpoint, now_s: float, *, demand: bool) -> None:
+        self.chunk = chunk
+        self.demand = demand
+        self.level = 0  # of the directory that it asks
+        self._here = here
+        self._began_s = now_s
+        self._asked = _Asked(_Phase.LOOKING, -1, now_s)
+        self._hops = 0
+        self._answers = 0
+        self._lost_s = 0.0
+        self._busy: list[int] = []
+        self._lost: list[int] = []
+
+    @property
+    def reads_store(self) -> bool:
+        """Whether it comes from the store."""
+        return self._asked.phase is _Phase.STORE
+
+    def look(self, now_s: float) -> Step | None:
+        """Ask the first node on the ring that may be there."""
+        here = self._here
+        if here.liveness.is_cut_off:
+            return self._store(Cause.CUT_OFF, now_s)
+        for node in here.rings[self.level].owners(self.chunk):
+            if node == here.node or not here.liveness.is_absent(node, now_s):
+                return self._ask(node, now_s)
+        if self.demand or now_s - self._began_s >= _NO_DIRECTORY_S:
+            return self._store(Cause.NO_DIRECTORY, now_s)
+        self._asked = _Asked(_Phase.LOOKING, -1, now_s)
+        return None
+
+    def answered(self, owner: int, answer: Answer, now_s: float) -> Step | None:
+        """A directory has answered. owner: the node that was asked."""
+        if self._asked.phase is not _Phase.ASKING or self._asked.peer != owner:
+            return None
+        self._answers += 1
+        if self._answers > _MOST_ANSWERS:
+            return self._store(Cause.NO_DIRECTORY, now_s)
+        if isinstance(answer, First):
+            if self.level + 1 == len(self._here.rings):
+                return self._store(Cause.FIRST, now_s)
+            self.level += 1
+            return self.look(now_s)
+        if isinstance(answer, Moved):
+            return self._ask(answer.owner, now_s, named=True)
+        self._asked = _Asked(_Phase.GETTING, answer.node, now_s, only=answer.only)
+        if self._here.liveness.is_missing(answer.node, now_s):
+            self._lost.append(answer.node)
+            return self._next(now_s)
+        return AskParent(answer.node, Get(self.chunk, self._here.node, self.demand, answer.only))
+
+    def hurry(self) -> Step | None:
+        """Somebody waits for it from now on."""
+        self.demand = True
+        if self._asked.phase is not _Phase.GETTING:
+            return None
+        return AskParent(self._asked.peer, Get(self.chunk, self._here.node, True, self._asked.only))
+
+    def pending(self, parent: int, hops: int, now_s: float) -> None:
+        """A sign of life of the parent: bytes of the chunk, or PENDING. hops: its own; 0 reads the store."""
+        asked = self._asked
+        if asked.phase is _Phase.GETTING and asked.peer == parent and hops < _MOST_HOPS:
+            asked.sign_s, asked.has_answered = now_s, True
+            self._hops = hops + 1
+
+    def hops(self, now_s: float) -> int | None:
+        """What this node's own children hear with PENDING; None while its source does not move."""
+        moves = self._asked.phase is _Phase.STORE or now_s - self._asked.sign_s <= SILENCE_S
+        return self._hops if moves else None
+
+    def failed(self, peer: int, loss: Loss, now_s: float) -> Step | None:
+        """A peer that was asked, directory or parent, did something else. `Liveness` knows that already."""
+        asked = self._asked
+        if asked.peer != peer or asked.phase not in (_Phase.ASKING, _Phase.GETTING):
+            return None
+        self._lost_s += now_s - asked.sign_s
+        if loss is Loss.WRONG_DIGEST:
+            return self._store(Cause.WRONG_DIGEST, now_s)
+        if asked.phase is _Phase.GETTING:
+            (self._busy if loss is Loss.BUSY and not asked.only else self._lost).append(peer)
+        elif asked.named:
+            # A directory knows it, so it has started: now it is gone.
+            self._here.liveness.silent(peer, now_s)
+        return self._next(now_s)
+
+    def overdue(self, now_s: float) -> Step | None:
+        """What is to be done because time has passed."""
+        asked = self._asked
+        waited_s = now_s - asked.sign_s
+        if asked.phase is _Phase.LOOKING and waited_s >= _RETRY_S:
+            self._here.liveness.forget_refused()
+            return self.look(now_s)
+        patience_s = SILENCE_S if asked.has_answered else FIRST_ANSWER_S
+        if asked.phase in (_Phase.ASKING, _Phase.GETTING) and waited_s >= patience_s:
+            self._here.liveness.silent(asked.peer, now_s)
+            return self.failed(asked.peer, Loss.SILENT, now_s)
+        return None
+
+    def _next(self, now_s: float) -> Step | None:
+        """After a failure: ask again, as long as that is worth it."""
+        if len(self._busy) + len(self._lost) >= _PARENTS:
+            return self._store(Cause.LOST_PARENTS, now_s)
+        if self._lost_s >= (_DEMAND_LOST_S if self.demand else _LOST_S):
+            return self._store(Cause.LOST_TIME, now_s)
+        return self.look(now_s)
+
+    def _ask(self, owner: int, now_s: float, *, named: bool = False) -> Step:
+        here = self._here
+        self._asked = _Asked(_Phase.ASKING, owner, now_s, named)
+        busy, lost, missing = tuple(self._busy), tuple(self._lost), here.liveness.missing(now_s)
+        return AskDirectory(owner, self.level, Want(self.chunk, here.node, here.serves, busy, lost, missing))
+
+    def _store(self, cause: Cause, now_s: float) -> Step:
+        self._asked = _Asked(_Phase.STORE, -1, now_s)
+        self._hops = 0
+        return ReadStore(self.chunk, self.demand, cause)

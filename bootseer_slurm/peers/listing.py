@@ -1,0 +1,72 @@
+"""The chunks that a node has, told to the directory that took over from a dead one.
+
+The lists of a directory die with its node. The next on the ring begins with empty ones. So each node that has
+chunks of them, or reads them from the store, lists itself there with a WANT that asks for nothing. Pure; not
+thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from bootseer_slurm.peers.directory import Answer, Moved, Want
+from bootseer_slurm.peers.fetch import AskDirectory, Viewpoint
+from bootseer_slurm.peers.groups import Chunk
+
+
+class Listing:
+    """The chunks that one node has, and their level: that of the directory which knows who has them."""
+
+    def __init__(self, here: Viewpoint) -> None:
+        self._here = here
+        self._levels: dict[Chunk, int] = {}
+        self._asked: dict[Chunk, int] = {}
+
+    def __contains__(self, chunk: Chunk) -> bool:
+        return chunk in self._levels
+
+    def add(self, chunk: Chunk, level: int) -> None:
+        """The node has it. level: of the last directory that was asked for it."""
+        self._levels[chunk] = level
+
+    def again(self, missing: Iterable[int], coming: Mapping[Chunk, int], now_s: float) -> list[AskDirectory]:
+        """What is to be sent because these nodes are missing now.
+
+        coming: chunks that the node reads from the store, and their levels.
+        """
+        asks = []
+        for node in missing:
+            for chunk, level in {**self._levels, **coming}.items():
+                owner = self._heir(node, chunk, level, now_s)
+                if owner is not None:
+                    asks.append(self._ask(chunk, level, owner, now_s))
+        return asks
+
+    def is_asked(self, chunk: Chunk) -> bool:
+        """Whether an answer for this chunk is one to such a WANT."""
+        return chunk in self._asked
+
+    def answered(self, chunk: Chunk, answer: Answer, now_s: float) -> list[AskDirectory]:
+        """A directory has answered such a WANT."""
+        level = self._asked.pop(chunk)
+        return [self._ask(chunk, level, answer.owner, now_s)] if isinstance(answer, Moved) else []
+
+    def failed(self, chunk: Chunk) -> None:
+        """It has not: others read the chunk once more."""
+        self._asked.pop(chunk, None)
+
+    def _ask(self, chunk: Chunk, level: int, owner: int, now_s: float) -> AskDirectory:
+        self._asked[chunk] = level
+        here = self._here
+        want = Want(chunk, here.node, here.serves, missing=here.liveness.missing(now_s), has=True)
+        return AskDirectory(owner, level, want)
+
+    def _heir(self, missing: int, chunk: Chunk, level: int, now_s: float) -> int | None:
+        """Who keeps a chunk's list after a node that is missing now; None where that one did not keep it."""
+        kept = False
+        for node in self._here.rings[level].owners(chunk):
+            if node == missing:
+                kept = True
+            elif node == self._here.node or not self._here.liveness.is_absent(node, now_s):
+                return node if kept else None
+        return None

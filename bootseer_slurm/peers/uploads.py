@@ -1,0 +1,154 @@
+"""A node as a parent: the chunks that it sends now, the nodes that wait for one, and those that go elsewhere.
+
+A node may ask for a chunk that is still on its way here. It waits, and hears PENDING: at once, and then every
+100 ms, as long as this node's own source moves. Eight chunks are sent at once, first those that somebody
+waits for. Where the chunks that are ready take more than 50 ms to send, the answer is BUSY, and the directory
+names another node. Who has no other waits for up to 0.5 s of such chunks. Pure: time is a parameter, in
+seconds of a clock that only goes forward. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bootseer_slurm.peers.groups import Chunk
+
+SLOTS = 8
+PENDING_S = 0.1
+QUEUE_S = 0.05
+ONLY_QUEUE_S = 0.5
+LEAF_S = 10.0
+_TELLERS = 2  # one child may have a slow link itself
+_NEW = 0.2  # the weight of a new figure in the mean rate
+
+
+class Held(enum.Enum):
+    """How much of a chunk this node has."""
+
+    HERE = enum.auto()
+    COMING = enum.auto()
+    LACKS = enum.auto()
+
+
+class Reply(enum.Enum):
+    """What a node that asked for a chunk hears: it will be sent, elsewhere please, or not here."""
+
+    QUEUED = enum.auto()
+    BUSY = enum.auto()
+    LACK = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Get:
+    """The question of one node for one chunk. demand: somebody waits for it. only: it has no other to ask."""
+
+    chunk: Chunk
+    reader: int
+    demand: bool = False
+    only: bool = False
+
+
+class Uploads:
+    """The chunks that one node sends."""
+
+    def __init__(self, bytes_per_s: float, chunk_bytes: int) -> None:
+        """bytes_per_s: what this node may send; the rate that is seen replaces it."""
+        self._bytes_per_s = bytes_per_s
+        self._chunk_bytes = chunk_bytes
+        self._waiting: dict[Chunk, list[Get]] = {}
+        self._demand: deque[Get] = deque()
+        self._prefetch: deque[Get] = deque()
+        self._sending = 0
+        self._last_s = 0.0
+        self._slow_to: set[int] = set()
+        self._leaf_until_s = 0.0
+
+    def asked(self, get: Get, held: Held) -> Reply:
+        """The answer to one question; with QUEUED the chunk follows."""
+        if held is Held.LACKS:
+            return Reply.LACK
+        if self._queue_s() > _patience_s(get):
+            return Reply.BUSY
+        if held is Held.COMING:
+            self._waiting.setdefault(get.chunk, []).append(get)
+        else:
+            self._ready(get)
+        return Reply.QUEUED
+
+    def arrived(self, chunk: Chunk) -> list[int]:
+        """A chunk is here, and goes to those that wait for it. Gives the nodes that hear BUSY instead."""
+        busy = []
+        for get in self._waiting.pop(chunk, ()):
+            if self._queue_s() > _patience_s(get):
+                busy.append(get.reader)
+            else:
+                self._ready(get)
+        return busy
+
+    def lost(self, chunk: Chunk) -> list[int]:
+        """A chunk will not come. Gives the nodes that waited for it, which hear LACK."""
+        return [get.reader for get in self._waiting.pop(chunk, ())]
+
+    def left(self, reader: int) -> None:
+        """A node's connection ended: it waits for nothing."""
+        for waiting in self._waiting.values():
+            waiting[:] = [get for get in waiting if get.reader != reader]
+        for queue in (self._demand, self._prefetch):
+            kept = [get for get in queue if get.reader != reader]
+            queue.clear()
+            queue.extend(kept)
+
+    def waiting(self) -> Iterator[Get]:
+        """Those that get nothing yet: they hear PENDING every 100 ms."""
+        yield from self._demand
+        yield from self._prefetch
+        for gets in self._waiting.values():
+            yield from gets
+
+    def begin(self, now_s: float) -> Get | None:
+        """The next chunk to send, where a slot is free."""
+        queue = self._demand or self._prefetch
+        if not queue or self._sending >= SLOTS:
+            return None
+        if not self._sending:
+            self._last_s = now_s
+        self._sending += 1
+        return queue.popleft()
+
+    def sent(self, now_s: float) -> None:
+        """A chunk was sent, or its connection ended: its slot is free."""
+        self._sending -= 1
+        if now_s > self._last_s:
+            seen = self._chunk_bytes / (now_s - self._last_s)
+            self._bytes_per_s += _NEW * (seen - self._bytes_per_s)
+        self._last_s = now_s
+
+    def called_slow(self, reader: int, now_s: float) -> None:
+        """A child says that this node is slow. Two say so: it serves nobody for 10 s."""
+        self._slow_to.add(reader)
+        if len(self._slow_to) >= _TELLERS:
+            self._slow_to.clear()
+            self._leaf_until_s = now_s + LEAF_S
+
+    def serves(self, now_s: float) -> bool:
+        """Whether others may be sent here now; said with each WANT."""
+        return now_s >= self._leaf_until_s and self._queue_s() <= QUEUE_S
+
+    def _queue_s(self) -> float:
+        """How long it takes to send what is ready. One chunk is none, however slow this node is."""
+        chunks = len(self._demand) + len(self._prefetch) + self._sending
+        return chunks * self._chunk_bytes / self._bytes_per_s if chunks > 1 else 0.0
+
+    def _ready(self, get: Get) -> None:
+        (self._demand if get.demand else self._prefetch).append(get)
+
+
+def _patience_s(get: Get) -> float:
+    """The longest queue that it may stand in."""
+    if get.demand:
+        return math.inf
+    return ONLY_QUEUE_S if get.only else QUEUE_S

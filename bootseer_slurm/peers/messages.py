@@ -1,4 +1,4 @@
-"""What peers say to one another, as bytes: the body of each frame of `wire`.
+"""The messages of peers, as bytes: the body of each frame of `wire`.
 
 Integers are big endian. A chunk is the 32 bytes of its blob's name, which is 64 hexadecimal digits here, and
 its number. Lists are bounded: nothing is made room for before its length is known to be right.

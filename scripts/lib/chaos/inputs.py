@@ -84,7 +84,7 @@ class Inputs:
             versions.append(new)
 
     def right(self, user: str, name: str, found: str, begun: float, ended: float) -> bool:
-        """Whether a task that ran from `begun` to `ended` may have read this digest."""
+        """Whether a task whose step ran from `begun` to `ended` may have read this digest."""
         with self.lock:
             return any(
                 version.digest == found and version.since <= ended and begun <= version.until + SEEN_LATE_S
@@ -101,7 +101,7 @@ class Inputs:
         with self.lock:
             for version in self.versions[user, name]:
                 if version.digest == found:
-                    return f"the bytes that were replaced {begun - version.until:.1f} s before the task began"
+                    return f"the bytes until {begun - version.until:.1f} s before the step was launched"
         return "bytes that it never held"
 
     def objects(self) -> list[Path]:

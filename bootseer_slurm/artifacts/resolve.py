@@ -13,6 +13,7 @@ root's, by a name that is there before.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,7 @@ def resolve_artifact(
     role: of a file of a checkpoint, what it is whatever step that is of. on_fault: of cache.sources.BlobUser.
     Raises BootseerError.
     """
-    process = context.process()
+    process, asked_s = context.process(), time.monotonic()
     found = process.resolve(request)
     if isinstance(found, CheckpointFolder):
         if not request.nodes:
@@ -92,7 +93,7 @@ def resolve_artifact(
         raise
     finally:
         found.close()
-    return ResolvedArtifact(ref, context.process, found.reply, opening.original, opening.layers)
+    return ResolvedArtifact(ref, context.process, found.reply, asked_s, opening.original, opening.layers)
 
 
 @dataclass(slots=True)

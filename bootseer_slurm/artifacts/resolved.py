@@ -23,9 +23,10 @@ from bootseer_slurm.userproc.protocol import IsSame, Resolved
 
 # A step waits for the check that an original is still the same.
 _SAME_TIMEOUT_S = 4.0
-# On a full link the check is slow: an environment's asks for a hundred small files, one after the other. A
-# step that was left with the original read all of it over that link: its start took twice as long. So what
-# was resolved this recently counts as the same when there is no answer.
+# On a full link the check of an environment is slow: it asks for a hundred small files, one after the other.
+# A step that was left with the original read all of it over that link: its start took twice as long. So one
+# that was looked up this recently counts as the same when there is no answer. Of a checkpoint or an image one
+# question tells, and an old checkpoint would lose work.
 _RECENT_S = 60.0
 _RECENT_TIMEOUT_S = 1.0
 _FRESH_S = 5.0
@@ -75,18 +76,20 @@ class Original:
 class ResolvedArtifact:
     """The layers and mounts that stand for an artifact until the job ends.
 
-    reply: as the user's process gave it. layers: the topmost first. original: None where it has no path.
-    environment: its mount, if it is one. path: of the original, "" without one; known when it is closed too.
+    reply: as the user's process gave it. asked_s: of time.monotonic(), when the process was asked: what it
+    says is of then or later, and a slow store may have kept it long. layers: the topmost first. original:
+    None where it has no path. environment: its mount, if it is one. path: of the original, "" without one;
+    known when it is closed too.
     """
 
     ref: ArtifactRef
     process: ProcessOfJob
     reply: Resolved
+    asked_s: float
     original: Original | None
     layers: list[Layer]
     environment: EnvironmentMount | None = None
     path: str = field(init=False)
-    _resolved_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.path = self.original.path if self.original else ""
@@ -119,7 +122,7 @@ class ResolvedArtifact:
     def bind(self, *, is_first: bool = False) -> Bind | None:
         """A fresh mount of the blob for one step; the caller closes its descriptor.
 
-        is_first: nothing of the job ran before this step on any node: what was just resolved is the same.
+        is_first: nothing of the job ran before this step on any node: what was just looked up is the same.
 
         Of a checkpoint without a path of its own: over its FUSE file, once all of it is in the cache, whose
         file is read without a detour. None where there is nothing to be shown.
@@ -133,7 +136,7 @@ class ResolvedArtifact:
                 return None
             status = os.stat(served)
             return Bind(mounts.bind_clone(path), status.st_dev, status.st_ino, str(served))
-        if not (is_first and time.monotonic() - self._resolved_s < _FRESH_S):
+        if not (is_first and time.monotonic() - self.asked_s < _FRESH_S):
             self._check_same(original)
         if not original.has_its_owner:  # who may show what over it was decided for that one
             raise InputError(f"{original.path}: was given to another user after it was looked up")
@@ -141,7 +144,7 @@ class ResolvedArtifact:
         return Bind(fd, original.status.st_dev, original.status.st_ino, original.path)
 
     def _check_same(self, original: Original) -> None:
-        is_recent = time.monotonic() - self._resolved_s < _RECENT_S
+        is_recent = self.ref.kind == "environment" and time.monotonic() - self.asked_s < _RECENT_S
         timeout_s = _RECENT_TIMEOUT_S if is_recent else _SAME_TIMEOUT_S
         # The process that was asked before may be gone: the question says all that the next one needs.
         question = IsSame(self.ref.kind, original.path, self.reply.fingerprint, self.reply.image)

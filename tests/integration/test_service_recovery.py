@@ -201,6 +201,52 @@ if pathlib.Path({str(flag)!r}).exists():
     assert "told to stop meanwhile" in node.log and mounts.mounts_below(node.run) == []
 
 
+def test_what_was_replaced_while_a_slow_store_was_asked_is_not_shown(node: Node) -> None:
+    node.start(f"""
+import os
+from bootseer_slurm.artifacts import resolved
+from bootseer_slurm.userproc.client import UserProcess
+real = UserProcess.resolve
+def resolve(self, request):
+    found = real(self, request)
+    open({str(node.folder / "seen")!r}, "w").close()
+    while not os.path.exists({str(node.folder / "answers")!r}):
+        time.sleep(0.01)
+    return found
+UserProcess.resolve = resolve
+resolved._FRESH_S = 1.0
+""")
+    model = make_file(node, "model.bin", 2**20)
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
+    wait_until((node.folder / "seen").exists)
+    model.write_bytes(os.urandom(2**20))
+    time.sleep(1.2)
+    (node.folder / "answers").touch()
+    assert node.request("attach", JOB_ID=1, UID=ALICE, STEP_ID="batch")[1] == []
+    assert skipped(node, 1) == [f"{model}: was changed after it was looked up"]
+
+
+def test_a_checkpoint_is_not_shown_where_nobody_says_whether_it_was_replaced(node: Node) -> None:
+    node.start("""
+from bootseer_slurm.userproc.channel import NoAnswer
+from bootseer_slurm.userproc.client import UserProcess
+def busy(*_, **__):
+    raise NoAnswer("no answer from the file system")
+UserProcess.is_same = busy
+""")
+    model = make_file(node, "model.bin", 2**20)
+    node.ask("prolog", JOB_ID=1, UID=ALICE, BOOTSEER=1, CHECKPOINT=model)
+    assert attach(node, 1) == {}
+    assert skipped(node, 1) == ["no answer from the file system"]
+
+
+def skipped(node: Node, job: int) -> list[str]:
+    """Why a job's steps were not shown what it named; the job ends."""
+    node.ask("epilog", JOB_ID=job)
+    shadows = [event for event in node.events(job) if event["kind"] == "shadow"]
+    return [str(event["message"]) for event in shadows if event["name"] == "skipped"]
+
+
 def test_what_a_job_has_mounted_stays_what_it_was_when_the_file_was_replaced(node: Node) -> None:
     model, other = make_file(node, "model.bin", 40 * 2**20), make_file(node, "other.bin", 40 * 2**20)
     expected = digest_of(model)

@@ -64,7 +64,8 @@ def _look_at_tasks(findings: Findings, results: list[TaskResult], jobs: Jobs, in
                 user, name, result.begun, result.ended
             ):
                 how = "a shadow" if name in result.shadows else "the original"
-                findings.wrong.append(f"job {result.job_id} on {result.node}: wrong bytes of {name}, {how}")
+                what = inputs.told(user, name, found, result.begun)
+                findings.wrong.append(f"job {result.job_id} on {result.node}: {name}, {how}: {what}")
         findings.refused += len(result.errors)
 
 

@@ -84,7 +84,7 @@ class Inputs:
             versions.append(new)
 
     def right(self, user: str, name: str, found: str, begun: float, ended: float) -> bool:
-        """Whether a task that ran from `begun` to `ended` may have read this digest."""
+        """Whether a task whose step ran from `begun` to `ended` may have read this digest."""
         with self.lock:
             return any(
                 version.digest == found and version.since <= ended and begun <= version.until + SEEN_LATE_S
@@ -95,6 +95,14 @@ class Inputs:
         """Whether it was replaced meanwhile: a reader may then have seen parts of two files, or an error."""
         with self.lock:
             return any(begun - SEEN_LATE_S <= version.until <= ended for version in self.versions[user, name])
+
+    def told(self, user: str, name: str, found: str, begun: float) -> str:
+        """What a digest is that a task should not have read."""
+        with self.lock:
+            for version in self.versions[user, name]:
+                if version.digest == found:
+                    return f"the bytes until {begun - version.until:.1f} s before the step was launched"
+        return "bytes that it never held"
 
     def objects(self) -> list[Path]:
         """The files in the store, as they lie on the server."""

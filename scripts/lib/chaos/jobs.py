@@ -28,7 +28,7 @@ DELAYS_S, PAUSES_S = (0, 0, 1, 4), (0, 0, 0.02, 0.1)
 SCRIPT = """\
 #!/bin/bash
 sleep {delay_s}
-srun --quiet {srun} /usr/bin/python3 -IS {reader} {results} {pause_s} {inputs}
+LAUNCHED="$(date +%s.%N)" srun --quiet {srun} /usr/bin/python3 -IS {reader} {results} {pause_s} {inputs}
 status=$?
 {mark}
 exit {status}
@@ -51,7 +51,7 @@ class Job:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one task of a job read (read_inputs.py)."""
+    """What one task of a job read (read_inputs.py). begun: when its step was launched."""
 
     job_id: int
     node: str

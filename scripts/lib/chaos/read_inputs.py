@@ -2,7 +2,7 @@
 
 Runs in each task, by the node's own Python, and pauses behind each MiB. FOLDER/JOB.RESTART.TASK.json gets the
 digests, the inputs that were shadows, and the errors. The bytes of a folder are its files', in the order of
-their names. Exit status 1 with an error.
+their names. LAUNCHED: when the step was, in seconds since the epoch. Exit status 1 with an error.
 """
 
 import hashlib
@@ -38,7 +38,8 @@ def digest(path: str, pause_s: float = 0) -> tuple[str, int]:
 
 def main(folder: str, pause_s: str, *inputs: str) -> int:
     """All inputs, one after the other."""
-    begun = time.time()
+    # A step that is being launched was shown what was there before its task runs.
+    begun = float(os.environ["LAUNCHED"])
     told: dict[str, object] = {"begun": begun, "node": os.environ.get("SLURMD_NODENAME")}
     digests, errors, shadows, total_bytes = {}, {}, [], 0
     shared = os.stat("/shared").st_dev

@@ -4,7 +4,9 @@ The node asks the directory (WANT), and then the parent that the directory names
 Both answer at once, a parent with PENDING where it has to wait itself. A node that has not answered after
 150 ms is missing, and so is a parent that is silent for 250 ms later on. The next WANT tells the directory.
 After three parents, or 1 s in vain, the chunk comes from the store; after 0.5 s where somebody waits for it
-(demand).
+(demand). Signs of life move neither end of the whole: after 10 s it is the store, after 3 s on demand, and
+later where this node's own reads of the store are slow. A node whose read of the store takes that long says
+so to those that wait for it (PENDING with TOO_DEEP).
 
 Pure: time is a parameter, in seconds of a clock that only goes forward. Not thread-safe.
 """
@@ -28,8 +30,13 @@ _DEMAND_LOST_S = 0.5
 _RETRY_S = 0.025
 _NO_DIRECTORY_S = 0.1
 _MOST_ANSWERS = 16
+_CHUNK_S = 10.0
+_DEMAND_CHUNK_S = 3.0
+_STORE_READS = 4  # of the mean length: many nodes that go to a slow store at once make it slower
 # PENDING counts its way from the store. In a circle of nodes that wait for one another it grows on and on.
-_MOST_HOPS = 32
+# So many, or more, say: wait elsewhere.
+TOO_DEEP = 32
+_NEW = 0.2  # the weight of a new figure in the mean
 
 
 class Cause(enum.Enum):
@@ -50,6 +57,7 @@ class Loss(enum.Enum):
     SILENT = enum.auto()
     BUSY = enum.auto()
     LACK = enum.auto()
+    DEEP = enum.auto()  # it lives, and its own source does not get on
     WRONG_DIGEST = enum.auto()
     STORE = enum.auto()  # it is the store that failed
 
@@ -95,12 +103,18 @@ class Viewpoint:
     """The node that fetches: its number, its rings, and what it knows of the others.
 
     serves: whether the directory may well send others to this node; the owner keeps it true to its uploads.
+    store_read_s: how long this node's reads of a chunk from the store take; 0 before the first.
     """
 
     node: int
     rings: tuple[Ring, ...]
     liveness: Liveness = field(default_factory=Liveness)
     serves: bool = True
+    store_read_s: float = 0.0
+
+    def patience_s(self, *, demand: bool) -> float:
+        """How long a chunk may take on its whole way by peers."""
+        return max(_DEMAND_CHUNK_S if demand else _CHUNK_S, _STORE_READS * self.store_read_s)
 
 
 @dataclass(slots=True)
@@ -127,6 +141,7 @@ class Fetch:
         self.level = 0  # of the directory that it asks
         self._here = here
         self._began_s = now_s
+        self._until_s = now_s + here.patience_s(demand=demand)
         self._asked = _Asked(_Phase.LOOKING, -1, now_s)
         self._hops = 0
         self._answers = 0
@@ -172,24 +187,38 @@ class Fetch:
             return self._next(now_s)
         return AskParent(answer.node, Get(self.chunk, self._here.node, self.demand, answer.only))
 
-    def hurry(self) -> Step | None:
+    def hurry(self, now_s: float) -> Step | None:
         """Somebody waits for it from now on."""
         self.demand = True
+        self._until_s = min(self._until_s, now_s + self._here.patience_s(demand=True))
         if self._asked.phase is not _Phase.GETTING:
             return None
         return AskParent(self._asked.peer, Get(self.chunk, self._here.node, True, self._asked.only))
 
-    def pending(self, parent: int, hops: int, now_s: float) -> None:
+    def pending(self, parent: int, hops: int, now_s: float) -> Step | None:
         """A sign of life of the parent: bytes of the chunk, or PENDING. hops: its own; 0 reads the store."""
         asked = self._asked
-        if asked.phase is _Phase.GETTING and asked.peer == parent and hops < _MOST_HOPS:
-            asked.sign_s, asked.has_answered = now_s, True
-            self._hops = hops + 1
+        if asked.phase is not _Phase.GETTING or asked.peer != parent:
+            return None
+        if hops >= TOO_DEEP:
+            return self.failed(parent, Loss.DEEP, now_s)
+        asked.sign_s, asked.has_answered = now_s, True
+        self._hops = hops + 1
+        return None
 
     def hops(self, now_s: float) -> int | None:
         """What this node's own children hear with PENDING; None while its source does not move."""
-        moves = self._asked.phase is _Phase.STORE or now_s - self._asked.sign_s <= SILENCE_S
-        return self._hops if moves else None
+        silent_s = now_s - self._asked.sign_s
+        if self._asked.phase is _Phase.STORE:
+            return 0 if silent_s <= self._here.patience_s(demand=False) else TOO_DEEP
+        return self._hops if silent_s <= SILENCE_S else None
+
+    def was_read(self, now_s: float) -> None:
+        """The chunk has come from the store."""
+        if self._asked.phase is _Phase.STORE:
+            took_s = now_s - self._asked.sign_s
+            mean_s = self._here.store_read_s
+            self._here.store_read_s = mean_s + _NEW * (took_s - mean_s) if mean_s else took_s
 
     def failed(self, peer: int, loss: Loss, now_s: float) -> Step | None:
         """A peer that was asked, directory or parent, did something else. `Liveness` knows that already."""
@@ -210,6 +239,8 @@ class Fetch:
         """What is to be done because time has passed."""
         asked = self._asked
         waited_s = now_s - asked.sign_s
+        if asked.phase is not _Phase.STORE and now_s >= self._until_s:
+            return self._store(Cause.LOST_TIME, now_s)
         if asked.phase is _Phase.LOOKING and waited_s >= _RETRY_S:
             self._here.liveness.forget_refused()
             return self.look(now_s)

@@ -78,7 +78,7 @@ class Policy:
         if fetch.demand:
             return []
         self._prefetching -= 1
-        return self._done(fetch.hurry(), now_s) + self._fill(now_s)
+        return self._done(fetch.hurry(now_s), now_s) + self._fill(now_s)
 
     def answered(self, chunk: Chunk, owner: int, answer: Answer, now_s: float) -> list[Action]:
         """What a directory answered. owner: the node that was asked."""
@@ -87,10 +87,10 @@ class Policy:
         fetch = self._fetches.get(chunk)
         return self._done(fetch.answered(owner, answer, now_s), now_s) if fetch else []
 
-    def pending(self, chunk: Chunk, parent: int, hops: int, now_s: float) -> None:
+    def pending(self, chunk: Chunk, parent: int, hops: int, now_s: float) -> list[Action]:
         """A parent's sign of life: bytes of the chunk (hops 0), or PENDING with its hops."""
-        if fetch := self._fetches.get(chunk):
-            fetch.pending(parent, hops, now_s)
+        fetch = self._fetches.get(chunk)
+        return self._done(fetch.pending(parent, hops, now_s), now_s) if fetch else []
 
     def hops(self, chunk: Chunk, now_s: float) -> int | None:
         """The hops of the PENDING that this node sends for a chunk; None: it sends none now."""
@@ -102,6 +102,8 @@ class Policy:
         fetch = self._fetches.pop(chunk, None)
         if fetch is None:
             return []
+        if parent is None:
+            fetch.was_read(now_s)
         self._listing.add(chunk, fetch.level)
         self._prefetching -= not fetch.demand
         self._received += 1

@@ -10,6 +10,7 @@ from bootseer_slurm.peers.directory import First, Moved, Parent
 from bootseer_slurm.peers.fetch import (
     FIRST_ANSWER_S,
     SILENCE_S,
+    TOO_DEEP,
     AskDirectory,
     AskParent,
     Cause,
@@ -157,15 +158,52 @@ def test_a_parent_that_says_nothing_at_all_is_left_sooner() -> None:
 
 def test_nodes_that_wait_for_one_another_do_not_do_so_for_ever() -> None:
     """In a circle PENDING comes back with more hops each time."""
-    policy, _ = reader()
+    policy, here = reader()
     getting(policy, parent=5)
     now_s, hops = 0.0, 1
     while not policy.overdue(now_s):
         now_s += 0.1
-        policy.pending(CHUNK, 5, hops, now_s)
+        if left := policy.pending(CHUNK, 5, hops, now_s):
+            break
         hops = (policy.hops(CHUNK, now_s) or hops) + 1
         assert now_s < 5
+    ask = only(left)
+    assert isinstance(ask, AskDirectory) and ask.want.lost == (5,)
+    assert ask.want.missing == () and not here.liveness.is_missing(5, now_s), "it lives"
     assert policy.hops(CHUNK, now_s + 1) is None
+
+
+@pytest.mark.parametrize(("demand", "most_s"), [(False, 10.1), (True, 3.1)])
+def test_signs_of_life_move_no_end_of_the_whole(demand: bool, most_s: float) -> None:
+    policy, _ = reader()
+    getting(policy, parent=5)
+    if demand:
+        policy.demand(CHUNK, 0.0)
+    now_s, actions = 0.0, []
+    while not actions:
+        now_s += 0.1
+        assert now_s < most_s
+        policy.pending(CHUNK, 5, 0, now_s)
+        actions = policy.overdue(now_s)
+    assert cause(only(actions)) is Cause.LOST_TIME and now_s > most_s - 0.3
+
+
+def test_a_slow_store_gives_peers_more_time() -> None:
+    policy, here = reader()
+    first = asked(only(policy.prefetch([CHUNK], 0.0)))
+    policy.answered(CHUNK, first, First(), 0.0)
+    policy.received(CHUNK, None, 0.0, 5.0)
+    assert here.patience_s(demand=True) == 20.0
+
+
+def test_a_read_of_the_store_that_hangs_holds_nobody() -> None:
+    policy, _ = reader()
+    policy.answered(CHUNK, asked(only(policy.prefetch([CHUNK], 0.0))), First(), 0.0)
+    assert policy.hops(CHUNK, 9.9) == 0 and policy.hops(CHUNK, 10.1) == TOO_DEEP
+    child, here = reader()
+    getting(child, parent=5)
+    ask = only(child.pending(CHUNK, 5, TOO_DEEP, 0.1))
+    assert isinstance(ask, AskDirectory) and ask.want.lost == (5,) and not here.liveness.is_missing(5, 0.1)
 
 
 def test_a_busy_parent_is_no_fault_and_may_be_named_again_as_the_only_one() -> None:

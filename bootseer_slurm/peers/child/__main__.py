@@ -167,7 +167,7 @@ class Peer:
             case Answered():
                 self._reading.answered(node, message, now_s)
             case Pending(chunk, hops):
-                self._policy.pending(chunk, node, hops, now_s)
+                self._reading.pending(node, chunk, hops, now_s)
             case Refused():
                 self._reading.refused(node, message, now_s)
             case Join(level):

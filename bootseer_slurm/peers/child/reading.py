@@ -133,6 +133,10 @@ class Reading:
                 self._policy.failed(chunk, node, Loss.LACK if refused.lacks else Loss.BUSY, now_s), now_s
             )
 
+    def pending(self, node: int, chunk: Chunk, hops: int, now_s: float) -> None:
+        """A parent has it on its way."""
+        self._do(self._policy.pending(chunk, node, hops, now_s), now_s)
+
     def took(self, node: int, received: Received, now_s: float) -> None:
         """Bytes of a chunk have come."""
         coming = self._ways.incoming.took(node, received, now_s)

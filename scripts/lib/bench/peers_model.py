@@ -132,7 +132,8 @@ def _pending(world: World, node: Node, get: Get) -> None:
     """Its way is left out: an event for each would be half of all events."""
     hops = 0 if get.chunk in node.depth else node.policy.hops(get.chunk, world.now_s)
     if hops is not None:
-        world.nodes[get.reader].policy.pending(get.chunk, node.index, hops, world.now_s)
+        reader = world.nodes[get.reader]
+        _do(world, reader, reader.policy.pending(get.chunk, node.index, hops, world.now_s))
 
 
 # Questions and answers

@@ -1,8 +1,8 @@
 """A node as a parent: the chunks that it sends now, the nodes that wait for one, and those that go elsewhere.
 
 A node may ask for a chunk that is still on its way here. It waits, and hears PENDING: at once, and then every
-100 ms, as long as this node's own source moves. Eight chunks are sent at once, first those that somebody
-waits for. Where the chunks that are ready take more than 50 ms to send, the answer is BUSY, and the directory
+100 ms, as long as this node's own source moves. Eight chunks are sent at once (`slots`), first those that
+somebody waits for. Where the chunks that are ready take more than 50 ms to send, the answer is BUSY, and the directory
 names another node. Who has no other waits for up to 0.5 s of such chunks. Pure: time is a parameter, in
 seconds of a clock that only goes forward. Not thread-safe.
 """
@@ -10,20 +10,20 @@ seconds of a clock that only goes forward. Not thread-safe.
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bootseer_slurm.peers.groups import Chunk
+from bootseer_slurm.peers.slots import Slots
 
-SLOTS = 8
 PENDING_S = 0.1
 QUEUE_S = 0.05
 ONLY_QUEUE_S = 0.5
 LEAF_S = 10.0
 _TELLERS = 2  # one child may have a slow link itself
-_NEW = 0.2  # the weight of a new figure in the mean rate
+_MOST_GETS = 64  # of one node that get nothing yet
 
 
 class Held(enum.Enum):
@@ -57,27 +57,29 @@ class Uploads:
 
     def __init__(self, bytes_per_s: float, chunk_bytes: int) -> None:
         """bytes_per_s: what this node may send; the rate that is seen replaces it."""
-        self._bytes_per_s = bytes_per_s
+        self.slots = Slots(bytes_per_s, chunk_bytes)
         self._chunk_bytes = chunk_bytes
         self._waiting: dict[Chunk, list[Get]] = {}
         self._demand: deque[Get] = deque()
         self._prefetch: deque[Get] = deque()
-        self._sending = 0
-        self._last_s = 0.0
         self._slow_to: set[int] = set()
         self._leaf_until_s = 0.0
 
     def asked(self, get: Get, held: Held) -> Reply:
         """The answer to one question; with QUEUED the chunk follows.
 
-        The same question again, with demand say, takes the place of the first.
+        The same question again, with demand say, takes the place of the first. Where the chunk is on its way,
+        nothing is left to hurry.
         """
+        if self.slots.is_sending(get.chunk, get.reader):
+            return Reply.QUEUED
         for gets in (self._waiting.get(get.chunk, []), self._demand, self._prefetch):
             for earlier in [each for each in gets if (each.chunk, each.reader) == (get.chunk, get.reader)]:
                 gets.remove(earlier)
         if held is Held.LACKS:
             return Reply.LACK
-        if self._queue_s() > _patience_s(get):
+        many = sum(each.reader == get.reader for each in self.waiting()) >= _MOST_GETS
+        if many or self._queue_s() > _patience_s(get):
             return Reply.BUSY
         if held is Held.COMING:
             self._waiting.setdefault(get.chunk, []).append(get)
@@ -100,7 +102,8 @@ class Uploads:
         return [get.reader for get in self._waiting.pop(chunk, ())]
 
     def left(self, reader: int) -> None:
-        """A node's connection ended: it waits for nothing."""
+        """A node's connection ended: it waits for nothing, and its slots are free."""
+        self.slots.left(reader)
         for waiting in self._waiting.values():
             waiting[:] = [get for get in waiting if get.reader != reader]
         for queue in (self._demand, self._prefetch):
@@ -108,30 +111,20 @@ class Uploads:
             queue.clear()
             queue.extend(kept)
 
-    def waiting(self) -> Iterator[Get]:
+    def waiting(self) -> list[Get]:
         """Those that get nothing yet: they hear PENDING every 100 ms."""
-        yield from self._demand
-        yield from self._prefetch
-        for gets in self._waiting.values():
-            yield from gets
+        coming = itertools.chain.from_iterable(self._waiting.values())
+        return [*self._demand, *self._prefetch, *coming]
 
     def begin(self, now_s: float) -> Get | None:
         """The next chunk to send, where a slot is free."""
-        queue = self._demand or self._prefetch
-        if not queue or self._sending >= SLOTS:
-            return None
-        if not self._sending:
-            self._last_s = now_s
-        self._sending += 1
-        return queue.popleft()
-
-    def sent(self, now_s: float) -> None:
-        """A chunk was sent, or its connection ended: its slot is free."""
-        self._sending -= 1
-        if now_s > self._last_s:
-            seen = self._chunk_bytes / (now_s - self._last_s)
-            self._bytes_per_s += _NEW * (seen - self._bytes_per_s)
-        self._last_s = now_s
+        for queue in (self._demand, self._prefetch):
+            for get in queue:
+                if self.slots.has_room(get.reader):
+                    queue.remove(get)
+                    self.slots.begin(get.chunk, get.reader, now_s)
+                    return get
+        return None
 
     def called_slow(self, reader: int, now_s: float) -> None:
         """A child says that this node is slow. Two say so: it serves nobody for 10 s."""
@@ -146,8 +139,8 @@ class Uploads:
 
     def _queue_s(self) -> float:
         """How long it takes to send what is ready. One chunk is none, however slow this node is."""
-        chunks = len(self._demand) + len(self._prefetch) + self._sending
-        return chunks * self._chunk_bytes / self._bytes_per_s if chunks > 1 else 0.0
+        chunks = len(self._demand) + len(self._prefetch) + self.slots.taken
+        return chunks * self._chunk_bytes / self.slots.bytes_per_s if chunks > 1 else 0.0
 
     def _ready(self, get: Get) -> None:
         (self._demand if get.demand else self._prefetch).append(get)

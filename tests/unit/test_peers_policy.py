@@ -21,7 +21,8 @@ from bootseer_slurm.peers.fetch import (
 from bootseer_slurm.peers.groups import Chunk, Ring
 from bootseer_slurm.peers.liveness import REFUSED_S, SILENT_S, Liveness
 from bootseer_slurm.peers.policy import STREAMS, WINDOW, Action, CallSlow, Policy, in_order
-from bootseer_slurm.peers.uploads import LEAF_S, SLOTS, Get, Held, Reply, Uploads
+from bootseer_slurm.peers.slots import SLOTS, STALLED_S
+from bootseer_slurm.peers.uploads import LEAF_S, Get, Held, Reply, Uploads
 
 NODE = 99  # not on the ring: it asks others
 RING = Ring(0, tuple(range(8)))
@@ -359,7 +360,7 @@ def test_a_node_that_waits_for_a_chunk_gets_it_when_it_is_here() -> None:
     assert sends.asked(Get(CHUNK, 1), Held.COMING) is Reply.QUEUED
     assert sends.begin(0.0) is None and [get.reader for get in sends.waiting()] == [1]
     assert sends.arrived(CHUNK) == []
-    assert sends.begin(0.1) == Get(CHUNK, 1) and list(sends.waiting()) == []
+    assert sends.begin(0.1) == Get(CHUNK, 1) and sends.waiting() == []
 
 
 def test_what_is_not_coming_is_lacked() -> None:
@@ -392,8 +393,58 @@ def test_eight_are_sent_at_once() -> None:
     for reader in range(20):
         sends.asked(Get(CHUNK, reader), Held.HERE)
     assert sum(sends.begin(0.0) is not None for _ in range(20)) == SLOTS
-    sends.sent(0.1)
+    sends.slots.ended(0, 0.1)
     assert sends.begin(0.1) and not sends.begin(0.1)
+
+
+def test_one_node_has_two_of_the_slots_and_its_end_frees_them() -> None:
+    sends = uploads(1e12)
+    for number in range(6):
+        sends.asked(Get(Chunk("blob", number), 1), Held.HERE)
+    sends.asked(Get(CHUNK, 2), Held.HERE)
+    assert [get.reader for get in iter(lambda: sends.begin(0.0), None)] == [1, 1, 2]
+    sends.left(1)
+    assert sends.slots.taken == 1 and sends.waiting() == []
+
+
+def test_who_takes_nothing_is_left_after_a_while() -> None:
+    sends = uploads(1e12)
+    for reader in range(4):
+        for chunk in chunks(3):
+            sends.asked(Get(chunk, reader), Held.HERE)
+    while sends.begin(0.0):
+        pass
+    assert sends.slots.stalled(STALLED_S - 0.1) == [] and not sends.slots.is_stuck(0.5)
+    sends.slots.moved(3, 4.0)
+    assert not sends.slots.is_stuck(4.5) and sends.slots.is_stuck(5.0)
+    assert sends.slots.stalled(STALLED_S) == [0, 1, 2]
+
+
+def test_a_chunk_that_is_on_its_way_is_not_sent_again_in_a_hurry() -> None:
+    sends = uploads()
+    sends.asked(Get(CHUNK, 1), Held.HERE)
+    assert sends.begin(0.0)
+    assert sends.asked(Get(CHUNK, 1, demand=True), Held.HERE) is Reply.QUEUED
+    assert sends.begin(0.0) is None and sends.waiting() == []
+
+
+def test_ends_that_come_at_once_are_no_rate() -> None:
+    sends = uploads(1e8)
+    for burst in range(20):
+        begin_s = burst / 10
+        for reader in range(4):
+            sends.asked(Get(CHUNK, reader, demand=True), Held.HERE)
+            sends.begin(begin_s)
+        for reader in range(4):
+            sends.slots.ended(reader, begin_s + 0.1 + reader * 1e-6)
+    assert sends.slots.bytes_per_s == pytest.approx(4 * 4 * MIB / 0.1, rel=0.1)
+
+
+def test_nobody_waits_for_more_than_64_chunks_here() -> None:
+    sends = uploads()
+    replies = [sends.asked(Get(chunk, 1), Held.COMING) for chunk in chunks(65)]
+    assert replies == [Reply.QUEUED] * 64 + [Reply.BUSY]
+    assert sends.asked(Get(CHUNK, 2), Held.COMING) is Reply.QUEUED
 
 
 def test_a_slow_link_is_noticed() -> None:
@@ -401,7 +452,7 @@ def test_a_slow_link_is_noticed() -> None:
     for number in range(10):
         sends.asked(Get(CHUNK, 1), Held.HERE)
         sends.begin(number)
-        sends.sent(number + 0.4)
+        sends.slots.ended(1, number + 0.4)
     sends.asked(Get(CHUNK, 1), Held.HERE)
     assert sends.serves(20)
     sends.asked(Get(CHUNK, 2), Held.HERE)

@@ -90,7 +90,7 @@ class Links:
             try:
                 link.connection.send(message)
             except BadMessage:
-                self._end(node)
+                self.leave(node)
             else:
                 self._touched[link] = None
         elif dial_s is not None:
@@ -141,7 +141,7 @@ class Links:
             proven.socket.close()
             return
         if proven.is_own in self._links.get(node, {}):
-            self._end(node)  # the node has begun anew
+            self.leave(node)  # the node has begun anew
         connection = Connection(
             proven.socket, lambda chunk, offset, size: self._place(node, chunk, offset, size)
         )
@@ -167,13 +167,13 @@ class Links:
         except EOFError:
             other = self._links[node].get(not link.is_own)
             if other is None or link is self._link(node):
-                self._end(node)
+                self.leave(node)
             else:
                 link.has_ended = link.is_retired = True
                 self._touched[link] = None
             return
         except (BadMessage, OSError):
-            self._end(node)
+            self.leave(node)
             return
         self._events += [Heard(node, what) for what in heard]
         other = self._links[node].get(not link.is_own)
@@ -190,7 +190,7 @@ class Links:
             if link.is_retired and not link.connection.wants_to_write:
                 link.socket.shutdown(socket.SHUT_WR)
         except OSError:
-            self._end(link.node)
+            self.leave(link.node)
             return
         if frames:
             self._events.append(Sent(link.node, frames))
@@ -202,7 +202,7 @@ class Links:
             self._selector.modify(link.socket, waits_for, self._selector.get_key(link.socket).data)
             link.waits_for = waits_for
 
-    def _end(self, node: int) -> None:
+    def leave(self, node: int) -> None:
         """All is over with a node, until something is said to it again."""
         for link in [*self._links.get(node, {}).values()]:
             self._close(link)

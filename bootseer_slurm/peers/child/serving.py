@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.peers.child.blobs import Blobs
 from bootseer_slurm.peers.child.links import Links
-from bootseer_slurm.peers.fetch import Viewpoint
+from bootseer_slurm.peers.fetch import TOO_DEEP, Viewpoint
 from bootseer_slurm.peers.groups import Chunk
 from bootseer_slurm.peers.messages import Pending, Refused
 from bootseer_slurm.peers.uploads import Get, Held, Reply, Uploads
@@ -74,13 +74,14 @@ class Serving:
     def frames_sent(self, node: int, frames: int, now_s: float) -> None:
         """So many frames to a node have left."""
         queue = self._sending[node]
+        self._uploads.slots.moved(node, now_s)
         for _ in range(frames):
             first = queue[0]
             first.frames -= 1
             if not first.frames:
                 queue.popleft()
                 self.sent[node] += self._blobs.size_of(first.get.chunk)
-                self._uploads.sent(now_s)
+                self._uploads.slots.ended(node, now_s)
         if not queue:
             del self._sending[node]
         self.go_on(now_s)
@@ -88,8 +89,7 @@ class Serving:
     def left(self, node: int, now_s: float) -> None:
         """A node's connection ended."""
         self._uploads.left(node)
-        for _ in self._sending.pop(node, ()):
-            self._uploads.sent(now_s)
+        self._sending.pop(node, None)
         self.go_on(now_s)
 
     def called_slow(self, node: int, now_s: float) -> None:
@@ -101,7 +101,7 @@ class Serving:
         while not (is_held_back := now_s < self._free_from_s) and (get := self._uploads.begin(now_s)):
             parts = list(self._blobs.parts(get.chunk))
             if not self._links.send_bytes(get.reader, parts):
-                self._uploads.sent(now_s)
+                self._uploads.left(get.reader)
                 continue
             self._sending.setdefault(get.reader, deque()).append(_Sending(get, len(parts)))
             size_bytes = self._blobs.size_of(get.chunk)
@@ -112,10 +112,15 @@ class Serving:
     @property
     def is_busy(self) -> bool:
         """Whether nodes wait for something."""
-        return bool(self._sending) or any(True for _ in self._uploads.waiting())
+        return bool(self._sending) or bool(self._uploads.waiting())
 
     def say_pending(self, now_s: float) -> None:
-        """What those hear that wait, each 100 ms. One chunk of a connection is under way, others wait."""
+        """What those hear that wait, each 100 ms. One chunk of a connection is under way, others wait.
+
+        Who takes nothing is left.
+        """
+        for node in self._uploads.slots.stalled(now_s):
+            self._links.leave(node)
         behind = (list(queue)[1:] for queue in self._sending.values())
         for get in [*self._uploads.waiting(), *(each.get for each in itertools.chain.from_iterable(behind))]:
             self._say_pending(get, now_s)
@@ -125,6 +130,9 @@ class Serving:
         return self._free_from_s if self._is_held_back else None
 
     def _say_pending(self, get: Get, now_s: float) -> None:
-        hops = 0 if self._blobs.held(get.chunk) is Held.HERE else self._hops(get.chunk, now_s)
+        if self._blobs.held(get.chunk) is not Held.HERE:
+            hops = self._hops(get.chunk, now_s)
+        else:
+            hops = TOO_DEEP if self._uploads.slots.is_stuck(now_s) else 0
         if hops is not None:
             self._links.send(get.reader, Pending(get.chunk, hops))

@@ -219,7 +219,7 @@ def _send(world: World, node: Node) -> None:
 def _sent(world: World, node: Node, get: Get) -> None:
     if not world.is_live(node):
         return
-    node.uploads.sent(world.now_s)
+    node.uploads.slots.ended(get.reader, world.now_s)
     node.done.sent += 1
     _deliver(world, world.nodes[get.reader], get.chunk, node)
     _send(world, node)

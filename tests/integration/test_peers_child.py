@@ -296,7 +296,7 @@ def test_a_hello_that_was_heard_proves_nothing_again(make_job: Callable[[int], J
             link.settimeout(2)
             link.sendall(hello.hello)
             reply = link.recv(64, socket.MSG_WAITALL)
-            said = hello.prove(reply) if is_first else said
+            said = hello.prove(reply, link.getpeername()) if is_first else said
             link.sendall(said)
             if not is_first:
                 with contextlib.suppress(ConnectionError):
@@ -326,7 +326,7 @@ class FakePeer:
                 continue
             link.settimeout(5)
             hello = link.recv(HELLO_BYTES, socket.MSG_WAITALL)
-            listens = Listens(KEY, node=1, nodes=2, nonce=os.urandom(32), hello=hello)
+            listens = Listens(KEY, node=1, nodes=2, nonce=os.urandom(32), hello=hello, place=link.getsockname())
             link.sendall(listens.reply)
             listens.check(link.recv(PROOF_BYTES, socket.MSG_WAITALL))
             self._links.append(link)

@@ -86,7 +86,7 @@ class Dialling(Handshake):
         reply = self._hear(REPLY_BYTES)
         if reply is None:
             return False
-        self._say(self._proof.prove(reply))
+        self._say(self._proof.prove(reply, self.link.getpeername()[:2]))
         return True
 
 
@@ -113,7 +113,12 @@ class Answering(Handshake):
             order = self._order
             nonce = os.urandom(NONCE_BYTES)
             self._listens = Listens(
-                order.key, node=order.node, nodes=len(order.addresses), nonce=nonce, hello=hello
+                order.key,
+                node=order.node,
+                nodes=len(order.addresses),
+                nonce=nonce,
+                hello=hello,
+                place=self.link.getsockname()[:2],
             )
             self._say(self._listens.reply)
         proof = self._hear(PROOF_BYTES)

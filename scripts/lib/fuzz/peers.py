@@ -26,6 +26,7 @@ from scripts.lib.fuzz.target import Target
 
 _CHUNK = Chunk("ab" * 32, 7)
 _KEY, _NONCE = bytes(32), bytes(range(32))
+_PLACE = ("10.0.0.1", 7070)
 _STREAM_BYTES = 64 * 1024  # what a socket takes at once
 
 
@@ -88,7 +89,7 @@ TARGETS = [
     Target(
         "peers: a hello",
         _hellos,
-        lambda content: key.Listens(_KEY, node=1, nodes=4, nonce=_NONCE, hello=content).other,
+        lambda content: key.Listens(_KEY, node=1, nodes=4, nonce=_NONCE, hello=content, place=_PLACE).other,
         (key.NoProof,),
     ),
     Target(

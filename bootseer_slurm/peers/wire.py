@@ -171,8 +171,8 @@ class Connection:
                 count += self._read(heard)
         except BlockingIOError:
             pass
-        except EOFError:
-            if not heard:
+        except (EOFError, ConnectionError):
+            if not heard:  # what was heard before the end counts
                 raise
         receiving = self._receiving
         if receiving is not None and receiving.untold_bytes >= SIGN_BYTES:
@@ -211,7 +211,10 @@ class Connection:
         offset, size_bytes = _DATA.unpack_from(taken, CHUNK_BYTES)
         if size_bytes != length - _DATA_BYTES:
             raise BadMessage(f"{size_bytes} bytes in a frame of {length}")
-        return _Receiving(chunk, offset, size_bytes, self._place(chunk, offset, size_bytes))
+        view = self._place(chunk, offset, size_bytes)
+        if view is not None and view.nbytes != size_bytes:
+            raise ValueError(f"a place of {view.nbytes} bytes for {size_bytes}")
+        return _Receiving(chunk, offset, size_bytes, view)
 
     def _read_data(self, receiving: _Receiving, heard: list[Message | Received]) -> int:
         left_bytes = receiving.size_bytes - receiving.done_bytes

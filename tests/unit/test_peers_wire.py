@@ -175,3 +175,33 @@ def test_a_large_directory_goes_in_parts() -> None:
 def test_a_blob_has_64_digits() -> None:
     with pytest.raises(ValueError, match="64 hexadecimal"):
         encode(Pending(Chunk("ab", 0), 0))
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_place_of_another_size_is_no_place(pair: Pair, content: tuple[int, bytes], more: int) -> None:
+    memory = bytearray(MOST_DATA_BYTES + 1)
+    near = Connection(pair.near_socket, lambda _chunk, _offset, size: memoryview(memory)[: size + more])
+    send_chunk(pair.far, CHUNK, content[0])
+    pair.far.write()
+    with pytest.raises(ValueError, match="a place of"):
+        near.read()
+    assert not any(memory)
+
+
+def test_bytes_of_a_chunk_that_was_left_go_nowhere_from_then_on(pair: Pair) -> None:
+    head = struct.pack("!B3xI", 0, 44 + 2**20) + bytes.fromhex(CHUNK.blob) + struct.pack("!III", 7, 0, 2**20)
+    pair.far_socket.sendall(head + b"x" * 1000)
+    pair.near.read()
+    pair.near.ignore(CHUNK)
+    pair.far_socket.sendall(b"y" * 1000)
+    pair.near.read()
+    assert bytes(pair.memory[:2000]) == b"x" * 1000 + bytes(1000)
+
+
+def test_what_was_said_before_the_end_is_heard(pair: Pair) -> None:
+    pair.far.send(Join(0))
+    pair.far.write()
+    pair.far_socket.shutdown(socket.SHUT_WR)
+    assert pair.near.read() == [Join(0)]
+    with pytest.raises(EOFError):
+        pair.near.read()

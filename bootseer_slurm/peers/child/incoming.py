@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.peers.groups import Chunk
-from bootseer_slurm.peers.wire import Received
+from bootseer_slurm.peers.wire import MOST_DATA_BYTES, Received
 
 
 @dataclass(slots=True)
@@ -60,7 +60,8 @@ class Incoming:
         coming = self._coming.get(chunk)
         if coming is None or coming.parent != node or offset != coming.placed_bytes:
             return None
-        if size_bytes > coming.size_bytes - offset:
+        # Whole frames only: a peer that sends byte after byte would give a sign of life with each.
+        if size_bytes != min(MOST_DATA_BYTES, coming.size_bytes - offset):
             return None
         coming.placed_bytes += size_bytes
         begin = coming.slot * CHUNK_BYTES + offset
@@ -76,6 +77,11 @@ class Incoming:
         coming.have_bytes += received.size_bytes
         coming.dur_s = now_s - coming.first_s
         return coming
+
+    def leave(self, chunk: Chunk) -> Coming | None:
+        """Nothing more of it is taken, as of `free`; but what the owner looks at stays as it is."""
+        coming = self._coming.get(chunk)
+        return None if coming is None or coming.is_whole else self.free(chunk)
 
     def free(self, chunk: Chunk) -> Coming | None:
         """Its slot is free, and nothing more of it is taken. Gives what its way was, if it had one."""

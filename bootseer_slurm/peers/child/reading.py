@@ -39,8 +39,12 @@ class Ways:
 
     def free(self, chunk: Chunk) -> Coming | None:
         """A chunk's slot is free; what still comes of it goes nowhere."""
-        coming = self.incoming.free(chunk)
-        if coming is not None and not coming.is_whole:
+        return self.leave(chunk) or self.incoming.free(chunk)
+
+    def leave(self, chunk: Chunk) -> Coming | None:
+        """What still comes of a chunk goes nowhere; what is whole is the owner's. Gives what was under way."""
+        coming = self.incoming.leave(chunk)
+        if coming is not None:
             self.links.ignore(coming.parent, chunk)
         return coming
 
@@ -168,7 +172,7 @@ class Reading:
             match action:
                 case AskDirectory(to, level, want):
                     if not want.has:
-                        ways.free(want.chunk)  # of a parent that was left
+                        ways.leave(want.chunk)  # of a parent that was left
                     if to != ways.node:
                         self._asked.setdefault(to, set()).add(want.chunk)
                         ways.links.send(to, AskList(level, want), now_s)
@@ -181,7 +185,7 @@ class Reading:
                     else:
                         to_do += self._policy.failed(get.chunk, to, Loss.BUSY, now_s)
                 case ReadStore(chunk, demand, cause):
-                    ways.free(chunk)
+                    ways.leave(chunk)
                     self._from_store.add(chunk)
                     self.counts.fallbacks[cause.value] += cause is not Cause.FIRST
                     ways.read_store(chunk, demand=demand)

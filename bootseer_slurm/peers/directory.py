@@ -25,6 +25,8 @@ from bootseer_slurm.peers.groups import Chunk, Ring
 JOIN_AT_ONCE = 8
 JOIN_WAIT_S = 0.025
 FAN_OUT = 2  # children of a node for one chunk: with 4 a node sends too much at once
+_MOST_LISTS = 65_536  # 256 GiB: who asks for more gets no parent
+_MOST_NAMED = 4  # parents of one reader for a chunk: it leaves three at most
 _REPORTS = 2  # readers that must miss a node: one of them may have a broken link itself
 
 
@@ -99,16 +101,34 @@ class Handover:
 
 @dataclass(slots=True)
 class _List:
-    """The nodes that asked for one chunk. full: so many at its head take no more children."""
+    """The nodes that asked for one chunk. full: so many at its head take no more children.
+
+    named: the parents that a reader was sent to.
+    """
 
     rows: list[Row] = field(default_factory=list)
     place_of: dict[int, int] = field(default_factory=dict)
+    named: dict[int, tuple[int, ...]] = field(default_factory=dict)
     full: int = 0
 
     def add(self, row: Row) -> int:
         self.place_of[row.node] = len(self.rows)
         self.rows.append(row)
         return len(self.rows) - 1
+
+    def name(self, reader: int, place: int) -> Parent:
+        """Send a reader to the node at this place."""
+        row = self.rows[place]
+        self.rows[place] = replace(row, children=row.children + 1)
+        if row.node not in (named := self.named.get(reader, ())):
+            self.named[reader] = (*named, row.node)
+        return Parent(row.node, only=row.service is not Service.YES)
+
+    def left(self, reader: int, nodes: Sequence[int], service: Service) -> None:
+        """A reader has left these parents. What it says of those that it was not sent to counts for nobody."""
+        for node in nodes:
+            if node in self.named.get(reader, ()) and (place := self.place_of.get(node)) is not None:
+                self.rows[place] = replace(self.rows[place], service=service)
 
 
 class Directory:
@@ -117,37 +137,35 @@ class Directory:
     def __init__(self, node: int, ring: Ring) -> None:
         self._node = node
         self._ring = ring
+        self._members = frozenset(ring.members)
         self._lists: dict[Chunk, _List] = {}
         self._live: set[int] = {node}
         self._missed_by: dict[int, set[int]] = {}
+        self._missed_of: dict[int, set[int]] = {}  # the same, by reader
         self._dead: set[int] = set()
 
     def want(self, want: Want) -> Answer:
         """The answer to one question; the node that asks is on the list from then on."""
         self._heard(want.reader)
-        for node in want.missing:
-            if node != self._node:
-                self._missed(node, want.reader)
+        self._reported(want.reader, set(want.missing) - {self._node, want.reader})
         owner = self._owner(want.chunk, want.missing)
         if owner != self._node:
             return Moved(owner)
+        if want.chunk not in self._lists and len(self._lists) >= _MOST_LISTS:
+            return First()
         entry = self._lists.setdefault(want.chunk, _List())
-        for nodes, service in ((want.busy, Service.RELUCTANT), (want.lost, Service.GONE)):
-            for node in nodes:
-                if (place := entry.place_of.get(node)) is not None:
-                    entry.rows[place] = replace(entry.rows[place], service=service)
+        entry.left(want.reader, want.busy, Service.RELUCTANT)
+        entry.left(want.reader, want.lost, Service.GONE)
         own = entry.place_of.get(want.reader)
         is_new = own is None
         if own is None:
             own = entry.add(Row(want.reader, 0, Service.YES if want.serves else Service.RELUCTANT))
         if want.has:
             return First()
-        place = _parent(entry, own, self._dead.union(want.missing), is_new)
-        if place is None:
+        place = _parent(entry, own, self._dead.union(want.missing, want.lost), is_new)
+        if place is None or len(entry.named.get(want.reader, ())) >= _MOST_NAMED:
             return First()
-        row = entry.rows[place]
-        entry.rows[place] = replace(row, children=row.children + 1)
-        return Parent(row.node, only=row.service is not Service.YES)
+        return entry.name(want.reader, place)
 
     def join(self, node: int) -> Handover:
         """A node of the ring has started: the lists that are its own from now on."""
@@ -157,12 +175,15 @@ class Directory:
 
     def take(self, handover: Handover) -> dict[int, Handover]:
         """Keep lists that another node kept. Gives those of nodes that have joined meanwhile, by node."""
-        self._live.update(handover.live)
+        self._live.update(self._members.intersection(handover.live) - self._dead)
         for chunk, rows in handover.lists.items():
+            if chunk not in self._lists and len(self._lists) >= _MOST_LISTS:
+                continue
             mine = self._lists.get(chunk, _List())
-            merged = self._lists[chunk] = _List()
-            # Those of the old owner asked earlier.
-            for row in (*rows, *mine.rows):
+            merged = self._lists[chunk] = _List(named=mine.named)
+            # Those of the old owner asked earlier. Those that are here keep their places among one another:
+            # each was sent to one before it.
+            for row in (*(row for row in rows if row.node not in mine.place_of), *mine.rows):
                 if row.node not in merged.place_of:
                     merged.add(row)
         onward = {self._owner(chunk, ()) for chunk in handover.lists} - {self._node}
@@ -173,6 +194,10 @@ class Directory:
         lists = {chunk: tuple(self._lists.pop(chunk).rows) for chunk in chunks}
         return Handover(lists, tuple(sorted(self._live)))
 
+    def owns(self, chunk: Chunk) -> bool:
+        """Whether this node keeps the chunk's list, as far as it knows."""
+        return self._owner(chunk, ()) == self._node
+
     def _owner(self, chunk: Chunk, missing: Sequence[int]) -> int:
         for node in self._ring.owners(chunk):
             if node == self._node or (node in self._live and node not in missing):
@@ -180,15 +205,31 @@ class Directory:
         raise AssertionError("a directory's own node is on its ring")
 
     def _heard(self, node: int) -> None:
-        if self._missed_by.pop(node, None):
+        for reader in self._missed_by.pop(node, ()):
+            self._missed_of[reader].discard(node)
+        if node in self._dead:
             self._dead.discard(node)
+            self._live.update(self._members & {node})
 
-    def _missed(self, node: int, reader: int) -> None:
-        readers = self._missed_by.setdefault(node, set())
-        readers.add(reader)
-        if len(readers) >= _REPORTS:
-            self._dead.add(node)
-            self._live.discard(node)
+    def _reported(self, reader: int, nodes: set[int]) -> None:
+        """A reader misses these nodes, and no others any more."""
+        before = self._missed_of.get(reader, set())
+        if nodes == before:
+            return
+        for node in before - nodes:
+            readers = self._missed_by[node]
+            readers.discard(reader)
+            if not readers:
+                del self._missed_by[node]
+            if len(readers) < _REPORTS:
+                self._dead.discard(node)
+        for node in nodes - before:
+            readers = self._missed_by.setdefault(node, set())
+            readers.add(reader)
+            if len(readers) >= _REPORTS:
+                self._dead.add(node)
+                self._live.discard(node)
+        self._missed_of[reader] = nodes
 
 
 def _parent(entry: _List, own: int, dead: Set[int], is_new: bool) -> int | None:

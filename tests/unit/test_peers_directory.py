@@ -154,6 +154,84 @@ def test_two_lists_of_a_chunk_become_one() -> None:
     assert parents == [4, 5, 5, 6, 6], "4 has a child, and 6 asked last"
 
 
+def test_a_list_that_comes_late_turns_no_child_into_its_parent_s_parent() -> None:
+    directory = sole(8)
+    assert directory.want(Want(CHUNK, 4)) == First()
+    assert directory.want(Want(CHUNK, 5)) == Parent(4)
+    directory.take(Handover({CHUNK: (Row(5, 1, Service.YES), Row(6, 0, Service.YES), Row(4, 0, Service.YES))}))
+    # The order is 6, 4, 5: 4 gets one that asked before it, and not its own child.
+    assert parent(directory, Want(CHUNK, 4)) == 6
+    assert parent(directory, Want(CHUNK, 6)) is None
+
+
+def test_a_reader_is_believed_of_the_parents_that_it_was_sent_to_only() -> None:
+    directory = sole(16)
+    for reader in range(4):
+        directory.want(Want(CHUNK, reader))
+    everybody = tuple(range(16))
+    assert parent(directory, Want(CHUNK, 9, lost=everybody)) is None
+    assert directory.want(Want(CHUNK, 10)) == Parent(1), "0 has two"
+    directory.want(Want(CHUNK, 10, busy=everybody))
+    assert directory.want(Want(CHUNK, 11)) == Parent(2), "1 was named to 10, and is busy"
+
+
+def test_a_reader_is_sent_to_few_parents() -> None:
+    directory = sole(16)
+    for reader in range(8):
+        directory.want(Want(CHUNK, reader))
+    lost: list[int] = []
+    while (named := parent(directory, Want(CHUNK, 9, lost=tuple(lost)))) is not None:
+        lost.append(named)
+    assert len(lost) == 4
+
+
+def test_a_report_ends_when_its_reader_says_so_no_more() -> None:
+    directory = Directory(0, Ring(0, (0,)))
+    second = Chunk("blob", 2)
+    directory.want(Want(second, 5))
+    for reader in (6, 7):
+        directory.want(Want(CHUNK, reader, missing=(5,)))
+    assert directory.want(Want(second, 8)) == First()
+    directory.want(Want(CHUNK, 7))
+    assert directory.want(Want(second, 8)) == Parent(5)
+
+
+def test_an_owner_that_two_missed_owns_again_when_it_is_heard() -> None:
+    ring = ring_of(8)
+    owner = owner_of(ring)
+    heir = Directory(next(ring.after(owner)), ring)
+    heir.join(owner)
+    for reader in (10, 11):
+        heir.want(Want(CHUNK, reader, missing=(owner,)))
+    assert heir.want(Want(CHUNK, 12)) == Parent(10)
+    heir.want(Want(Chunk("blob", 9), owner))
+    assert heir.want(Want(CHUNK, 12)) == Moved(owner)
+
+
+def test_numbers_that_are_on_no_ring_are_no_owners_and_lists_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bootseer_slurm.peers.directory._MOST_LISTS", 2)
+    ring = ring_of(8)
+    directory = sole(8)
+    directory.take(Handover({}, tuple(range(2**32 - 100, 2**32))))
+    assert directory.join(next(ring.after(directory._node))).live == tuple(
+        sorted({directory._node, next(ring.after(directory._node))})
+    )
+    for number in range(0, 40):
+        directory.want(Want(Chunk("many", number), 3))
+    assert len(directory._lists) <= 2
+
+
+def test_a_dead_node_is_not_live_because_an_old_owner_says_so() -> None:
+    ring = ring_of(8)
+    owner = owner_of(ring)
+    heir = Directory(next(ring.after(owner)), ring)
+    heir.join(owner)
+    for reader in (10, 11):
+        heir.want(Want(CHUNK, reader, missing=(owner,)))
+    heir.take(Handover({}, (owner,)))
+    assert heir.owns(CHUNK)
+
+
 def test_after_its_death_the_next_on_the_ring_answers() -> None:
     ring = ring_of(8)
     owner = owner_of(ring)

@@ -125,7 +125,7 @@ class _List:
         return Parent(row.node, only=row.service is not Service.YES)
 
     def left(self, reader: int, nodes: Sequence[int], service: Service) -> None:
-        """A reader has left these parents. What it says of those that it was not sent to counts for nobody."""
+        """A reader has left these parents. What it says of others counts for nobody."""
         for node in nodes:
             if node in self.named.get(reader, ()) and (place := self.place_of.get(node)) is not None:
                 self.rows[place] = replace(self.rows[place], service=service)

@@ -116,6 +116,11 @@ class Viewpoint:
         """How long a chunk may take on its whole way by peers."""
         return max(_DEMAND_CHUNK_S if demand else _CHUNK_S, _STORE_READS * self.store_read_s)
 
+    def was_read(self, took_s: float) -> None:
+        """A chunk has come from the store."""
+        mean_s = self.store_read_s
+        self.store_read_s = mean_s + _NEW * (took_s - mean_s) if mean_s else took_s
+
 
 @dataclass(slots=True)
 class _Asked:
@@ -150,14 +155,14 @@ class Fetch:
         self._lost: list[int] = []
 
     @property
-    def reads_store(self) -> bool:
-        """Whether it comes from the store."""
-        return self._asked.phase is _Phase.STORE
+    def store_since_s(self) -> float | None:
+        """Since when it is read from the store; None where it is not."""
+        return self._asked.sign_s if self._asked.phase is _Phase.STORE else None
 
     def look(self, now_s: float) -> Step | None:
         """Ask the first node on the ring that may be there."""
         here = self._here
-        if here.liveness.is_cut_off:
+        if here.liveness.is_cut_off(now_s):
             return self._store(Cause.CUT_OFF, now_s)
         for node in here.rings[self.level].owners(self.chunk):
             if node == here.node or not here.liveness.is_absent(node, now_s):
@@ -180,6 +185,10 @@ class Fetch:
             self.level += 1
             return self.look(now_s)
         if isinstance(answer, Moved):
+            if not self._here.rings[self.level].is_before(answer.owner, owner, self.chunk):
+                # No directory says so. Who does is left, as one that does not answer.
+                self._here.liveness.silent(owner, now_s)
+                return self.failed(owner, Loss.SILENT, now_s)
             return self._ask(answer.owner, now_s, named=True)
         self._asked = _Asked(_Phase.GETTING, answer.node, now_s, only=answer.only)
         if self._here.liveness.is_missing(answer.node, now_s):
@@ -212,13 +221,6 @@ class Fetch:
         if self._asked.phase is _Phase.STORE:
             return 0 if silent_s <= self._here.patience_s(demand=False) else TOO_DEEP
         return self._hops if silent_s <= SILENCE_S else None
-
-    def was_read(self, now_s: float) -> None:
-        """The chunk has come from the store."""
-        if self._asked.phase is _Phase.STORE:
-            took_s = now_s - self._asked.sign_s
-            mean_s = self._here.store_read_s
-            self._here.store_read_s = mean_s + _NEW * (took_s - mean_s) if mean_s else took_s
 
     def failed(self, peer: int, loss: Loss, now_s: float) -> Step | None:
         """A peer that was asked, directory or parent, did something else. `Liveness` knows that already."""

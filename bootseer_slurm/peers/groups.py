@@ -37,6 +37,11 @@ class Ring:
         yield from self.members[place:]
         yield from self.members[:place]
 
+    def is_before(self, one: int, other: int, chunk: Chunk) -> bool:
+        """Whether both are on the ring, and one comes before the other among the owners of this chunk."""
+        order = {node: place for place, node in enumerate(self.owners(chunk))}
+        return one in order and other in order and order[one] < order[other]
+
     def after(self, node: int) -> Iterator[int]:
         """The other nodes, from the one behind this member on: there a node that starts finds its part."""
         place = self.members.index(node)

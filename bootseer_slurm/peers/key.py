@@ -54,7 +54,9 @@ class Connects:
     def prove(self, reply: bytes, place: Place) -> bytes:
         """This end's proof, once the other end's is right. Raises NoProof."""
         nonces = self._nonce + reply[:NONCE_BYTES]
-        if not hmac.compare_digest(reply[NONCE_BYTES:], _proof(self._key, _LISTENS, self._nodes, nonces, place)):
+        if not hmac.compare_digest(
+            reply[NONCE_BYTES:], _proof(self._key, _LISTENS, self._nodes, nonces, place)
+        ):
             raise NoProof("it listens, and is no peer of this job")
         return _proof(self._key, _CONNECTS, self._nodes, nonces, place)
 
@@ -62,7 +64,9 @@ class Connects:
 class Listens:
     """The proof of the end that listens."""
 
-    def __init__(self, key: bytes, *, node: int, nodes: int, nonce: bytes, hello: bytes, place: Place) -> None:
+    def __init__(
+        self, key: bytes, *, node: int, nodes: int, nonce: bytes, hello: bytes, place: Place
+    ) -> None:
         """node: this one of so many. nonce: as of Connects. Raises NoProof."""
         if len(hello) != HELLO_BYTES:
             raise NoProof("no hello")

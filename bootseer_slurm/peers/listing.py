@@ -8,10 +8,22 @@ thread-safe.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from bootseer_slurm.peers.directory import Answer, Moved, Want
 from bootseer_slurm.peers.fetch import AskDirectory, Viewpoint
 from bootseer_slurm.peers.groups import Chunk
+
+_ANSWER_S = 1.0  # later an answer is one to another question
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Which directory is asked, and how long its answer counts."""
+
+    level: int
+    owner: int
+    until_s: float
 
 
 class Listing:
@@ -20,7 +32,7 @@ class Listing:
     def __init__(self, here: Viewpoint) -> None:
         self._here = here
         self._levels: dict[Chunk, int] = {}
-        self._asked: dict[Chunk, int] = {}
+        self._asked: dict[Chunk, _Asked] = {}
 
     def __contains__(self, chunk: Chunk) -> bool:
         return chunk in self._levels
@@ -42,21 +54,25 @@ class Listing:
                     asks.append(self._ask(chunk, level, owner, now_s))
         return asks
 
-    def is_asked(self, chunk: Chunk) -> bool:
-        """Whether an answer for this chunk is one to such a WANT."""
-        return chunk in self._asked
+    def is_asked(self, chunk: Chunk, owner: int, now_s: float) -> bool:
+        """Whether an answer of this node for this chunk is one to such a WANT."""
+        asked = self._asked.get(chunk)
+        return asked is not None and asked.owner == owner and now_s < asked.until_s
 
-    def answered(self, chunk: Chunk, answer: Answer, now_s: float) -> list[AskDirectory]:
+    def answered(self, chunk: Chunk, owner: int, answer: Answer, now_s: float) -> list[AskDirectory]:
         """A directory has answered such a WANT."""
-        level = self._asked.pop(chunk)
-        return [self._ask(chunk, level, answer.owner, now_s)] if isinstance(answer, Moved) else []
+        level = self._asked.pop(chunk).level
+        if isinstance(answer, Moved) and self._here.rings[level].is_before(answer.owner, owner, chunk):
+            return [self._ask(chunk, level, answer.owner, now_s)]
+        return []
 
-    def failed(self, chunk: Chunk) -> None:
+    def failed(self, chunk: Chunk, owner: int) -> None:
         """It has not: others read the chunk once more."""
-        self._asked.pop(chunk, None)
+        if (asked := self._asked.get(chunk)) and asked.owner == owner:
+            del self._asked[chunk]
 
     def _ask(self, chunk: Chunk, level: int, owner: int, now_s: float) -> AskDirectory:
-        self._asked[chunk] = level
+        self._asked[chunk] = _Asked(level, owner, now_s + _ANSWER_S)
         here = self._here
         want = Want(chunk, here.node, here.serves, missing=here.liveness.missing(now_s), has=True)
         return AskDirectory(owner, level, want)

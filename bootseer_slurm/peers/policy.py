@@ -27,6 +27,7 @@ STREAMS = 8  # chunks of the prefetch under way
 _FUSE_CHUNKS = 16
 _FUSE_PART = 0.2
 _FUSE_S = 1.0
+_NO_FAULT = {Cause.FIRST, Cause.NO_DIRECTORY, Cause.CUT_OFF}  # a pause would bring no peer
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,8 @@ class Policy:
 
     def answered(self, chunk: Chunk, owner: int, answer: Answer, now_s: float) -> list[Action]:
         """What a directory answered. owner: the node that was asked."""
-        if self._listing.is_asked(chunk):
-            return [*self._listing.answered(chunk, answer, now_s)]
+        if self._listing.is_asked(chunk, owner, now_s):
+            return [*self._listing.answered(chunk, owner, answer, now_s)]
         fetch = self._fetches.get(chunk)
         return self._done(fetch.answered(owner, answer, now_s), now_s) if fetch else []
 
@@ -102,12 +103,12 @@ class Policy:
         fetch = self._fetches.pop(chunk, None)
         if fetch is None:
             return []
-        if parent is None:
-            fetch.was_read(now_s)
+        if parent is None and fetch.store_since_s is not None:
+            self._here.was_read(now_s - fetch.store_since_s)
         self._listing.add(chunk, fetch.level)
         self._prefetching -= not fetch.demand
         self._received += 1
-        slow = parent is not None and self._here.liveness.is_slow(parent, dur_s)
+        slow = parent is not None and self._here.liveness.pace.is_slow(parent, dur_s)
         return [*([CallSlow(parent)] if slow and parent is not None else []), *self._fill(now_s)]
 
     def failed(self, chunk: Chunk, peer: int, loss: Loss, now_s: float) -> list[Action]:
@@ -124,8 +125,8 @@ class Policy:
         elif loss is Loss.SILENT:
             self._here.liveness.silent(peer, now_s)
         elif loss is Loss.WRONG_DIGEST:
-            self._here.liveness.banned.add(peer)
-        self._listing.failed(chunk)
+            self._here.liveness.ban(peer)
+        self._listing.failed(chunk, peer)
         fetch = self._fetches.get(chunk)
         return self._done(fetch.failed(peer, loss, now_s), now_s) if fetch else []
 
@@ -135,7 +136,8 @@ class Policy:
         for fetch in list(self._fetches.values()):
             actions += self._done(fetch.overdue(now_s), now_s)
         if missing := self._here.liveness.newly_missing():
-            coming = {chunk: fetch.level for chunk, fetch in self._fetches.items() if fetch.reads_store}
+            fetches = self._fetches.items()
+            coming = {chunk: fetch.level for chunk, fetch in fetches if fetch.store_since_s is not None}
             actions = [*self._listing.again(missing, coming, now_s), *actions]
         return actions + self._fill(now_s)
 
@@ -156,7 +158,7 @@ class Policy:
         """A step as a list, and the fuse."""
         if step is None:
             return []
-        if isinstance(step, ReadStore) and step.cause is not Cause.FIRST:
+        if isinstance(step, ReadStore) and step.cause not in _NO_FAULT:
             self._fallbacks += 1
             if self._received >= _FUSE_CHUNKS and self._fallbacks > _FUSE_PART * self._received:
                 self._received = self._fallbacks = 0

@@ -2,9 +2,9 @@
 
 A node may ask for a chunk that is still on its way here. It waits, and hears PENDING: at once, and then every
 100 ms, as long as this node's own source moves. Eight chunks are sent at once (`slots`), first those that
-somebody waits for. Where the chunks that are ready take more than 50 ms to send, the answer is BUSY, and the directory
-names another node. Who has no other waits for up to 0.5 s of such chunks. Pure: time is a parameter, in
-seconds of a clock that only goes forward. Not thread-safe.
+somebody waits for. Where the chunks that are ready take more than 50 ms to send, the answer is BUSY, and the
+directory names another node. Who has no other waits for up to 0.5 s of such chunks. Pure: time is a
+parameter, in seconds of a clock that only goes forward. Not thread-safe.
 """
 
 from __future__ import annotations

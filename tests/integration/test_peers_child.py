@@ -326,7 +326,9 @@ class FakePeer:
                 continue
             link.settimeout(5)
             hello = link.recv(HELLO_BYTES, socket.MSG_WAITALL)
-            listens = Listens(KEY, node=1, nodes=2, nonce=os.urandom(32), hello=hello, place=link.getsockname())
+            listens = Listens(
+                KEY, node=1, nodes=2, nonce=os.urandom(32), hello=hello, place=link.getsockname()
+            )
             link.sendall(listens.reply)
             listens.check(link.recv(PROOF_BYTES, socket.MSG_WAITALL))
             self._links.append(link)

@@ -158,7 +158,9 @@ def test_a_list_that_comes_late_turns_no_child_into_its_parent_s_parent() -> Non
     directory = sole(8)
     assert directory.want(Want(CHUNK, 4)) == First()
     assert directory.want(Want(CHUNK, 5)) == Parent(4)
-    directory.take(Handover({CHUNK: (Row(5, 1, Service.YES), Row(6, 0, Service.YES), Row(4, 0, Service.YES))}))
+    directory.take(
+        Handover({CHUNK: (Row(5, 1, Service.YES), Row(6, 0, Service.YES), Row(4, 0, Service.YES))})
+    )
     # The order is 6, 4, 5: 4 gets one that asked before it, and not its own child.
     assert parent(directory, Want(CHUNK, 4)) == 6
     assert parent(directory, Want(CHUNK, 6)) is None
@@ -208,7 +210,9 @@ def test_an_owner_that_two_missed_owns_again_when_it_is_heard() -> None:
     assert heir.want(Want(CHUNK, 12)) == Moved(owner)
 
 
-def test_numbers_that_are_on_no_ring_are_no_owners_and_lists_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_that_are_on_no_ring_are_no_owners_and_lists_have_an_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("bootseer_slurm.peers.directory._MOST_LISTS", 2)
     ring = ring_of(8)
     directory = sole(8)
@@ -216,7 +220,7 @@ def test_numbers_that_are_on_no_ring_are_no_owners_and_lists_have_an_end(monkeyp
     assert directory.join(next(ring.after(directory._node))).live == tuple(
         sorted({directory._node, next(ring.after(directory._node))})
     )
-    for number in range(0, 40):
+    for number in range(40):
         directory.want(Want(Chunk("many", number), 3))
     assert len(directory._lists) <= 2
 

@@ -19,7 +19,7 @@ from bootseer_slurm.peers.fetch import (
     Viewpoint,
 )
 from bootseer_slurm.peers.groups import Chunk, Ring
-from bootseer_slurm.peers.liveness import REFUSED_S, SILENT_S, Liveness
+from bootseer_slurm.peers.liveness import REFUSED_S, SILENT_S, Liveness, Pace
 from bootseer_slurm.peers.policy import STREAMS, WINDOW, Action, CallSlow, Policy, in_order
 from bootseer_slurm.peers.slots import SLOTS, STALLED_S
 from bootseer_slurm.peers.uploads import LEAF_S, Get, Held, Reply, Uploads
@@ -109,14 +109,21 @@ def test_a_list_that_moved_is_asked_for_at_its_owner() -> None:
 
 
 def test_directories_that_send_one_in_a_circle_are_left() -> None:
-    policy, _ = reader()
-    actions = policy.prefetch([CHUNK], 0.0)
-    for _ in range(40):
-        if isinstance(only(actions), ReadStore):
-            break
-        owner = asked(only(actions))
-        actions = policy.answered(CHUNK, owner, Moved(owner ^ 1), 0.001)
-    assert cause(only(actions)) is Cause.NO_DIRECTORY
+    policy, here = reader()
+    policy.prefetch([CHUNK], 0.0)
+    assert asked(only(policy.failed(CHUNK, OWNERS[0], Loss.REFUSED, 0.0))) == OWNERS[1]
+    assert asked(only(policy.failed(CHUNK, OWNERS[1], Loss.REFUSED, 0.0))) == OWNERS[2]
+    assert asked(only(policy.answered(CHUNK, OWNERS[2], Moved(OWNERS[1]), 0.0))) == OWNERS[1]
+    # A list moves to an earlier owner only.
+    assert asked(only(policy.answered(CHUNK, OWNERS[1], Moved(OWNERS[2]), 0.0))) == OWNERS[2]
+    assert here.liveness.is_missing(OWNERS[1], 0.1)
+
+
+def test_a_directory_that_names_a_node_of_no_ring_is_left() -> None:
+    policy, here = reader()
+    policy.prefetch([CHUNK], 0.0)
+    assert asked(only(policy.answered(CHUNK, OWNERS[0], Moved(2**32 - 1), 0.0))) == OWNERS[1]
+    assert here.liveness.is_missing(OWNERS[0], 0.1)
 
 
 def test_where_no_directory_has_started_a_prefetch_looks_again_for_a_while() -> None:
@@ -270,6 +277,37 @@ def test_behind_a_firewall_a_node_reads_the_store_after_one_silence() -> None:
     assert number == 64 and now_s <= 0.5 and waits <= 1, "no fuse, and no more than half a second lost"
 
 
+def test_peers_that_vanish_all_at_once_are_asked_no_more_until_their_time() -> None:
+    liveness = Liveness()
+    for node in range(8):
+        liveness.heard(node)
+    for node in range(4):
+        liveness.silent(node, 1.0)
+    assert not liveness.is_cut_off(1.9) and liveness.is_cut_off(2.0)
+    assert not liveness.is_cut_off(1.0 + SILENT_S), "they are tried again"
+    liveness.heard(7)
+    for node in range(3):
+        liveness.silent(node, 3.0)
+    assert not liveness.is_cut_off(5.0), "one was heard, and three were silent since"
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_no_fuse_where_there_are_no_peers(cut_off: bool) -> None:
+    policy, here = reader(RING, Ring(1, (50, 51)))
+    policy.prefetch(chunks(200), 0.0)
+    for node in range(8):
+        here.liveness.silent(node, 0.0)
+    now_s, reads = 2.0 if cut_off else 0.2, 0
+    for _ in range(30):
+        actions = policy.overdue(now_s)
+        while actions:
+            if isinstance(action := actions.pop(), ReadStore):
+                reads += 1
+                actions += policy.received(action.chunk, None, 0.01, now_s)
+        now_s += 0.0 if cut_off else 0.1
+    assert reads > 100, "a second's pause would halve them"
+
+
 def test_the_prefetch_has_eight_chunks_under_way_and_demand_goes_beside_them() -> None:
     policy, _ = reader()
     assert len(policy.prefetch(chunks(64), 0.0)) == STREAMS
@@ -324,9 +362,41 @@ def test_a_dead_directory_s_lists_are_told_to_its_heir() -> None:
     told = only(policy.overdue(0.25))
     assert isinstance(told, AskDirectory) and told.to == OWNERS[1]
     assert told.want.has and told.want.missing == (OWNERS[0],)
-    moved = only(policy.answered(CHUNK, OWNERS[1], Moved(OWNERS[2]), 0.3))
-    assert isinstance(moved, AskDirectory) and moved.to == OWNERS[2] and moved.want.has
-    assert policy.answered(CHUNK, OWNERS[2], First(), 0.3) == []
+    here.liveness.heard(OWNERS[0])
+    moved = only(policy.answered(CHUNK, OWNERS[1], Moved(OWNERS[0]), 0.3))
+    assert isinstance(moved, AskDirectory) and moved.to == OWNERS[0] and moved.want.has
+    assert policy.answered(CHUNK, OWNERS[0], Moved(OWNERS[1]), 0.3) == [], (
+        "no list moves away from its first owner"
+    )
+    assert policy.answered(CHUNK, OWNERS[0], First(), 0.3) == []
+
+
+def test_a_question_that_was_never_answered_takes_no_other_question_s_answer() -> None:
+    policy, here = reader()
+    actions = policy.prefetch([CHUNK], 0.0)
+    policy.answered(CHUNK, asked(only(actions)), First(), 0.0)
+    here.liveness.heard(OWNERS[0])
+    here.liveness.refused(OWNERS[0], 0.2)
+    told = only(policy.overdue(0.25))
+    assert asked(told) == OWNERS[1]
+    policy.failed(CHUNK, NODE, Loss.STORE, 0.3)
+    owner = asked(only(policy.demand(CHUNK, 1.3)))
+    assert owner == OWNERS[1]
+    assert only(policy.answered(CHUNK, owner, Parent(5), 1.31)) == AskParent(5, Get(CHUNK, NODE, demand=True))
+
+
+def test_a_banned_directory_s_lists_are_told_to_its_heir() -> None:
+    policy, _ = reader()
+    getting(policy, parent=5)
+    policy.received(CHUNK, 5, 0.01, 0.1)
+    other = Chunk("blob", 1)
+    owner = asked(only(policy.prefetch([other], 0.1)))
+    policy.answered(other, owner, Parent(OWNERS[0]), 0.1)
+    policy.failed(other, OWNERS[0], Loss.WRONG_DIGEST, 0.1)
+    told = [action for action in policy.overdue(0.15) if isinstance(action, AskDirectory)]
+    assert [
+        (action.to, action.want.chunk, action.want.has) for action in told if action.want.chunk == CHUNK
+    ] == [(OWNERS[1], CHUNK, True)]
 
 
 def test_a_parent_that_is_slow_twice_in_a_row_is_told_so() -> None:
@@ -479,5 +549,5 @@ def test_a_node_whose_connection_ended_waits_for_nothing() -> None:
 
 
 def test_a_few_slow_chunks_are_not_judged_before_there_is_a_median() -> None:
-    liveness = Liveness()
-    assert not any(liveness.is_slow(1, dur_s) for dur_s in (0.01, 1.0, 1.0, 1.0))
+    pace = Pace()
+    assert not any(pace.is_slow(1, dur_s) for dur_s in (0.01, 1.0, 1.0, 1.0))

@@ -22,11 +22,15 @@ _SILENT = 2
 
 @dataclass(slots=True)
 class _Joining:
-    """A ring, and the nodes of it that were sent JOIN and have neither answered nor refused, in order."""
+    """A ring, and the nodes of it that were sent JOIN and have neither answered nor refused, in order.
+
+    sent: all that were sent JOIN.
+    """
 
     level: int
     nodes: Iterator[int]
     asked: list[int] = field(default_factory=list)
+    sent: set[int] = field(default_factory=set)
     until_s: float = 0.0
     heard: bool = False
     ready: bool = False
@@ -64,6 +68,7 @@ class Lists:
                 each.ready = each.heard or is_cut_off or not each.asked
                 if each.ready:
                     break
+                each.sent.update(each.asked)
                 for node in each.asked:
                     self._links.send(node, Join(each.level), now_s)
         if self.ready and not was_ready:
@@ -92,15 +97,17 @@ class Lists:
                 self._links.send(node, Given(level, part))
 
     def given(self, node: int, given: Given, now_s: float) -> None:
-        """A node gives lists to this one."""
+        """A node gives lists to this one: of those that were sent JOIN, or lists that are this node's."""
         directory = self._directories.get(given.level)
-        if directory is None:
+        if directory is None or node not in self._here.rings[given.level].members:
             return
+        is_asked = any(node in each.sent for each in self._joining if each.level == given.level)
         rows = {
             chunk: tuple(row for row in listed if row.node < self._nodes)
             for chunk, listed in given.handover.lists.items()
+            if is_asked or directory.owns(chunk)
         }
-        live = tuple(each for each in given.handover.live if each < self._nodes)
+        live = given.handover.live if is_asked else ()
         for to, onward in directory.take(Handover(rows, live)).items():
             for part in split(onward):
                 self._links.send(to, Given(given.level, part), now_s)

@@ -42,7 +42,7 @@ class Ways:
         return self.leave(chunk) or self.incoming.free(chunk)
 
     def leave(self, chunk: Chunk) -> Coming | None:
-        """What still comes of a chunk goes nowhere; what is whole is the owner's. Gives what was under way."""
+        """What still comes of a chunk goes nowhere; what is whole is the owner's. Gives what was left."""
         coming = self.incoming.leave(chunk)
         if coming is not None:
             self.links.ignore(coming.parent, chunk)

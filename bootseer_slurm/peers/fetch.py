@@ -2,7 +2,8 @@
 
 The node asks the directory (WANT), and then the parent that the directory names (GET), or reads the store.
 Both answer at once, a parent with PENDING where it has to wait itself. A node that has not answered after
-150 ms is missing, and so is a parent that is silent for 250 ms later on. The next WANT tells the directory.
+150 ms is missing, and so is a parent that is silent for 250 ms later on; after 800 ms where its machine is
+known to be there, 400 ms on demand. The next WANT tells the directory.
 After three parents, or 1 s in vain, the chunk comes from the store; after 0.5 s where somebody waits for it
 (demand). Signs of life move neither end of the whole: after 10 s it is the store, after 3 s on demand, and
 later where this node's own reads of the store are slow. A node whose read of the store takes that long says
@@ -14,6 +15,7 @@ Pure: time is a parameter, in seconds of a clock that only goes forward. Not thr
 from __future__ import annotations
 
 import enum
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from bootseer_slurm.peers.directory import Answer, First, Moved, Want
@@ -23,6 +25,8 @@ from bootseer_slurm.peers.uploads import Get
 
 FIRST_ANSWER_S = 0.15
 SILENCE_S = 0.25
+REACHED_S = 0.8
+_DEMAND_REACHED_S = 0.4
 _PARENTS = 3
 _LOST_S = 1.0
 _DEMAND_LOST_S = 0.5
@@ -237,8 +241,12 @@ class Fetch:
             self._here.liveness.silent(peer, now_s)
         return self._next(now_s)
 
-    def overdue(self, now_s: float) -> Step | None:
-        """What is to be done because time has passed."""
+    def overdue(self, now_s: float, reached: Set[int] = frozenset()) -> Step | None:
+        """What is to be done because time has passed.
+
+        reached: silent nodes whose machines take what is said to them. They have busy cores perhaps, and get
+        more time: a read of the store for each node that waits would cost more.
+        """
         asked = self._asked
         waited_s = now_s - asked.sign_s
         if asked.phase is not _Phase.STORE and now_s >= self._until_s:
@@ -247,6 +255,9 @@ class Fetch:
             self._here.liveness.forget_refused()
             return self.look(now_s)
         patience_s = SILENCE_S if asked.has_answered else FIRST_ANSWER_S
+        if asked.peer in reached:
+            is_short = self.demand or not self._here.liveness.any_heard
+            patience_s = _DEMAND_REACHED_S if is_short else REACHED_S
         if asked.phase in (_Phase.ASKING, _Phase.GETTING) and waited_s >= patience_s:
             self._here.liveness.silent(asked.peer, now_s)
             return self.failed(asked.peer, Loss.SILENT, now_s)

@@ -83,7 +83,12 @@ class Slow:
     """The node that hears this sends slowly."""
 
 
-Message = AskList | Answered | Get | Pending | Refused | Join | Given | Slow
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Nothing is said: only whether the machine of the node is there is to be seen."""
+
+
+Message = AskList | Answered | Get | Pending | Refused | Join | Given | Slow | Probe
 
 
 class Kind(enum.IntEnum):
@@ -98,6 +103,7 @@ class Kind(enum.IntEnum):
     JOIN = 6
     GIVEN = 7
     SLOW = 8
+    PROBE = 9
 
 
 def encode(message: Message) -> tuple[Kind, bytes]:
@@ -123,6 +129,8 @@ def encode(message: Message) -> tuple[Kind, bytes]:
             return Kind.GIVEN, struct.pack("!B", level) + _packed_handover(handover)
         case Slow():
             return Kind.SLOW, b""
+        case Probe():
+            return Kind.PROBE, b""
 
 
 def decode(kind: int, body: bytes) -> Message:
@@ -258,4 +266,5 @@ _FORMS: dict[Kind, Callable[[bytes], _Read]] = {
     Kind.JOIN: _read_join,
     Kind.GIVEN: _read_given,
     Kind.SLOW: lambda _: (Slow(), 0),
+    Kind.PROBE: lambda _: (Probe(), 0),
 }

@@ -13,7 +13,7 @@ chunks are under way or wait. Pure; not thread-safe.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from bootseer_slurm.peers.directory import Answer
@@ -130,11 +130,11 @@ class Policy:
         fetch = self._fetches.get(chunk)
         return self._done(fetch.failed(peer, loss, now_s), now_s) if fetch else []
 
-    def overdue(self, now_s: float) -> list[Action]:
-        """What is to be done because time has passed."""
+    def overdue(self, now_s: float, reached: Set[int] = frozenset()) -> list[Action]:
+        """What is to be done because time has passed. reached: as of Fetch.overdue."""
         actions: list[Action] = []
         for fetch in list(self._fetches.values()):
-            actions += self._done(fetch.overdue(now_s), now_s)
+            actions += self._done(fetch.overdue(now_s, reached), now_s)
         if missing := self._here.liveness.newly_missing():
             fetches = self._fetches.items()
             coming = {chunk: fetch.level for chunk, fetch in fetches if fetch.store_since_s is not None}

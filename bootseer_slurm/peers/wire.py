@@ -10,9 +10,11 @@ for goes nowhere. Non-blocking; the owner says when the socket is ready. Not thr
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import struct
+import termios
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -232,6 +234,12 @@ class Connection:
                 heard.append(receiving.tell())
             self._receiving = None
         return count
+
+
+def unacknowledged_bytes(link: socket.socket) -> int:
+    """How much of what was sent the far kernel has not taken yet (tcp(7), SIOCOUTQ)."""
+    (count,) = struct.unpack("i", fcntl.ioctl(link, termios.TIOCOUTQ, bytes(4)))
+    return int(count)
 
 
 def _checked_head(taken: bytes) -> tuple[int, int]:

@@ -17,15 +17,16 @@ import resource
 import selectors
 import socket
 import sys
-import time
 
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.identity import User, close_to_tracers, gain_no_rights
 from bootseer_slurm.peers.child.blobs import Blobs
+from bootseer_slurm.peers.child.clock import Clock
 from bootseer_slurm.peers.child.incoming import Incoming
 from bootseer_slurm.peers.child.links import Ended, Event, Links, Sent
 from bootseer_slurm.peers.child.lists import Lists
 from bootseer_slurm.peers.child.owner import Owner
+from bootseer_slurm.peers.child.reach import Reach
 from bootseer_slurm.peers.child.reading import Reading, Ways
 from bootseer_slurm.peers.child.serving import Serving
 from bootseer_slurm.peers.fetch import Viewpoint
@@ -66,7 +67,9 @@ class Peer:
         blobs = Blobs()
         links = Links(self._selector, order, incoming.place)
         lists = Lists(here, links, self._nodes)
-        self._ways = Ways(order.node, self._nodes, self._owner, links, lists, blobs, incoming)
+        self._clock = Clock()
+        reach = Reach(links)
+        self._ways = Ways(order.node, self._nodes, self._owner, links, lists, blobs, incoming, reach)
         self._serving = Serving(here, links, blobs, order.upload_bytes_per_s, self._policy.hops)
         self._reading = Reading(self._ways, self._policy)
         self._wants: list[Want] = []  # until the directory is there
@@ -77,7 +80,8 @@ class Peer:
         self._owner.say(Started(self._ways.links.proving.listen()))
         overdue_s = pending_s = counted_s = 0.0
         while not self._owner.has_gone:
-            now_s = time.monotonic()
+            now_s = self._clock.now_s()
+            self._hear(now_s)  # before anybody is called silent
             for message, fd in self._owner.heard():
                 self._order(message, fd, now_s)
             self._begin(now_s)
@@ -91,21 +95,27 @@ class Peer:
                 counted_s = now_s + _COUNTED_S
                 self._count()
             self._serving.go_on(now_s)
-            # Until nothing is to be said: what is heard gives answers.
-            while events := self._ways.links.events(now_s):
-                for event in events:
-                    self._node(event, now_s)
+            self._hear(now_s)
             self._wait()
+
+    def _hear(self, now_s: float) -> None:
+        """What other nodes have said, until nothing is to be said: what is heard gives answers."""
+        while events := self._ways.links.events(now_s):
+            for event in events:
+                self._node(event, now_s)
 
     def _wait(self) -> None:
         """Wait until a socket is ready, or something is to be done."""
-        links, now_s = self._ways.links, time.monotonic()
+        self._clock.waits()
+        links, now_s = self._ways.links, self._clock.now_s()
         until_s = now_s + (OVERDUE_S if self._ways.blobs.wants or self._serving.is_busy else _COUNTED_S)
         for other_s in (links.proving.until_s(), self._ways.lists.until_s(), self._serving.until_s()):
             until_s = until_s if other_s is None else min(until_s, other_s)
         timeout_s = max(0.0, until_s - now_s)
-        for key, mask in self._selector.select(timeout_s):
-            key.data(mask, time.monotonic())
+        ready = self._selector.select(timeout_s)
+        self._clock.woke(max(until_s, now_s))
+        for key, mask in ready:
+            key.data(mask, self._clock.now_s())
 
     def _begin(self, now_s: float) -> None:
         """Get what is wanted, once this node's part of the directory is there."""
@@ -150,6 +160,7 @@ class Peer:
             self._reading.ended(event.node, now_s)
         else:
             self._here.liveness.heard(event.node)
+            self._ways.reach.heard(event.node, now_s)
             if isinstance(event.what, Received):
                 self._reading.took(event.node, event.what, now_s)
             else:

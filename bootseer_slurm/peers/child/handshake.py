@@ -15,8 +15,10 @@ from bootseer_slurm.peers.key import (
     NoProof,
 )
 from bootseer_slurm.peers.local import Order
+from bootseer_slurm.peers.wire import unacknowledged_bytes
 
 HELLO_S = 0.25
+TAKEN_S = 0.4  # where the far kernel has taken the hello, and the process has not had its turn
 
 
 class Handshake:
@@ -75,6 +77,11 @@ class Dialling(Handshake):
         except OSError:
             link.close()
             raise
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the far kernel has the hello."""
+        return not self.is_connecting and not unacknowledged_bytes(self.link)
 
     def step(self) -> bool:
         if self.is_connecting:

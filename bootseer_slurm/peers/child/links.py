@@ -57,7 +57,7 @@ Event = Heard | Sent | Ended
 
 
 @dataclass(eq=False, slots=True)
-class _Link:
+class Link:
     """A connection. is_retired: this end says nothing more on it. has_ended: the far end does not."""
 
     node: int
@@ -76,16 +76,16 @@ class Links:
         self._selector = selector
         self._node = order.node
         self._place = place
-        self._links: dict[int, dict[bool, _Link]] = {}  # of a node, by whether this one made it
+        self._links: dict[int, dict[bool, Link]] = {}  # of a node, by whether this one made it
         self._waiting: dict[int, list[Message]] = {}
-        self._touched: dict[_Link, None] = {}
+        self._touched: dict[Link, None] = {}
         self._events: list[Event] = []
         self._most = min(_MOST_LINKS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES)
         self.proving = Proving(selector, order)
 
     def send(self, node: int, message: Message, dial_s: float | None = None) -> None:
         """Say something to a node. dial_s: the time, where it is to be connected first; else it has to be."""
-        link = self._link(node)
+        link = self.link(node)
         if link is not None:
             try:
                 link.connection.send(message)
@@ -101,7 +101,7 @@ class Links:
 
     def send_bytes(self, node: int, parts: Iterable[Part]) -> bool:
         """Send bytes of a chunk to a node; gives whether it is connected."""
-        link = self._link(node)
+        link = self.link(node)
         if link is None:
             return False
         for part in parts:
@@ -128,7 +128,7 @@ class Links:
         events, self._events = self._events, []
         return events
 
-    def _link(self, node: int) -> _Link | None:
+    def link(self, node: int) -> Link | None:
         """The one that this end sends on: that which the lower node made, where it is there."""
         both = self._links.get(node)
         if not both:
@@ -145,14 +145,14 @@ class Links:
         connection = Connection(
             proven.socket, lambda chunk, offset, size: self._place(node, chunk, offset, size)
         )
-        link = _Link(node, proven.socket, connection, proven.is_own)
+        link = Link(node, proven.socket, connection, proven.is_own)
         self._links.setdefault(node, {})[proven.is_own] = link
         self._selector.register(link.socket, _READS, lambda mask, _: self._ready(link, mask))
         self.proving.cancel(node)
         for message in self._waiting.pop(node, ()):
             self.send(node, message)
 
-    def _ready(self, link: _Link, mask: int) -> None:
+    def _ready(self, link: Link, mask: int) -> None:
         if self._links.get(link.node, {}).get(link.is_own) is not link:
             return  # closed in this turn
         if mask & _WRITES:
@@ -160,13 +160,13 @@ class Links:
         if mask & _READS and not link.has_ended:
             self._read(link)
 
-    def _read(self, link: _Link) -> None:
+    def _read(self, link: Link) -> None:
         node = link.node
         try:
             heard = link.connection.read()
         except EOFError:
             other = self._links[node].get(not link.is_own)
-            if other is None or link is self._link(node):
+            if other is None or link is self.link(node):
                 self.leave(node)
             else:
                 link.has_ended = link.is_retired = True
@@ -177,11 +177,11 @@ class Links:
             return
         self._events += [Heard(node, what) for what in heard]
         other = self._links[node].get(not link.is_own)
-        if other is not None and heard and link is self._link(node) and not other.is_retired:
+        if other is not None and heard and link is self.link(node) and not other.is_retired:
             other.is_retired = True
             self._touched[other] = None
 
-    def _write(self, link: _Link) -> None:
+    def _write(self, link: Link) -> None:
         """Send what the socket takes, and close what both ends are done with."""
         if self._links.get(link.node, {}).get(link.is_own) is not link:
             return
@@ -209,7 +209,7 @@ class Links:
         self._waiting.pop(node, None)
         self._events.append(Ended(node))
 
-    def _close(self, link: _Link) -> None:
+    def _close(self, link: Link) -> None:
         both = self._links[link.node]
         del both[link.is_own]
         if not both:

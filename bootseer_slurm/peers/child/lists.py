@@ -1,8 +1,10 @@
 """This node's parts of the job's directory, on each ring that it is on, and its JOIN when it starts.
 
 JOIN goes to the nodes behind this one, eight at a time, until one of them answers; the answers of those
-before that one have 25 ms. What others want meanwhile waits. Where eight nodes are silent and nobody was
-heard, something is in between, and this node goes on alone.
+before that one have 25 ms. They have more where they are there, and only their processes have not had their
+turn: 150 ms where the kernel has taken a hello, 800 ms where they have proven that they are peers. What
+others want meanwhile waits. Where eight nodes are silent and nobody was heard, something is in between, and
+this node goes on alone.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from bootseer_slurm.peers.messages import Answered, AskList, Given, Join, split
 
 _MOST_HELD = 4096  # WANTs; who is not answered asks elsewhere
 _SILENT = 2
+_TAKEN_S = 0.15
+_PROVEN_S = 0.8
 
 
 @dataclass(slots=True)
@@ -31,6 +35,7 @@ class _Joining:
     nodes: Iterator[int]
     asked: list[int] = field(default_factory=list)
     sent: set[int] = field(default_factory=set)
+    sent_s: float = 0.0
     until_s: float = 0.0
     heard: bool = False
     ready: bool = False
@@ -62,9 +67,12 @@ class Lists:
         was_ready = self.ready
         for each in self._joining:
             while not each.ready and (not each.asked or now_s >= each.until_s):
+                if (until_s := each.sent_s + self._patience_s(each.asked)) > now_s:
+                    each.until_s = min(until_s, now_s + JOIN_WAIT_S)
+                    break
                 is_cut_off = len(each.asked) >= _SILENT and not self._here.liveness.any_heard
                 each.asked = list(itertools.islice(each.nodes, JOIN_AT_ONCE))
-                each.until_s = now_s + JOIN_WAIT_S
+                each.sent_s, each.until_s = now_s, now_s + JOIN_WAIT_S
                 each.ready = each.heard or is_cut_off or not each.asked
                 if each.ready:
                     break
@@ -75,6 +83,12 @@ class Lists:
             held, self._held = self._held, []
             for node, asked in held:
                 self.asked(node, asked)
+
+    def _patience_s(self, nodes: list[int]) -> float:
+        """How long these nodes may take to answer JOIN."""
+        if any(self._links.link(node) for node in nodes):
+            return _PROVEN_S
+        return _TAKEN_S if any(map(self._links.proving.reaches, nodes)) else 0.0
 
     def want(self, level: int, want: Want) -> Answer | None:
         """The answer of this node; None where it is on no such ring."""

@@ -1,6 +1,6 @@
 """New connections of a node, until both ends have proven that they are peers of the job.
 
-Strangers may connect as they like. Few connections without a proof are kept, each for 250 ms at most, and a
+Strangers may connect as they like. Few connections without a proof are kept, each for 400 ms at most, and a
 new one takes the place of the oldest. So they cost no memory, and a peer's hello gets its turn. Where a port
 of a node is refused, or no peer listens on it, the next port is tried. Not thread-safe.
 """
@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass
 from functools import partial
 
-from bootseer_slurm.peers.child.handshake import HELLO_S, Answering, Dialling
+from bootseer_slurm.peers.child.handshake import HELLO_S, TAKEN_S, Answering, Dialling
 from bootseer_slurm.peers.key import NoProof
 from bootseer_slurm.peers.local import Order
 
@@ -85,17 +85,23 @@ class Proving:
         self._dials[node] = _Dial([(first + number) % count for number in range(count)])
         self._try(node, now_s)
 
+    def reaches(self, node: int) -> bool:
+        """Whether a connection to this node is being made, and its kernel has taken the hello."""
+        dial = self._dials.get(node)
+        return dial is not None and dial.handshake is not None and dial.handshake.is_taken
+
     def cancel(self, node: int) -> None:
         """The node has connected to this one."""
         if (dial := self._dials.pop(node, None)) and dial.handshake:
-            self._close(dial.handshake)
+            _close(self._selector, dial.handshake)
 
     def results(self, now_s: float) -> list[Proven | Unreached]:
         """What came of connections. Ends those that took too long."""
         for caller in [caller for caller in self._callers if caller.until_s <= now_s]:
             self._drop(caller)
         for node, dial in list(self._dials.items()):
-            if dial.handshake and dial.handshake.until_s <= now_s:
+            late_s = now_s - dial.handshake.until_s if dial.handshake else -1.0
+            if late_s >= TAKEN_S - HELLO_S or (late_s >= 0.0 and not self.reaches(node)):
                 # Another try now would take as long; the next time it begins with the next port.
                 self._first_port[node] = dial.ports[1 % len(dial.ports)]
                 self.cancel(node)
@@ -119,7 +125,7 @@ class Proving:
                 self._drop(next(iter(self._callers)))
             link.setblocking(False)
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            caller = Answering(self._order, link, now_s + HELLO_S)
+            caller = Answering(self._order, link, now_s + TAKEN_S)
             self._callers[caller] = None
             self._selector.register(link, selectors.EVENT_READ, partial(self._hear, caller))
 
@@ -138,11 +144,7 @@ class Proving:
 
     def _drop(self, caller: Answering) -> None:
         del self._callers[caller]
-        self._close(caller)
-
-    def _close(self, handshake: Answering | Dialling) -> None:
-        self._selector.unregister(handshake.link)
-        handshake.link.close()
+        _close(self._selector, caller)
 
     def _try(self, node: int, now_s: float) -> None:
         """The next port of a node, until one does not refuse at once."""
@@ -173,7 +175,7 @@ class Proving:
                 )
                 return
         except (NoProof, OSError, EOFError):
-            self._close(handshake)
+            _close(self._selector, handshake)
             dial.handshake = None
             del dial.ports[0]
             self._try(node, now_s)
@@ -182,3 +184,8 @@ class Proving:
         self._first_port[node] = dial.ports[0]
         del self._dials[node]
         self._results.append(Proven(node, handshake.link, is_own=True))
+
+
+def _close(selector: selectors.BaseSelector, handshake: Answering | Dialling) -> None:
+    selector.unregister(handshake.link)
+    handshake.link.close()

@@ -15,6 +15,7 @@ from bootseer_slurm.peers.child.incoming import Coming, Incoming
 from bootseer_slurm.peers.child.links import Links
 from bootseer_slurm.peers.child.lists import Lists
 from bootseer_slurm.peers.child.owner import Owner
+from bootseer_slurm.peers.child.reach import Reach
 from bootseer_slurm.peers.directory import Moved, Parent
 from bootseer_slurm.peers.fetch import AskDirectory, AskParent, Cause, Loss, ReadStore
 from bootseer_slurm.peers.groups import Chunk
@@ -36,6 +37,7 @@ class Ways:
     lists: Lists
     blobs: Blobs
     incoming: Incoming
+    reach: Reach
 
     def free(self, chunk: Chunk) -> Coming | None:
         """A chunk's slot is free; what still comes of it goes nowhere."""
@@ -162,7 +164,8 @@ class Reading:
         """What is to be done because time has passed."""
         for chunk, parent in self._ways.incoming.whole():
             self._policy.pending(chunk, parent, 0, now_s)  # it is the owner who takes his time
-        self._do(self._policy.overdue(now_s), now_s)
+        nodes = [node for node, asked in self._asked.items() if asked]
+        self._do(self._policy.overdue(now_s, self._ways.reach.among(nodes, now_s)), now_s)
 
     def _do(self, actions: Iterable[Action], now_s: float) -> None:
         ways = self._ways

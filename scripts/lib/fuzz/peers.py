@@ -15,6 +15,7 @@ from bootseer_slurm.peers.messages import (
     Join,
     Message,
     Pending,
+    Probe,
     Refused,
     Slow,
     decode,
@@ -43,6 +44,7 @@ def _messages() -> list[Message]:
         Join(1),
         Given(0, Handover({_CHUNK: rows, Chunk("cd" * 32, 0): ()}, (1, 2, 3))),
         Slow(),
+        Probe(),
     ]
 
 

@@ -155,9 +155,9 @@ class Peer:
         if isinstance(event, Sent):
             self._serving.frames_sent(event.node, event.frames, now_s)
         elif isinstance(event, Ended):
-            self._ways.lists.ended(event.node)
+            self._ways.lists.ended(event.node, now_s, is_silent=event.is_silent)
             self._serving.left(event.node, now_s)
-            self._reading.ended(event.node, now_s)
+            self._reading.ended(event.node, now_s, is_silent=event.is_silent)
         else:
             self._here.liveness.heard(event.node)
             self._ways.reach.heard(event.node, now_s)

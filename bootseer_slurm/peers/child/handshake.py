@@ -18,7 +18,7 @@ from bootseer_slurm.peers.local import Order
 from bootseer_slurm.peers.wire import unacknowledged_bytes
 
 HELLO_S = 0.25
-TAKEN_S = 0.4  # where the far kernel has taken the hello, and the process has not had its turn
+TAKEN_S = 0.5  # where the far kernel has taken the hello, and the process has not had its turn
 
 
 class Handshake:

@@ -7,6 +7,7 @@ then the far end has it too: so nothing is lost that was on its way. Not thread-
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import selectors
 import socket
@@ -48,9 +49,13 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A node cannot be reached, or its connection ended: what it was asked is not answered."""
+    """A node cannot be reached, or its connection ended: what it was asked is not answered.
+
+    is_silent: it did not refuse either.
+    """
 
     node: int
+    is_silent: bool = False
 
 
 Event = Heard | Sent | Ended
@@ -121,7 +126,7 @@ class Links:
                 self._add(result)
             elif result.node not in self._links:
                 self._waiting.pop(result.node, None)
-                self._events.append(Ended(result.node))
+                self._events.append(Ended(result.node, result.is_silent))
         touched, self._touched = self._touched, {}
         for link in touched:
             self._write(link)
@@ -188,7 +193,9 @@ class Links:
         try:
             frames = link.connection.write()
             if link.is_retired and not link.connection.wants_to_write:
-                link.socket.shutdown(socket.SHUT_WR)
+                # Where both ends have said so, the kernel knows no such connection any more.
+                with contextlib.suppress(OSError):
+                    link.socket.shutdown(socket.SHUT_WR)
         except OSError:
             self.leave(link.node)
             return

@@ -1,10 +1,10 @@
 """This node's parts of the job's directory, on each ring that it is on, and its JOIN when it starts.
 
 JOIN goes to the nodes behind this one, eight at a time, until one of them answers; the answers of those
-before that one have 25 ms. They have more where they are there, and only their processes have not had their
-turn: 150 ms where the kernel has taken a hello, 800 ms where they have proven that they are peers. What
-others want meanwhile waits. Where eight nodes are silent and nobody was heard, something is in between, and
-this node goes on alone.
+before that one have 25 ms. They have up to 1 s where their kernels have taken a hello or JOIN, and only their
+processes have not had their turn: for without their lists chunks are read once more. What others want
+meanwhile waits. Where eight nodes are silent and nobody was heard, something is in between, and this node
+goes on alone.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from bootseer_slurm.peers.messages import Answered, AskList, Given, Join, split
 
 _MOST_HELD = 4096  # WANTs; who is not answered asks elsewhere
 _SILENT = 2
-_TAKEN_S = 0.15
-_PROVEN_S = 0.8
+_THERE_S = 1.0
 
 
 @dataclass(slots=True)
@@ -86,9 +85,8 @@ class Lists:
 
     def _patience_s(self, nodes: list[int]) -> float:
         """How long these nodes may take to answer JOIN."""
-        if any(self._links.link(node) for node in nodes):
-            return _PROVEN_S
-        return _TAKEN_S if any(map(self._links.proving.reaches, nodes)) else 0.0
+        is_there = (self._links.link(node) or self._links.proving.reaches(node) for node in nodes)
+        return _THERE_S if any(is_there) else 0.0
 
     def want(self, level: int, want: Want) -> Answer | None:
         """The answer of this node; None where it is on no such ring."""
@@ -131,8 +129,10 @@ class Lists:
                 # Those behind it know no more than it does.
                 each.asked = each.asked[: each.asked.index(node)]
 
-    def ended(self, node: int) -> None:
-        """A node cannot be reached."""
+    def ended(self, node: int, now_s: float, *, is_silent: bool) -> None:
+        """A node cannot be reached. is_silent: it did not even refuse."""
         for each in self._joining:
             if node in each.asked:
                 each.asked.remove(node)
+                if is_silent:
+                    self._here.liveness.silent(node, now_s)

@@ -1,6 +1,6 @@
 """New connections of a node, until both ends have proven that they are peers of the job.
 
-Strangers may connect as they like. Few connections without a proof are kept, each for 400 ms at most, and a
+Strangers may connect as they like. Few connections without a proof are kept, each for 500 ms at most, and a
 new one takes the place of the oldest. So they cost no memory, and a peer's hello gets its turn. Where a port
 of a node is refused, or no peer listens on it, the next port is tried. Not thread-safe.
 """
@@ -32,9 +32,10 @@ class Proven:
 
 @dataclass(frozen=True, slots=True)
 class Unreached:
-    """No peer can be reached there."""
+    """No peer can be reached there. is_silent: nothing refused."""
 
     node: int
+    is_silent: bool
 
 
 @dataclass(slots=True)
@@ -105,7 +106,7 @@ class Proving:
                 # Another try now would take as long; the next time it begins with the next port.
                 self._first_port[node] = dial.ports[1 % len(dial.ports)]
                 self.cancel(node)
-                self._results.append(Unreached(node))
+                self._results.append(Unreached(node, is_silent=True))
         results, self._results = self._results, []
         return results
 
@@ -161,7 +162,7 @@ class Proving:
             return
         del self._dials[node]
         self._first_port.pop(node, None)
-        self._results.append(Unreached(node))
+        self._results.append(Unreached(node, is_silent=False))
 
     def _go_on(self, node: int, _mask: int, now_s: float) -> None:
         dial = self._dials.get(node)

@@ -155,10 +155,11 @@ class Reading:
             number = self._ways.blobs.of(chunk).number
             self._ways.owner.say(Arrived(number, chunk.number, coming.slot, node, coming.dur_s))
 
-    def ended(self, node: int, now_s: float) -> None:
-        """A node cannot be reached, or its connection ended."""
+    def ended(self, node: int, now_s: float, *, is_silent: bool) -> None:
+        """A node cannot be reached, or its connection ended. is_silent: it did not refuse either."""
+        loss = Loss.SILENT if is_silent else Loss.REFUSED
         for chunk in self._asked.pop(node, ()):
-            self._do(self._policy.failed(chunk, node, Loss.REFUSED, now_s), now_s)
+            self._do(self._policy.failed(chunk, node, loss, now_s), now_s)
 
     def overdue(self, now_s: float) -> None:
         """What is to be done because time has passed."""

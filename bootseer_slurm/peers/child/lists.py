@@ -85,8 +85,11 @@ class Lists:
 
     def _patience_s(self, nodes: list[int]) -> float:
         """How long these nodes may take to answer JOIN."""
-        is_there = (self._links.link(node) or self._links.proving.reaches(node) for node in nodes)
-        return _THERE_S if any(is_there) else 0.0
+        return _THERE_S if any(map(self._is_there, nodes)) else 0.0
+
+    def _is_there(self, node: int) -> bool:
+        """Whether this node, or its kernel at least, has taken what it was sent."""
+        return self._links.link(node) is not None or self._links.proving.reaches(node)
 
     def want(self, level: int, want: Want) -> Answer | None:
         """The answer of this node; None where it is on no such ring."""
@@ -126,8 +129,10 @@ class Lists:
         for each in self._joining:
             if each.level == given.level and node in each.asked:
                 each.heard = True
-                # Those behind it know no more than it does.
-                each.asked = each.asked[: each.asked.index(node)]
+                place = each.asked.index(node)
+                # Those behind it that are there may have begun just now, and know more than it does.
+                behind = filter(self._is_there, each.asked[place + 1 :])
+                each.asked = [*each.asked[:place], *behind]
 
     def ended(self, node: int, now_s: float, *, is_silent: bool) -> None:
         """A node cannot be reached. is_silent: it did not even refuse."""

@@ -1,7 +1,8 @@
 """The messages of peers to one another, as bytes: the body of each frame of `wire`.
 
 Integers are big endian. A chunk is the 32 bytes of its blob's name, which is 64 hexadecimal digits here, and
-its number. Lists are bounded: nothing is made room for before its length is known to be right.
+its number. Lists are bounded: nothing is made room for before its length is known to be right. Who asks is no
+part of a frame: it is the node that has proven itself on the connection.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bootseer_slurm.peers.directory import First, Handover, Moved, Parent, Row, Service, Want
 from bootseer_slurm.peers.groups import GROUP_NODES, Chunk
@@ -20,11 +21,12 @@ _MOST_NODES = GROUP_NODES
 _MOST_ROWS = 16_384  # of one Handover
 _CHUNK = struct.Struct("!32sI")
 CHUNK_BYTES = _CHUNK.size
-_WANT = struct.Struct("!BBIHHH")  # level, flags, reader, and how many busy, lost and missing nodes follow
+_WANT = struct.Struct("!BBHHH")  # level, flags, and how many busy, lost and missing nodes follow
 _ROW = struct.Struct("!IBB")
 _SERVES, _HAS = 1, 2
 _DEMAND, _ONLY = 1, 2
 _SERVICES = tuple(Service)
+_NOBODY = -1  # until it is known whose connection it came on
 
 
 class BadMessage(Exception):
@@ -112,13 +114,13 @@ def encode(message: Message) -> tuple[Kind, bytes]:
         case AskList(level, want):
             nodes = (want.busy, want.lost, want.missing)
             flags = _SERVES * want.serves | _HAS * want.has
-            head = _WANT.pack(level, flags, want.reader, *(min(len(each), _MOST_NODES) for each in nodes))
+            head = _WANT.pack(level, flags, *(min(len(each), _MOST_NODES) for each in nodes))
             listed = [node for each in nodes for node in each[:_MOST_NODES]]
             return Kind.ASK_LIST, pack_chunk(want.chunk) + head + struct.pack(f"!{len(listed)}I", *listed)
         case Answered(chunk, answer):
             return Kind.ANSWERED, pack_chunk(chunk) + _packed_answer(answer)
-        case Get(chunk, reader, demand, only):
-            return Kind.GET, pack_chunk(chunk) + struct.pack("!IB", reader, _DEMAND * demand | _ONLY * only)
+        case Get(chunk, _, demand, only):
+            return Kind.GET, pack_chunk(chunk) + struct.pack("!B", _DEMAND * demand | _ONLY * only)
         case Pending(chunk, hops):
             return Kind.PENDING, pack_chunk(chunk) + struct.pack("!B", hops)
         case Refused(chunk, lacks):
@@ -133,8 +135,8 @@ def encode(message: Message) -> tuple[Kind, bytes]:
             return Kind.PROBE, b""
 
 
-def decode(kind: int, body: bytes) -> Message:
-    """The message of a frame that is no DATA. Raises BadMessage."""
+def decode(kind: int, body: bytes, node: int) -> Message:
+    """The message of a frame that is no DATA, from this node. Raises BadMessage."""
     try:
         form = _FORMS[Kind(kind)]
         message, end = form(body)
@@ -142,7 +144,9 @@ def decode(kind: int, body: bytes) -> Message:
         raise BadMessage(f"frame of kind {kind}: {error}") from None
     if end != len(body):
         raise BadMessage(f"frame of kind {kind}: {len(body)} bytes, and {end} of them are read")
-    return message
+    if isinstance(message, AskList):
+        return AskList(message.level, replace(message.want, reader=node))
+    return replace(message, reader=node) if isinstance(message, Get) else message
 
 
 def pack_chunk(chunk: Chunk) -> bytes:
@@ -202,7 +206,7 @@ _Read = tuple[Message, int]
 
 def _read_want(body: bytes) -> _Read:
     chunk, at = read_chunk(body), CHUNK_BYTES
-    level, flags, reader, *counts = _WANT.unpack_from(body, at)
+    level, flags, *counts = _WANT.unpack_from(body, at)
     at += _WANT.size
     lists = []
     for count in counts:
@@ -212,7 +216,7 @@ def _read_want(body: bytes) -> _Read:
         at += 4 * count
     busy, lost, missing = lists
     serves, has = bool(flags & _SERVES), bool(flags & _HAS)
-    return AskList(level, Want(chunk, reader, serves, busy, lost, missing, has)), at
+    return AskList(level, Want(chunk, _NOBODY, serves, busy, lost, missing, has)), at
 
 
 def _read_answered(body: bytes) -> _Read:
@@ -222,8 +226,8 @@ def _read_answered(body: bytes) -> _Read:
 
 
 def _read_get(body: bytes) -> _Read:
-    reader, flags = struct.unpack_from("!IB", body, CHUNK_BYTES)
-    return Get(read_chunk(body), reader, bool(flags & _DEMAND), bool(flags & _ONLY)), CHUNK_BYTES + 5
+    (flags,) = struct.unpack_from("!B", body, CHUNK_BYTES)
+    return Get(read_chunk(body), _NOBODY, bool(flags & _DEMAND), bool(flags & _ONLY)), CHUNK_BYTES + 1
 
 
 def _read_pending(body: bytes) -> _Read:

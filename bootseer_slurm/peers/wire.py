@@ -92,9 +92,11 @@ class _Receiving:
 class Connection:
     """A connected socket, whose peers have proven who they are (key.py). The owner closes it."""
 
-    def __init__(self, link: socket.socket, place: Place) -> None:
+    def __init__(self, link: socket.socket, node: int, place: Place) -> None:
+        """node: the far end, which asks for itself only."""
         link.setblocking(False)
         self._link = link
+        self._node = node
         self._place = place
         self._messages = bytearray()
         self._data: deque[_Sending] = deque()
@@ -205,7 +207,7 @@ class Connection:
             self._head = None
         else:
             self._head = None
-            heard.append(decode(kind, taken))
+            heard.append(decode(kind, taken, self._node))
         return count
 
     def _begin(self, taken: bytes, length: int) -> _Receiving:

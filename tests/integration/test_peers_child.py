@@ -333,7 +333,7 @@ class FakePeer:
             listens.check(link.recv(PROOF_BYTES, socket.MSG_WAITALL))
             self._links.append(link)
             with contextlib.suppress(EOFError, OSError):
-                self._talk(Connection(link, lambda *_: None))
+                self._talk(Connection(link, 0, lambda *_: None))
 
     def _talk(self, connection: Connection) -> None:
         while not self._stop:

@@ -25,6 +25,7 @@ from bootseer_slurm.peers.messages import (
     encode,
     split,
 )
+from bootseer_slurm.peers.uploads import Get
 from bootseer_slurm.peers.wire import MOST_DATA_BYTES, Connection, Received
 
 CHUNK, OTHER = Chunk("ab" * 32, 7), Chunk("cd" * 32, 0)
@@ -40,8 +41,8 @@ class Pair:
     memory: bytearray = field(default_factory=lambda: bytearray(CHUNK_BYTES))
 
     def __post_init__(self) -> None:
-        self.near = Connection(self.near_socket, self.place)
-        self.far = Connection(self.far_socket, lambda *_: None)
+        self.near = Connection(self.near_socket, 1, self.place)
+        self.far = Connection(self.far_socket, 2, lambda *_: None)
 
     def place(self, chunk: Chunk, offset: int, size_bytes: int) -> memoryview | None:
         return memoryview(self.memory)[offset : offset + size_bytes] if chunk == CHUNK else None
@@ -180,7 +181,7 @@ def test_a_blob_has_64_digits() -> None:
 @pytest.mark.parametrize("more", [-1, 1])
 def test_a_place_of_another_size_is_no_place(pair: Pair, content: tuple[int, bytes], more: int) -> None:
     memory = bytearray(MOST_DATA_BYTES + 1)
-    near = Connection(pair.near_socket, lambda _chunk, _offset, size: memoryview(memory)[: size + more])
+    near = Connection(pair.near_socket, 1, lambda _chunk, _offset, size: memoryview(memory)[: size + more])
     send_chunk(pair.far, CHUNK, content[0])
     pair.far.write()
     with pytest.raises(ValueError, match="a place of"):
@@ -205,3 +206,9 @@ def test_what_was_said_before_the_end_is_heard(pair: Pair) -> None:
     assert pair.near.read() == [Join(0)]
     with pytest.raises(EOFError):
         pair.near.read()
+
+
+def test_who_asks_is_the_node_of_the_connection(pair: Pair) -> None:
+    pair.far.send(AskList(0, Want(CHUNK, 77)))
+    pair.far.send(Get(CHUNK, 77, demand=True))
+    assert pair.heard() == [AskList(0, Want(CHUNK, 1)), Get(CHUNK, 1, demand=True)]

@@ -170,11 +170,10 @@ class Peer:
         match message:
             case AskList(_, want):
                 others = max((*want.busy, *want.lost, *want.missing), default=0)
-                if want.reader == node and others < self._nodes:
+                if others < self._nodes:
                     self._ways.lists.asked(node, message)
             case Get():
-                if message.reader == node:
-                    self._serving.asked(message, now_s)
+                self._serving.asked(message, now_s)
             case Answered():
                 self._reading.answered(node, message, now_s)
             case Pending(chunk, hops):

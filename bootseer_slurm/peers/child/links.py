@@ -148,7 +148,7 @@ class Links:
         if proven.is_own in self._links.get(node, {}):
             self.leave(node)  # the node has begun anew
         connection = Connection(
-            proven.socket, lambda chunk, offset, size: self._place(node, chunk, offset, size)
+            proven.socket, node, lambda chunk, offset, size: self._place(node, chunk, offset, size)
         )
         link = Link(node, proven.socket, connection, proven.is_own)
         self._links.setdefault(node, {})[proven.is_own] = link

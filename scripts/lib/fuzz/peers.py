@@ -54,13 +54,13 @@ def _framed(message: Message) -> bytes:
 
 
 def _read_framed(content: bytes) -> Message:
-    return decode(content[0] if content else 0, content[1:])
+    return decode(content[0] if content else 0, content[1:], 3)
 
 
 def _streams() -> list[bytes]:
     near, far = socket.socketpair()
     with near, far:
-        sender = Connection(near, lambda *_: None)
+        sender = Connection(near, 0, lambda *_: None)
         for message in _messages():
             sender.send(message)
         sender.write()
@@ -74,7 +74,7 @@ def _read_stream(content: bytes) -> list[Message | Received]:
     with near, far:
         far.sendall(content[:_STREAM_BYTES])
         far.shutdown(socket.SHUT_WR)
-        receiver = Connection(near, lambda chunk, offset, size: memoryview(bytearray(size)))
+        receiver = Connection(near, 3, lambda chunk, offset, size: memoryview(bytearray(size)))
         heard: list[Message | Received] = []
         try:
             while True:

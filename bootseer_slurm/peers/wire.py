@@ -41,6 +41,7 @@ _DATA_BYTES = CHUNK_BYTES + _DATA.size
 _MOST_QUEUED_BYTES = 4 * 2**20  # of messages: who does not take them is gone
 _MOST_WASTED_BYTES = 64 * 2**20  # what was on its way when this end chose another peer
 _READ_BYTES = 4 * 2**20  # at a time: others shall have their turn
+_READ_MESSAGES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +172,7 @@ class Connection:
         heard: list[Message | Received] = []
         count = 0
         try:
-            while count < _READ_BYTES:
+            while count < _READ_BYTES and len(heard) < _READ_MESSAGES:
                 count += self._read(heard)
         except BlockingIOError:
             pass

@@ -212,3 +212,11 @@ def test_who_asks_is_the_node_of_the_connection(pair: Pair) -> None:
     pair.far.send(AskList(0, Want(CHUNK, 77)))
     pair.far.send(Get(CHUNK, 77, demand=True))
     assert pair.heard() == [AskList(0, Want(CHUNK, 1)), Get(CHUNK, 1, demand=True)]
+
+
+def test_few_messages_are_taken_at_a_time(pair: Pair) -> None:
+    for _ in range(1500):
+        pair.far.send(Join(0))
+    while pair.far.wants_to_write:
+        pair.far.write()
+    assert [len(pair.near.read()) for _ in range(2)] == [1024, 476]

@@ -30,7 +30,10 @@ class Reach:
         self._probed.pop(node, None)
 
     def among(self, nodes: Iterable[int], now_s: float) -> set[int]:
-        """Those of these nodes that are there as far as their kernels say. To be called every 50 ms."""
+        """Those of these nodes that are there as far as their kernels say.
+
+        To be called every 50 ms; where this process is late, it may be the first call for a long while.
+        """
         reached = set()
         for node in nodes:
             link = self._links.link(node)
@@ -43,4 +46,5 @@ class Reach:
             elif now_s - self._heard_s.get(node, 0.0) >= _PROBE_S:
                 self._probed[node] = link
                 self._links.send(node, Probe())
+                reached.add(node)  # until its kernel has had time to answer
         return reached

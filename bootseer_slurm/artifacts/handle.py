@@ -70,11 +70,6 @@ class OpenBlob:
         """A file system lies in it: who waits for its blocks cannot be killed, and is not kept waiting."""
         self.reader.patience_s = MOUNTED_PATIENCE_S
 
-    @property
-    def is_mounted(self) -> bool:
-        """Whether a file system lies in it."""
-        return self.reader.patience_s == MOUNTED_PATIENCE_S
-
     def fail_reads(self, before_s: float) -> bool:
         """Fail its reads that wait since before a time.monotonic(); tells whether there were any."""
         return self.server.fail_reads(self.name, before_s)

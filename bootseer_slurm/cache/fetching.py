@@ -100,9 +100,9 @@ class Fetching:
         """Fetch claimed blocks, and end the claim.
 
         demand: a read waits. push: is given the bytes too. unkept: gets those that the full disk has no room
-        for. Raises BootseerError when no source has the right bytes.
+        for. Raises BootseerError when no source has the right bytes, StoreError where one may have them yet.
         """
-        failure: BootseerError = StoreError("no source is left: its job is over")
+        failures: list[BootseerError] = []
         earlier = (self._cache_file,) if claim.unchecked else ()
         settled = False
         try:
@@ -122,7 +122,7 @@ class Fetching:
                 except BootseerError as error:
                     name = "corrupt_block" if isinstance(error, IntegrityError) else "source_failed"
                     self._sources.tell(name, f"{source.name}: {error.message}")
-                    failure = error
+                    failures.append(error)
                     continue
                 if source is not self._cache_file:
                     self._usage.fetch_s += fetched_s - begin_s
@@ -132,7 +132,8 @@ class Fetching:
                     why = self._blob.file.why_full
                     self._sources.tell("cache_full", f"{why}: blocks are served, not kept")
                 return
-            raise failure
+            failures = failures or [StoreError("no source is left: its job is over")]
+            raise next((each for each in failures if isinstance(each, StoreError)), failures[-1])
         finally:
             if not settled:
                 self._blob.blocks.end_claim(claim.first, claim.count, MISSING)

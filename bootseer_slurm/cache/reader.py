@@ -18,12 +18,14 @@ from bootseer_slurm.cache.cache import PRESENT, CachedBlob
 from bootseer_slurm.cache.fetching import Claim, Fetching, Push, Usage
 from bootseer_slurm.cache.sources import Sources
 from bootseer_slurm.cache.waits import Waits
-from bootseer_slurm.errors import BootseerError, StoreError
+from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
 
 PATIENCE_S = 900.0  # a shared file system that stalls would hold its readers too; after this, EIO
 # Who waits for a file system that lies in a blob cannot be killed. Slurm gives such a task 60 s
 # (UnkillableStepTimeout) until it drains the node.
 MOUNTED_PATIENCE_S = 40.0
+# Wrong bytes may be right soon: an object is being replaced, or its server is being mended.
+_DAMAGE_PATIENCE_S = 10.0
 _RETRY_PAUSE_S = 0.5
 
 # Is told of each read, by its blocks, first to last, before it is served; must not wait.
@@ -148,16 +150,20 @@ class Reader:
         Brings what is missing behind it with it, up to `last`. Gives how many blocks are there now.
         """
         begin_s = time.monotonic()
+        wrong_since_s: float | None = None
         while self.blob.blocks.states[block] != PRESENT:
-            is_late = time.monotonic() - begin_s > self.patience_s
+            now_s = time.monotonic()
+            is_late = now_s - begin_s > self.patience_s
+            is_late |= wrong_since_s is not None and now_s - wrong_since_s > _DAMAGE_PATIENCE_S
             count, unchecked = self.blob.blocks.claim(block, self._last_of_run(block, last))
             if count:
                 try:
                     self._fetching.fetch(Claim(block, count, unchecked), demand=True, unkept=unkept)
                     return count
-                except StoreError:
+                except (StoreError, IntegrityError) as error:
                     if is_late or not self.sources.all:
                         raise
+                    wrong_since_s = None if isinstance(error, StoreError) else wrong_since_s or now_s
                     time.sleep(_RETRY_PAUSE_S)
             elif is_late:
                 raise StoreError("a block does not come that is being fetched")

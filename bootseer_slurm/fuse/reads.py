@@ -7,6 +7,7 @@ the server and ends with `end_recovery`. Thread-safe; the lock is held for a mom
 from __future__ import annotations
 
 import errno
+import logging
 import threading
 from collections.abc import Iterable
 
@@ -16,6 +17,8 @@ from bootseer_slurm.fuse.ledger import Parked
 from bootseer_slurm.fuse.nodes import File, Node, NodeTable
 from bootseer_slurm.fuse.protocol import Request
 from bootseer_slurm.fuse.waiting import WaitingReads
+
+_log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S, _HURRIED_LOOK_S = 1.0, 0.1
 
@@ -59,8 +62,12 @@ class PendingReads:
     def fail_overdue(self, stop: threading.Event) -> None:
         """Fail reads that have waited for too long, until told to stop (a thread of its own)."""
         while not stop.wait(_HURRIED_LOOK_S if self._waiting.hurries else _LOOK_EVERY_S):
-            for parked in self._waiting.fail_overdue():
+            overdue = self._waiting.fail_overdue()
+            for parked in overdue:
                 self._forget(parked)
+            if overdue:
+                uids = ", ".join(map(str, sorted({parked.uid for parked in overdue})))
+                _log.warning("%d reads failed that have waited for too long, of user %s", len(overdue), uids)
 
     def fail(self, node: Node, before_s: float) -> bool:
         """Fail the reads of a node that wait since before then; tells whether there were any."""
@@ -85,6 +92,8 @@ class PendingReads:
             self._recovering = False
             left = [parked for each in self._without_file.values() for parked in each.values()]
             self._without_file.clear()
+        if left:
+            _log.warning("%d reads failed of files that no job has any more", len(left))
         for parked in left:
             self._waiting.finish(parked, protocol.failure(errno.EIO))
 

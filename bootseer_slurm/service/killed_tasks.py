@@ -55,8 +55,10 @@ def _look(blobs: OpenBlobs, longer_than_s: float) -> bool:
     before_s = time.monotonic() - _SETTLED_S
     killed = users_being_killed({blob.reader.uid for blob in waiting})
     killed = killed and users_being_killed(killed)  # some may have come to wait behind the first look
-    failed = [blob.fail_reads(before_s) for blob in waiting if blob.reader.uid in killed]
-    return any(failed)
+    failed = [blob for blob in waiting if blob.reader.uid in killed and blob.fail_reads(before_s)]
+    for blob in failed:
+        _log.info("blob %s: reads failed: all tasks that wait are being killed", blob.reader.blob.id[:12])
+    return bool(failed)
 
 
 def users_being_killed(uids: Set[int]) -> set[int]:

@@ -35,7 +35,7 @@ from bootseer_slurm.cache.cache import MISSING, UNCHECKED, Cache
 from bootseer_slurm.cache.datafile import DataFile
 from bootseer_slurm.cache.reader import Reader
 from bootseer_slurm.config import PrefetchConfig
-from bootseer_slurm.errors import BootseerError, InputError, StoreError
+from bootseer_slurm.errors import BootseerError, InputError, IntegrityError, StoreError
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.fuse import Mount, Server
 from bootseer_slurm.phase import JobPhase
@@ -166,7 +166,56 @@ def test_a_corrupt_stripe_is_never_shown(scene: Scene) -> None:
     assert 0 < reader.usage.origin_bytes < SIZE_BYTES
 
 
-def test_corrupt_everywhere_is_an_error_not_wrong_bytes(scene: Scene) -> None:
+def test_wrong_bytes_that_are_mended_soon_are_waited_for(scene: Scene) -> None:
+    stripe = scene.blob_folder / "0"
+    right = stripe.read_bytes()
+    corrupt(stripe, 5)
+    reader = scene.reader(origin=False)
+    mended = threading.Timer(1.5, stripe.write_bytes, [right])
+    mended.start()
+    assert bytes(reader.fetch(0, 100)) == scene.content[:100]
+    mended.join()
+    assert scene.faults == ["corrupt_block"]
+
+
+def test_a_manifest_that_is_mended_soon_is_waited_for(scene: Scene) -> None:
+    reader = scene.reader(origin=False)
+    scene.process.kill()
+    scene.start()
+    manifest = scene.blob_folder / "manifest"
+    right = manifest.read_bytes()
+    corrupt(manifest, 200)
+    mended = threading.Timer(1.5, manifest.write_bytes, [right])
+    mended.start()
+    assert bytes(reader.fetch(0, 100)) == scene.content[:100]
+    mended.join()
+
+
+def test_a_silent_store_is_waited_for_where_the_original_has_other_bytes(scene: Scene) -> None:
+    """The store may come back, and it alone has the right bytes."""
+    reader = scene.reader()
+    store, original = reader.sources.all
+    answers = iter([StoreError("the server hiccups"), IntegrityError("was changed")])
+
+    def fail_once(source: ObjectSource) -> Any:
+        read = source.read
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            if error := next(answers, None):
+                raise error
+            return read(*args, **kwargs)
+
+        return failing
+
+    for source in (store, original):
+        source.read = fail_once(source)  # type: ignore[attr-defined, method-assign]
+    assert bytes(reader.fetch(0, 100)) == scene.content[:100]
+
+
+def test_corrupt_everywhere_is_an_error_not_wrong_bytes(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bootseer_slurm.cache.reader._DAMAGE_PATIENCE_S", 0.5)
     corrupt(scene.blob_folder / "0", 5)
     reader = scene.reader(origin=False)
     with pytest.raises(OSError) as caught:

@@ -1,6 +1,6 @@
 """What must be true when the day is over, and what was not.
 
-- Each task read right bytes, or an error where its input was damaged or replaced meanwhile.
+- Each task read right bytes, also where its input was damaged for a while.
 - Each job ended as its fate says. No node was drained or down. No prolog took longer than a second.
 - Nothing is left on a node: no session, no process of a user's, no mount, no file of a job.
 """
@@ -16,10 +16,13 @@ from scripts.lib.chaos.inputs import Inputs
 from scripts.lib.chaos.jobs import CANCELLED, FAILS, Jobs, TaskResult
 from scripts.lib.cluster.client import BOOTSEER, Cluster
 from scripts.lib.cluster.hook_times import hook_times
+from scripts.lib.cluster.layout import Layout
 from scripts.lib.cluster.settings import USERS
 
 PROLOG_MOST_S = 1.0
 LEFT_AFTER_S = 60.0
+READ_FAILED = ("read_failed", "blob_not_held", "cannot be recovered", "reads failed")
+FAILED_READS_SHOWN = 8
 LOOK_FOR_LEFT = f"""
 ls -A /run/bootseer/jobs /run/bootseer/env /run/bootseer/ending 2> /dev/null | grep -v -e ':$' -e '^$'
 ps -o pid=,user=,args= -u {",".join(USERS)}
@@ -46,7 +49,7 @@ def find(cluster: Cluster, jobs: Jobs, inputs: Inputs, events_since: float) -> F
     findings = Findings()
     results = list(jobs.task_results())
     _look_at_tasks(findings, results, jobs, inputs)
-    _look_at_jobs(findings, results, jobs)
+    _look_at_jobs(findings, results, jobs, cluster)
     _look_at_prologs(findings, jobs.results)
     _look_at_nodes(findings, cluster, events_since)
     return findings
@@ -69,7 +72,7 @@ def _look_at_tasks(findings: Findings, results: list[TaskResult], jobs: Jobs, in
         findings.refused += len(result.errors)
 
 
-def _look_at_jobs(findings: Findings, results: list[TaskResult], jobs: Jobs) -> None:
+def _look_at_jobs(findings: Findings, results: list[TaskResult], jobs: Jobs, cluster: Cluster) -> None:
     refused = {result.job_id for result in results if result.errors}
     for job in jobs.all:
         findings.states[job.state] += 1
@@ -81,9 +84,16 @@ def _look_at_jobs(findings: Findings, results: list[TaskResult], jobs: Jobs) -> 
         if not set(job.state.split(",")) <= allowed:
             findings.wrong.append(f"job {job.id} ({job.asked}, {job.fate}) ended as {job.state or 'nothing'}")
     for result in results:
-        findings.wrong += [
-            f"job {result.job_id} on {result.node}: {name}: {error}" for name, error in result.errors.items()
-        ]
+        for name, error in result.errors.items():
+            findings.wrong.append(f"job {result.job_id} on {result.node}: {name}: {error}")
+            findings.wrong += _failed_reads(cluster, result.node)
+
+
+def _failed_reads(cluster: Cluster, node: str) -> list[str]:
+    """What the agents of a node said of reads that they failed: a task sees an error number only."""
+    log = Layout(cluster.state_dir).log(node, "agent").read_text(errors="replace")
+    lines = [line for line in log.splitlines() if any(each in line for each in READ_FAILED)]
+    return lines[-FAILED_READS_SHOWN:]
 
 
 def _look_at_prologs(findings: Findings, results: Path) -> None:

@@ -4,6 +4,7 @@ Each is one SEQPACKET message. The first one, to the process, brings two descrip
 the Order, and of the ring, slots of 4 MiB that both map. Then, from the owner:
 
     OpenBlob       a blob of this job, and a descriptor of its data file, for reading only
+    CloseBlob      nothing more of it is wanted or given, and its descriptor is closed
     Want           get these chunks
     Have           a chunk is in the data file: its digests are right
     Wrong          the chunk that came has a wrong digest
@@ -16,7 +17,7 @@ and from the process:
     Arrived        a chunk lies in a slot of the ring, until Have, Wrong or Lost is said of it
     Counted        figures since the start
 
-The owner has a slot for each of eight chunks of the prefetch, and for each chunk that it demands at once.
+The owner has a slot of 4 MiB for each of eight chunks of the prefetch, and for each that it demands at once.
 It believes no Arrived before it has compared digests, of a copy: the process can change what is in the ring.
 """
 
@@ -55,12 +56,22 @@ class Order(Struct, frozen=True):
 
 
 class OpenBlob(Struct, frozen=True, tag=True):
-    """A blob, `blob` from now on. name: 64 hexadecimal digits. here: a bit for each chunk, lowest first."""
+    """A blob, `blob` from now on. name: 64 hexadecimal digits. here: a bit for each chunk, lowest first.
+
+    chunk_bytes: of this blob's chunks, the same on all nodes; CHUNK_BYTES at most.
+    """
 
     blob: int
     name: str
     size_bytes: int
+    chunk_bytes: int
     here: bytes = b""
+
+
+class CloseBlob(Struct, frozen=True, tag=True):
+    """The owner uses the blob no more; its number is not used again."""
+
+    blob: int
 
 
 class Want(Struct, frozen=True, tag=True):
@@ -129,7 +140,7 @@ class Counted(Struct, frozen=True, tag=True):
     banned: tuple[_Natural, ...]
 
 
-FromOwner: TypeAlias = OpenBlob | Want | Have | Wrong | Lost
+FromOwner: TypeAlias = OpenBlob | CloseBlob | Want | Have | Wrong | Lost
 FromChild: TypeAlias = Started | Read | Arrived | Counted
 
 _encoder = msgspec.msgpack.Encoder()

@@ -56,6 +56,20 @@ def _count(value: object) -> int:
     return number
 
 
+def _ports(value: object) -> tuple[int, ...]:
+    first, _, last = str(value).partition("-")
+    ports = tuple(range(int(first), int(last or first) + 1))
+    if not ports or not 1 <= ports[0] <= ports[-1] <= 65535 or len(ports) > 256:
+        raise ValueError('must be a port or a range of at most 256 ports, such as "7070-7085"')
+    return ports
+
+
+def _host_pattern(value: str) -> str:
+    if "{node}" not in value:
+        raise ValueError('must have {node} in it, such as "{node}-ib"')
+    return value
+
+
 def _choice(*choices: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         if value not in choices:
@@ -150,6 +164,16 @@ class ImageConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PeersConfig:
+    """[peers]: the nodes of a job get blocks from one another; needs [image] site_key."""
+
+    mode: str = _setting("auto", _choice("auto", "off"), "auto or off")
+    address: str = _setting("{node}", _host_pattern, 'the name by which nodes reach one another; "{node}-ib"')
+    ports: tuple[int, ...] = _setting("7070-7085", _ports, "TCP ports, open between all nodes")
+    upload_bytes: int = _setting("1GiB", parse_bytes, "per second, the most that a job sends from one node")
+
+
+@dataclass(frozen=True, slots=True)
 class ReportConfig:
     """[report]: which starts are measured."""
 
@@ -190,6 +214,7 @@ class Config:
     agent: AgentConfig = field(default_factory=AgentConfig)
     prefetch: PrefetchConfig = field(default_factory=PrefetchConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
+    peers: PeersConfig = field(default_factory=PeersConfig)
     shadow: ShadowConfig = field(default_factory=ShadowConfig)
     records: RecordsConfig = field(default_factory=RecordsConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
@@ -202,6 +227,7 @@ _TABLES: dict[str, type] = {
     "agent": AgentConfig,
     "prefetch": PrefetchConfig,
     "image": ImageConfig,
+    "peers": PeersConfig,
     "shadow": ShadowConfig,
     "records": RecordsConfig,
     "report": ReportConfig,

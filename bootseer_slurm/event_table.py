@@ -218,6 +218,7 @@ _ACCESS = (
     _bytes("cached_bytes", "in the node's cache before"),
     _bytes("store_bytes", "fetched from the store"),
     _bytes("origin_bytes", "fetched from the original"),
+    _bytes("peer_bytes", "fetched from other nodes of the job"),
     _seconds("fetch_s", "reading what was fetched, summed over streams that run side by side"),
     _seconds("disk_s", "writing it into the cache, summed likewise"),
 )
@@ -262,6 +263,11 @@ _ROWS = (
     EventType("image", "get", "pyxis's importer asked for a container's image, for the first time", _SUBJECT),
     EventType("access", "start", "the reads of a blob until the start was over", _ACCESS),
     EventType("access", "summary", "the same of the whole job", _ACCESS),
+    EventType("peers", "summary", "the job's exchange between its nodes, on this one",
+              (_bytes("received_bytes", "from other nodes"), _bytes("sent_bytes", "to other nodes"),
+               _count("fallbacks", "units that were read from the store because peers failed"),
+               Field("slow", "text", "", "nodes that were slow", _prose(_MAX_MESSAGE)),
+               Field("banned", "text", "", "nodes that sent wrong bytes", _prose(_MAX_MESSAGE)))),
     EventType("load", "start", "in how much of the start some task of the node waited (`some` of "
               "`/proc/pressure`)",
               (_DUR_S.meaning_here("of the start"), _seconds("cpu_s", "waiting for a CPU"),

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from bootseer_slurm.cache.fetching import Push, Usage
 from bootseer_slurm.cache.reader import MOUNTED_PATIENCE_S, Reader
-from bootseer_slurm.cache.sources import OnFault, Source
+from bootseer_slurm.cache.sources import Exchange, OnFault, Source
 from bootseer_slurm.cache.waits import Waited
 from bootseer_slurm.fuse import Server
 from bootseer_slurm.image.kernel_mount import KernelMount
@@ -110,6 +110,11 @@ class BlobHandle:
         self.cached_bytes = self.reader.blob.present_bytes
         self._before = dataclasses.replace(self.reader.usage)
 
+    def exchange(self, source: Exchange) -> None:
+        """Have other nodes give and get the blob, until `close`."""
+        self.sources = (*self.sources, source)
+        self.reader.sources.also(source)
+
     @property
     def served_path(self) -> Path:
         """Where the blob can be opened by its user."""
@@ -146,3 +151,6 @@ class BlobHandle:
         self.push = None
         self.reader.waits.forget(self._waits_from)
         self._node.close(self)
+        for source in self.sources:
+            if isinstance(source, Exchange):
+                source.close()

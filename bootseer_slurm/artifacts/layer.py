@@ -163,6 +163,7 @@ def summary(layer: Layer, waited: Waited | None = None) -> dict[str, Any]:
         "cached_bytes": layer.handle.cached_bytes,
         "store_bytes": usage.store_bytes,
         "origin_bytes": usage.origin_bytes,
+        "peer_bytes": usage.peer_bytes,
         "fetch_s": usage.fetch_s,
         "disk_s": usage.disk_s,
         "first_ns": usage.first_ns,

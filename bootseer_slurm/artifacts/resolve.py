@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bootseer_slurm import mounts
+from bootseer_slurm.artifacts.handle import BlobHandle
 from bootseer_slurm.artifacts.layer import Layer, trace_key
 from bootseer_slurm.artifacts.open_blobs import OpenBlobs, Use
 from bootseer_slurm.artifacts.resolved import Original, ResolvedArtifact
@@ -57,6 +58,7 @@ class Context:
 
     roots: below which originals may be shown. store_uri, key: of the site, which tell who published a blob.
     allow: asked before so many bytes of digests are kept in memory; raises InputError when they are too many.
+    join: has the job's other nodes exchange a blob, whose kind it is given too.
     """
 
     process: ProcessOfJob
@@ -68,6 +70,7 @@ class Context:
     store_uri: str
     key: Key
     allow: Callable[[int], None]
+    join: Callable[[BlobHandle, str], None]
 
 
 def resolve_artifact(
@@ -150,6 +153,7 @@ class _Opening:
             fingerprint=self.found.reply.fingerprint,
         )
         handle = context.blobs.open(description, use, self.on_fault)
+        context.join(handle, self.ref.kind)
         is_watched = bool(self.role) and context.rank.nodes > 1
         return Layer(self.ref, description, handle, label, key, path or self.ref.name, is_watched=is_watched)
 

@@ -58,6 +58,14 @@ class Blocks:
                 end += 1
             return end - first, state == UNCHECKED
 
+    def claim_all(self, first: int, last: int) -> bool:
+        """Take these blocks for fetching, where all of them are missing; else none."""
+        with self._changed:
+            if self.states[first : last + 1].count(MISSING) != last + 1 - first:
+                return False
+            self.states[first : last + 1] = bytes([IN_FLIGHT]) * (last + 1 - first)
+            return True
+
     def wait(self, block: int, timeout_s: float) -> None:
         """Wait until whoever fetches a block has it, or gave up."""
         with self._changed:

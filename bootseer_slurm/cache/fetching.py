@@ -1,9 +1,9 @@
 """Fetching claimed blocks of a blob: from the first source whose bytes are right, into the cache's file.
 
-Sources are tried in order: what an earlier boot left in the cache, the store, then the original file, which
-has the same bytes. Bytes are shown only after their digest agreed. They are pushed into the kernel's page
-cache only after their claim ended: the kernel waits for reads of the same pages, and such a read may wait for
-the claim. Threads: any number may call at once.
+Sources are tried in order: what an earlier boot left in the cache, other nodes of the job, the store, then
+the original file, which has the same bytes. Bytes are shown only after their digest agreed. They are pushed
+into the kernel's page cache only after their claim ended: the kernel waits for reads of the same pages, and
+such a read may wait for the claim. Threads: any number may call at once.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 from bootseer_slurm.cache.cache import MISSING, PRESENT, CachedBlob
-from bootseer_slurm.cache.sources import Source, Sources
+from bootseer_slurm.cache.sources import NotHere, Source, Sources
 from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
 
 _log = logging.getLogger(__name__)
 
+# Lets so many bytes be read over the link, now or when others have read; gives how many at once.
+Admit = Callable[[int], contextlib.AbstractContextManager[int]]
 # Gives bytes from an offset on to the kernel, before anybody asks it for them. Raises OSError.
 Push = Callable[[int, memoryview], None]
 
@@ -37,7 +39,8 @@ class Usage:  # size: one counter for each figure of a report
     last_ns: int = 0
     store_bytes: int = 0
     origin_bytes: int = 0
-    demand_bytes: int = 0  # of both, what a read waited for
+    peer_bytes: int = 0
+    demand_bytes: int = 0  # of all three, what a read waited for
     fetch_s: float = 0.0  # that reads of sources took, summed over those that ran side by side
     disk_s: float = 0.0  # and writes into the cache
     pushed_bytes: int = 0  # into the kernel's page cache: reads of these are not seen any more
@@ -45,7 +48,7 @@ class Usage:  # size: one counter for each figure of a report
     @property
     def fetched_bytes(self) -> int:
         """Bytes that came over the link."""
-        return self.store_bytes + self.origin_bytes
+        return self.store_bytes + self.origin_bytes + self.peer_bytes
 
     def add(self, more: Usage, *, times: int = 1) -> None:
         """Count another use in, `times` over; -1 takes it out. Points in time stay."""
@@ -80,6 +83,11 @@ class _CacheFile:
         yield memoryview(content)
 
 
+@contextlib.contextmanager
+def _at_once(size_bytes: int) -> Iterator[int]:
+    yield size_bytes
+
+
 class Fetching:
     """Fetches blocks of one blob."""
 
@@ -95,38 +103,46 @@ class Fetching:
         return min(end * layout.block_bytes, layout.size_bytes) - first * layout.block_bytes
 
     def fetch(
-        self, claim: Claim, *, demand: bool, push: Push | None = None, unkept: dict[int, bytes] | None = None
+        self,
+        claim: Claim,
+        *,
+        demand: bool,
+        push: Push | None = None,
+        unkept: dict[int, bytes] | None = None,
+        admit: Admit = _at_once,
     ) -> None:
         """Fetch claimed blocks, and end the claim.
 
         demand: a read waits. push: is given the bytes too. unkept: gets those that the full disk has no room
-        for. Raises BootseerError when no source has the right bytes, StoreError where one may have them yet.
+        for. admit: lets all but peers be read. Raises BootseerError when no source has the right bytes,
+        StoreError where one may have them yet.
         """
         failures: list[BootseerError] = []
         earlier = (self._cache_file,) if claim.unchecked else ()
-        settled = False
+        settled = kept = False
         try:
             for source in (*earlier, *self._sources.all):
-                begin_s = time.monotonic()
                 try:
-                    with self._checked(source, claim, demand=demand) as (offset, view):
-                        fetched_s = time.monotonic()
+                    with self._checked(source, claim, admit, demand=demand) as (offset, view, fetch_s):
+                        begin_s = time.monotonic()
                         kept = source is self._cache_file or self._blob.file.write(offset, view)
-                        written_s = time.monotonic()
+                        disk_s = time.monotonic() - begin_s
                         if not kept and unkept is not None:
                             self._put_aside(claim.first, view, unkept)
                         self._blob.blocks.end_claim(claim.first, claim.count, PRESENT if kept else MISSING)
                         settled = True
                         if push and kept:
                             self._push(push, offset, view)
+                except NotHere:
+                    continue
                 except BootseerError as error:
                     name = "corrupt_block" if isinstance(error, IntegrityError) else "source_failed"
                     self._sources.tell(name, f"{source.name}: {error.message}")
                     failures.append(error)
                     continue
                 if source is not self._cache_file:
-                    self._usage.fetch_s += fetched_s - begin_s
-                    self._usage.disk_s += written_s - fetched_s
+                    self._usage.fetch_s += fetch_s
+                    self._usage.disk_s += disk_s
                     self._count(source, claim, demand=demand)
                 if not kept:
                     why = self._blob.file.why_full
@@ -137,19 +153,30 @@ class Fetching:
         finally:
             if not settled:
                 self._blob.blocks.end_claim(claim.first, claim.count, MISSING)
+            for exchange in self._sources.exchanges:
+                (exchange.kept if kept else exchange.lost)(claim.first, claim.count)
 
     @contextlib.contextmanager
-    def _checked(self, source: Source, claim: Claim, *, demand: bool) -> Iterator[tuple[int, memoryview]]:
-        """The blocks' offset, and their bytes of a source. Raises StoreError, IntegrityError."""
+    def _checked(
+        self, source: Source, claim: Claim, admit: Admit, *, demand: bool
+    ) -> Iterator[tuple[int, memoryview, float]]:
+        """The blocks' offset, their bytes of a source, and how long it took.
+
+        Raises NotHere, StoreError, IntegrityError.
+        """
         offset = claim.first * self._blob.layout.block_bytes
         size_bytes = self.bytes_of(claim.first, claim.first + claim.count)
         # An unmanaged file's bytes agree with no promise: its user brings them, and is shown what he brought.
         # One who changes them meanwhile has a digest kept that is not theirs, and loses the block at a check.
         fixed = not self._blob.unmanaged
-        with source.read(offset, size_bytes, demand=demand, fixed=fixed) as view:
+        with contextlib.ExitStack() as stack:
+            if source.name != "peers":
+                stack.enter_context(admit(size_bytes))
+            begin_s = time.monotonic()
+            view = stack.enter_context(source.read(offset, size_bytes, demand=demand, fixed=fixed))
             learn = self._blob.unmanaged and source is not self._cache_file
             self._blob.blocks.check(claim.first, claim.count, view, learn=learn)
-            yield offset, view
+            yield offset, view, time.monotonic() - begin_s
 
     def _put_aside(self, first: int, view: memoryview, unkept: dict[int, bytes]) -> None:
         block_bytes = self._blob.layout.block_bytes
@@ -168,6 +195,8 @@ class Fetching:
         size_bytes = self.bytes_of(claim.first, claim.first + claim.count)
         if source.name == "store":
             self._usage.store_bytes += size_bytes
+        elif source.name == "peers":
+            self._usage.peer_bytes += size_bytes
         else:
             self._usage.origin_bytes += size_bytes
         if demand:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from bootseer_slurm.blob.trace import Recorder
 from bootseer_slurm.cache.cache import PRESENT, CachedBlob
-from bootseer_slurm.cache.fetching import Claim, Fetching, Push, Usage
+from bootseer_slurm.cache.fetching import Admit, Claim, Fetching, Push, Usage
 from bootseer_slurm.cache.sources import Sources
 from bootseer_slurm.cache.waits import Waits
 from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
@@ -129,6 +129,35 @@ class Reader:
             block += 1
         return last + 1
 
+    def prefetch_unit(
+        self, first: int | None = None, last: int | None = None, *, admit: Admit, push: Push | None = None
+    ) -> tuple[int, int]:
+        """Fetch the first unit, as other nodes of the job exchange it, of which nobody has a part of these.
+
+        Without blocks: of the whole blob. admit: is asked before anything but peers is read. Gives the first
+        block that was fetched, and the one behind; twice the same where there is none.
+        Raises BootseerError when no source has them.
+        """
+        block = self.blob.blocks.next_missing() if first is None else first
+        last = self.blob.layout.blocks - 1 if last is None else last
+        while 0 <= block <= last and not self.blob.file.full:
+            if claim := self._claim(block, last):
+                self._fetching.fetch(claim, demand=False, push=push, admit=admit)
+                return claim.first, claim.first + claim.count
+            block = self.blob.blocks.next_missing() if first is None else block + 1
+        return last + 1, last + 1
+
+    def _claim(self, block: int, last: int) -> Claim | None:
+        """Claim a block: the whole unit where that is missing, else with what lies behind, up to `last`."""
+        if unit := self.sources.unit_blocks:
+            begin = block // unit * unit
+            end = min(begin + unit, self.blob.layout.blocks)
+            if self.blob.blocks.claim_all(begin, end - 1):
+                return Claim(begin, end - begin, unchecked=False)
+            last = min(last, end - 1)
+        count, unchecked = self.blob.blocks.claim(block, self._last_of_run(block, last))
+        return Claim(block, count, unchecked) if count else None
+
     def _prefetch(self, first: int, last: int, limit_bytes: int | None, *, push: Push | None) -> int:
         """Fetch from `first` on what one read can bring; gives the block behind, `first` if it needs none."""
         last = self._last_of_run(first, last)
@@ -155,11 +184,10 @@ class Reader:
             now_s = time.monotonic()
             is_late = now_s - begin_s > self.patience_s
             is_late |= wrong_since_s is not None and now_s - wrong_since_s > _DAMAGE_PATIENCE_S
-            count, unchecked = self.blob.blocks.claim(block, self._last_of_run(block, last))
-            if count:
+            if claim := self._claim(block, last):
                 try:
-                    self._fetching.fetch(Claim(block, count, unchecked), demand=True, unkept=unkept)
-                    return count
+                    self._fetching.fetch(claim, demand=True, unkept=unkept)
+                    return claim.first + claim.count - block
                 except (StoreError, IntegrityError) as error:
                     if is_late or not self.sources.all:
                         raise
@@ -168,6 +196,8 @@ class Reader:
             elif is_late:
                 raise StoreError("a block does not come that is being fetched")
             else:
+                for exchange in self.sources.exchanges:
+                    exchange.hurry(block)
                 self.blob.blocks.wait(block, 1.0)
         return 1
 

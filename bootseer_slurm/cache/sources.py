@@ -6,26 +6,52 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 _log = logging.getLogger(__name__)
 
 OnFault = Callable[[str, str], None]
 
 
+_ORDER = ("peers", "store", "origin")
+
+
+class NotHere(Exception):
+    """The source does not have these bytes now, which is no fault: the next one has them."""
+
+
 class Source(Protocol):
-    """Where a blob's bytes come from: "store" or "origin"; "cache" for what is to be checked again."""
+    """Where a blob's bytes come from: "peers", "store", "origin"; "cache" for what is to be checked again."""
 
     name: str
 
     def read(
         self, offset: int, size_bytes: int, *, demand: bool, fixed: bool
     ) -> AbstractContextManager[memoryview]:
-        """Bytes of the blob, a range within one chunk. Raises StoreError.
+        """Bytes of the blob, a range within one chunk. Raises StoreError, NotHere.
 
         fixed: they stay what they are, so that what is checked is what is kept. Else whoever brings them may
         still change them, which saves a copy.
         """
+
+
+@runtime_checkable
+class Exchange(Source, Protocol):
+    """A source that gives other nodes what this one has. Its unit is alike on all nodes."""
+
+    unit_blocks: int
+
+    def kept(self, first: int, count: int) -> None:
+        """These blocks are in the cache's file, however they came."""
+
+    def lost(self, first: int, count: int) -> None:
+        """These blocks were fetched in vain, or are not kept."""
+
+    def hurry(self, block: int) -> None:
+        """Somebody waits for this block, which is being fetched."""
+
+    def close(self) -> None:
+        """Give and get no more."""
 
 
 class BlobUser(Protocol):
@@ -41,28 +67,47 @@ class BlobUser(Protocol):
 
 
 class Sources:
-    """All sources of one blob, those named "store" before those named "origin"."""
+    """All sources of one blob: peers first, then the store, then the original."""
 
     def __init__(self, blob_id: str) -> None:
         self._name = blob_id[:12]
         self._told: dict[BlobUser, set[str]] = {}  # of each user, what it was told already
         self._sources: tuple[Source, ...] = ()
+        self._exchanges: tuple[Exchange, ...] = ()
         self._lock = threading.Lock()
 
     @property
     def all(self) -> tuple[Source, ...]:
         return self._sources
 
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """Those that other nodes get something of."""
+        return self._exchanges
+
+    @property
+    def unit_blocks(self) -> int:
+        """How many blocks nodes exchange at a time; 0 where they exchange none."""
+        return self._exchanges[0].unit_blocks if self._exchanges else 0
+
     def add(self, user: BlobUser) -> None:
         with self._lock:
             self._told[user] = set()
-            more = (*self._sources, *user.sources)
-            self._sources = tuple(sorted(more, key=lambda source: source.name != "store"))
+            self._take([*self._sources, *user.sources])
+
+    def also(self, source: Source) -> None:
+        """Take another source of a user who is here already."""
+        with self._lock:
+            self._take([*self._sources, source])
 
     def remove(self, user: BlobUser) -> None:
         with self._lock:
             self._told.pop(user, None)
-            self._sources = tuple(source for source in self._sources if source not in user.sources)
+            self._take([source for source in self._sources if source not in user.sources])
+
+    def _take(self, sources: list[Source]) -> None:
+        self._sources = tuple(sorted(sources, key=lambda source: _ORDER.index(source.name)))
+        self._exchanges = tuple(source for source in self._sources if isinstance(source, Exchange))
 
     def tell(self, name: str, message: str) -> None:
         """Report a fault to each user, the first of each name only: a lost store fails thousands of reads."""

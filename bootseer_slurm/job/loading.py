@@ -11,7 +11,6 @@ from collections.abc import Callable
 from bootseer_slurm.artifacts.artifact import Artifact
 from bootseer_slurm.artifacts.environment import MountPlace, mount_environment
 from bootseer_slurm.artifacts.layer import Layer, fetch_plan
-from bootseer_slurm.artifacts.open_blobs import OpenBlobs
 from bootseer_slurm.artifacts.resolve import Context, ShadowRefused, resolve_artifact
 from bootseer_slurm.artifacts.resolved import ResolvedArtifact
 from bootseer_slurm.artifacts.table import Artifacts, image_name
@@ -21,14 +20,13 @@ from bootseer_slurm.env.mounting import unmount_left
 from bootseer_slurm.env.unpacking import DiskBounds, remove, unpacked_folder
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.identity import User
-from bootseer_slurm.image.signing import Key, read_key
+from bootseer_slurm.image.signing import Key
 from bootseer_slurm.job.context import JobContext
 from bootseer_slurm.job.journal import Journal
 from bootseer_slurm.job.recording import Recording
 from bootseer_slurm.job.request import learned_refs
 from bootseer_slurm.prefetch.order import both_ends
 from bootseer_slurm.prefetch.scheduler import Scheduler
-from bootseer_slurm.userproc.job_process import JobProcess
 from bootseer_slurm.userproc.protocol import FILES_LIMIT, CheckpointFolder, Resolve
 
 _log = logging.getLogger(__name__)
@@ -47,22 +45,19 @@ class Loader:
         self,
         context: JobContext,
         artifacts: Artifacts,
-        process: JobProcess,
-        blobs: OpenBlobs,
+        surroundings: Context,
         recording: Recording,
         journal: Journal,
     ) -> None:
         job, config = context.job, context.config
         self._context = context
         self._artifacts = artifacts
-        self._process = process
-        self._blobs = blobs
+        self._surroundings = surroundings
+        self._blobs = surroundings.blobs
         self._recording = recording
         self._journal = journal
-        self._rank = job.rank(context.node)
-        self._site_key = read_key(config.image.site_key)
         no_key = Key(b"", "kernel_mount is off")
-        self._key = no_key if config.image.kernel_mount == "off" else self._site_key
+        self._key = no_key if config.image.kernel_mount == "off" else surroundings.key
         self._folder = config.agent.mounts / "env" / job.folder_name
         self._disk = unpacked_folder(config.cache.path) / job.folder_name
         self.writable = False  # environments get a layer to write to
@@ -112,7 +107,7 @@ class Loader:
 
     def _resolve(self, artifact: Artifact, digest: str) -> ResolvedArtifact | CheckpointFolder:
         """Resolve it, and mount what is an environment. Raises BootseerError."""
-        ref, job, config = artifact.ref, self._context.job, self._context.config
+        ref, job = artifact.ref, self._context.job
         is_environment = ref.kind == "environment"
         may_be_folder = ref.kind == "checkpoint" and artifact.folder is None
         request = Resolve(
@@ -121,26 +116,15 @@ class Loader:
             digest=digest,
             image=image_name(self._artifacts) if is_environment else "",
             job_class=self._context.job_class if is_environment and self.writable else "",
-            rank=self._rank.number,
-            nodes=self._rank.nodes if may_be_folder else 0,
+            rank=self._surroundings.rank.number,
+            nodes=self._surroundings.rank.nodes if may_be_folder else 0,
             newest=artifact.is_learned,
-        )
-        with_what = Context(
-            self._process,
-            self._blobs,
-            config.shadow.roots,
-            job.uid,
-            job.gid,
-            self._rank,
-            config.store.uri,
-            self._site_key,
-            self._artifacts.quota.allow_digests,
         )
 
         def on_fault(name: str, message: str) -> None:
             self._context.fault(name, f"{ref.name}: {message}")
 
-        resolved = resolve_artifact(request, with_what, on_fault, role=artifact.role)
+        resolved = resolve_artifact(request, self._surroundings, on_fault, role=artifact.role)
         if isinstance(resolved, CheckpointFolder):
             return resolved
         try:
@@ -203,7 +187,9 @@ class Loader:
         context = self._context
         for layer in resolved.layers:
             self._recording.add(layer)
-            fetch_plan(layer, self._process(), context.job_class, allow=self._artifacts.quota.allow_plan)
+            fetch_plan(
+                layer, self._surroundings.process(), context.job_class, allow=self._artifacts.quota.allow_plan
+            )
             if layer.is_unread and artifact.folder is None:
                 context.log.emit("plan", "unread", target=layer.label, what=layer.ref.kind, message=_UNREAD)
             # Blocks that are pushed are read unseen: of every few starts, one is recorded whole.

@@ -16,6 +16,7 @@ from bootseer_slurm.artifacts.checkpoint_folders import CheckpointFolders
 from bootseer_slurm.artifacts.handle import BlobHandle
 from bootseer_slurm.artifacts.open_blobs import OpenBlobs, Use
 from bootseer_slurm.artifacts.reattached import Found, reattach
+from bootseer_slurm.artifacts.resolve import Context
 from bootseer_slurm.artifacts.resolved import Bind
 from bootseer_slurm.artifacts.step_view import StepView
 from bootseer_slurm.artifacts.table import Artifacts
@@ -24,12 +25,14 @@ from bootseer_slurm.cgroups import job_group, service_folder
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import BootseerError, InputError, NotFound
 from bootseer_slurm.events import EventLog
+from bootseer_slurm.image.signing import read_key
 from bootseer_slurm.job.background.after_start import AfterStart
 from bootseer_slurm.job.class_record import ClassRecord
 from bootseer_slurm.job.context import JobContext, Threads
 from bootseer_slurm.job.intake import Intake
 from bootseer_slurm.job.journal import Added, Journal
 from bootseer_slurm.job.loading import Loader
+from bootseer_slurm.job.peering import Peering
 from bootseer_slurm.job.publishing import Publisher
 from bootseer_slurm.job.recording import Recording, TraceWriter
 from bootseer_slurm.job.request import Request, image_ref
@@ -39,7 +42,7 @@ from bootseer_slurm.prefetch.scheduler import Scheduler
 from bootseer_slurm.slurm.allocation import Job
 from bootseer_slurm.userproc.job_process import JobProcess
 from bootseer_slurm.userproc.link import Link
-from bootseer_slurm.userproc.spare import Spare
+from bootseer_slurm.userproc.spare import Spares
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
     """A job that asked for Bootseer. Thread-safe."""
 
     def __init__(
-        self, job: Job, node: str, config: Config, blobs: OpenBlobs, journal: Journal, spare: Spare
+        self, job: Job, node: str, config: Config, blobs: OpenBlobs, journal: Journal, spares: Spares
     ) -> None:
         log = EventLog(job.job_id, job.restart, node, path=journal.events_path(job.job_id, job.restart))
         of_class = job_class(job.uid, job.account, job.name)
@@ -62,7 +65,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         self._journal = journal
         self._reattached: list[BlobHandle] = []
         self.artifacts = Artifacts(blobs.shares, job.uid)
-        self._process = JobProcess(job.uid, job.gid, config, spare, group)
+        self._process = JobProcess(job.uid, job.gid, config, spares.users, group)
         self._threads = Threads(context)
         self._budget = MemoryBudget()
         self.scheduler = Scheduler(
@@ -76,7 +79,20 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         )
         folders = CheckpointFolders(config.agent.mounts / "named" / job.folder_name)
         self._view = StepView(self.artifacts, folders, log)
-        self._loader = Loader(context, self.artifacts, self._process, blobs, self._recording, journal)
+        self._peering = Peering(context, spares.peers)
+        surroundings = Context(
+            self._process,
+            blobs,
+            config.shadow.roots,
+            job.uid,
+            job.gid,
+            job.rank(node),
+            config.store.uri,
+            read_key(config.image.site_key),
+            self.artifacts.quota.allow_digests,
+            self._peering.join,
+        )
+        self._loader = Loader(context, self.artifacts, surroundings, self._recording, journal)
         record = ClassRecord(context, self._process)
         self.intake = Intake(context, self.artifacts, self._loader, self.scheduler, self._threads, record)
         self._after_start = AfterStart(
@@ -107,7 +123,12 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
             job_name=job.name or None,
         )
         self._telemetry.begin()
+        self._begin_peers(request)
         self.intake.begin(request)
+
+    def _begin_peers(self, request: Request) -> None:
+        if not request.observe and self._peering.announce():
+            self._threads.start(self._peering.begin)
 
     def _usable_nodelist(self) -> str:
         """The job's list of nodes; "" where there is none, or none that can be used, which is told."""
@@ -131,6 +152,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
                 self._reattached.append(reattach(each, self._blobs, use, self._process, context.fault))
             except (BootseerError, OSError) as error:
                 context.fault("blob_not_held", str(error))
+        self._begin_peers(request)
         self.intake.begin(request)
 
     def step(self, step: str, memory_bytes: int = 0) -> None:
@@ -220,6 +242,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
             ref = artifact.ref
             if artifact.resolved is None and ref.can_be_imported and not artifact.is_learned:
                 context.fault("image_not_used", f"image {ref.name}: not in the store")
+        self._peering.tell()
         context.log.emit("hook", "epilog", message=reason)
         context.log.emit("session", "end")
         self._after_start.end()
@@ -228,6 +251,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         """End all that the session had."""
         job = self.context.job
         self._process.kill()
+        self._peering.end()
         self.scheduler.join(_JOIN_S)
         self._threads.join(_JOIN_S)
         self._process.close()

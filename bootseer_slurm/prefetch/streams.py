@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 
@@ -105,16 +106,22 @@ class Streams:
 
     def _fetch_any(self, work: Work) -> int:
         """Fetch what is missing, one run; gives its bytes."""
+        reader = work.layer.handle.reader
+        if reader.sources.unit_blocks:
+            first, end = self._fetch_unit(work, urgent=False)
+            return (end - first) * reader.blob.layout.block_bytes
         with self._link.prefetch() as limit_bytes:
             if self._phase.has_ended:
                 return 0
-            offset, size_bytes = work.layer.handle.reader.prefetch_run(limit_bytes)
+            offset, size_bytes = reader.prefetch_run(limit_bytes)
         self._account(work, offset, size_bytes)
         return size_bytes
 
     def _fetch_hot(self, work: Work, first: int, last: int) -> int:
         """Fetch what one read can bring of a run; gives the block to go on with."""
         handle = work.layer.handle
+        if handle.reader.sources.unit_blocks:
+            return self._fetch_unit(work, first, last, urgent=True)[1]
         block_bytes = handle.reader.blob.layout.block_bytes
         with self._link.prefetch((last - first + 1) * block_bytes, urgent=True) as limit_bytes:
             if self._phase.has_ended:
@@ -125,6 +132,22 @@ class Streams:
             end = handle.reader.prefetch_blocks(first, last, limit_bytes, push=push)
         self._account(work, first * block_bytes, (end - first) * block_bytes)
         return end
+
+    def _fetch_unit(
+        self, work: Work, first: int | None = None, last: int | None = None, *, urgent: bool
+    ) -> tuple[int, int]:
+        """Fetch what nodes exchange at a time; gives its first block, and the one behind.
+
+        Only what comes over the link to the store waits for its turn there.
+        """
+        reader, push = work.layer.handle.reader, work.layer.handle.push
+        block_bytes = reader.blob.layout.block_bytes
+        if push is not None and not self._budget.may_push(reader.sources.unit_blocks * block_bytes):
+            push = None
+        admit = functools.partial(self._link.prefetch, urgent=urgent)
+        begin, end = reader.prefetch_unit(first, last, admit=admit, push=push if urgent else None)
+        self._account(work, begin * block_bytes, (end - begin) * block_bytes)
+        return begin, end
 
     def _account(self, work: Work, offset: int, size_bytes: int) -> None:
         if work.layer.ref.kind == "checkpoint":

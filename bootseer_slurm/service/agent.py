@@ -22,6 +22,7 @@ from bootseer_slurm.env.unpacking import remove, unpacked_folder
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.fuse import Server as FuseServer
 from bootseer_slurm.image.packer import Packer
+from bootseer_slurm.image.signing import read_key
 from bootseer_slurm.job.journal import Journal
 from bootseer_slurm.job.session import Session
 from bootseer_slurm.service.answers import Answers, slow_operations
@@ -33,7 +34,7 @@ from bootseer_slurm.service.sessions import Sessions
 from bootseer_slurm.service.sockets.server import Server
 from bootseer_slurm.service.supervisor import Resources
 from bootseer_slurm.slurm.allocation import Job
-from bootseer_slurm.userproc.spare import Spare
+from bootseer_slurm.userproc.spare import Spares
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +69,9 @@ class Agent:
             min_free_bytes=config.cache.min_free_bytes,
         )
         self._journal = Journal(home)
-        self._spare = Spare()
+        self._spares = Spares(
+            with_peers=config.peers.mode == "auto" and bool(read_key(config.image.site_key))
+        )
         observe_all = config.report.observe == "all"
         self._lost = LostEpilogs(home)
         self._sessions = Sessions(self._make_session, self._journal, self._lost, observe_all=observe_all)
@@ -79,7 +82,7 @@ class Agent:
         self._stop = threading.Event()
 
     def _make_session(self, job: Job, node: str) -> Session:
-        return Session(job, node or self._node, self._config, self._blobs, self._journal, self._spare)
+        return Session(job, node or self._node, self._config, self._blobs, self._journal, self._spares)
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; then end the sessions. Raises BootseerError."""
@@ -100,9 +103,9 @@ class Agent:
         threading.Thread(target=end_waits_of_killed, args=(self._blobs, self._stop), daemon=True).start()
         metrics = self._start_metrics()
         _log.info("agent serves %s", self._config.agent.socket, extra={"node": self._node})
-        self._spare.prepare()
+        self._spares.prepare()
         self._stop.wait()
-        self._spare.close()
+        self._spares.close()
         self._packer.close()
         self._sessions.end_all("agent stopped")
         self._blobs.close_idle(all_of_them=True)

@@ -110,6 +110,7 @@ class Metrics:
         )
         fetched.add_metric(("store",), usage.store_bytes)
         fetched.add_metric(("origin",), usage.origin_bytes)
+        fetched.add_metric(("peers",), usage.peer_bytes)
         yield fetched
         yield _counter("demand_bytes", "Of these, bytes that a read waited for.", usage.demand_bytes)
         yield _counter("pushed_bytes", "Bytes given to the kernel ahead of its reads.", usage.pushed_bytes)

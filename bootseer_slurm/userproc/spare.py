@@ -14,6 +14,8 @@ import sys
 import threading
 from dataclasses import dataclass
 
+_WORKER = "bootseer_slurm.userproc.worker"
+_PEER = "bootseer_slurm.peers.child"
 _END_S = 5.0  # for a killed process
 _ENVIRON = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -37,13 +39,13 @@ class Started:
             self.process.wait(_END_S)
 
 
-def start() -> Started:
-    """A new process without a user. Raises OSError, subprocess.SubprocessError."""
+def start(module: str = _WORKER) -> Started:
+    """A new process without a user, which runs this module. Raises OSError, subprocess.SubprocessError."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with far:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "bootseer_slurm.userproc.worker", str(far.fileno())],
+                [sys.executable, "-I", "-m", module, str(far.fileno())],
                 pass_fds=(far.fileno(),),
                 stdin=subprocess.DEVNULL,
                 cwd="/",
@@ -59,7 +61,9 @@ def start() -> Started:
 class Spare:
     """Keeps one process ahead. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = _WORKER) -> None:
+        """module: what the processes run; it waits for the agent's first message."""
+        self._module = module
         self._started: Started | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -72,14 +76,14 @@ class Spare:
             if started.process.poll() is None:
                 return started
             started.end()
-        return start()
+        return start(self._module)
 
     def prepare(self) -> None:
         """Have one wait where none does. For a moment at which no job starts: when one is over, say."""
         with self._lock:
             if self._started is None and not self._closed:
                 with contextlib.suppress(OSError, subprocess.SubprocessError):  # the next job starts its own
-                    self._started = start()
+                    self._started = start(self._module)
 
     def close(self) -> None:
         """End the one that waits; there is no other one."""
@@ -88,3 +92,22 @@ class Spare:
             started, self._started = self._started, None
         if started is not None:
             started.end()
+
+
+class Spares:
+    """The processes that wait for the next job: one for its user's files, and one for its peers."""
+
+    def __init__(self, *, with_peers: bool) -> None:
+        self.users = Spare()
+        self.peers = Spare(_PEER)
+        self._kept = (self.users, self.peers) if with_peers else (self.users,)
+
+    def prepare(self) -> None:
+        """Have them wait; see Spare."""
+        for spare in self._kept:
+            spare.prepare()
+
+    def close(self) -> None:
+        """End them."""
+        for spare in (self.users, self.peers):
+            spare.close()

@@ -1,0 +1,138 @@
+"""The peers of one job on this node: the other nodes of the job, which read about one copy from the store.
+
+The peer process runs from the job's begin to its end. A blob joins when it is opened. Only blobs of the store
+do: of a file that is used as it lies no node knows the digests before.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import threading
+
+from bootseer_slurm.artifacts.handle import BlobHandle
+from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.identity import User
+from bootseer_slurm.image.signing import read_key
+from bootseer_slurm.job.context import JobContext
+from bootseer_slurm.peers.key import job_key
+from bootseer_slurm.peers.local import Order
+from bootseer_slurm.peers.owner.addresses import addresses_of
+from bootseer_slurm.peers.owner.process import PeerProcess
+from bootseer_slurm.peers.owner.source import PeerSource
+from bootseer_slurm.peers.policy import STREAMS
+from bootseer_slurm.userproc.spare import Spare
+
+_log = logging.getLogger(__name__)
+
+_DEMANDS = 4  # slots of the ring, beside those of the prefetch
+_BEGIN_S = 2.0  # a name server may be slow; then this start has no peers of its first blobs
+
+
+class Peering:
+    """The job among its nodes. Thread-safe."""
+
+    def __init__(self, context: JobContext, spare: Spare) -> None:
+        """spare: of peer processes."""
+        self._context = context
+        self._spare = spare
+        self._process: PeerProcess | None = None
+        self._nodes: list[str] = []
+        self._begun = threading.Event()
+        self._begun.set()
+        self._lock = threading.Lock()
+
+    def announce(self) -> bool:
+        """Whether this job has peers, and `begin` is to be called; who joins until then waits for it."""
+        config, job = self._context.config.peers, self._context.job
+        if config.mode == "off":
+            return False
+        try:
+            self._nodes = job.nodes(self._context.node)
+        except BootseerError:
+            return False  # it is told already
+        if len(self._nodes) < 2:
+            return False
+        self._begun.clear()
+        return True
+
+    def begin(self) -> None:
+        """Start the process (may take long: names are looked up)."""
+        try:
+            self._begin()
+        except (BootseerError, OSError, subprocess.SubprocessError) as error:
+            self._context.fault("peers_not_used", str(error))
+        finally:
+            self._begun.set()
+
+    def _begin(self) -> None:
+        job, config = self._context.job, self._context.config
+        key = read_key(config.image.site_key)
+        if not key:
+            return  # `bootseer doctor` tells
+        own = self._nodes.index(self._context.node)
+        addresses = addresses_of(self._nodes, config.peers.address, own)
+        user = User.of(job.uid, job.gid)
+        ports = config.peers.ports
+        first = job.job_id % len(ports)
+        order = Order(
+            uid=job.uid,
+            gid=job.gid,
+            user_groups=user.groups,
+            key=job_key(key.secret, job=job.job_id, restart=job.restart, uid=job.uid),
+            node=own,
+            addresses=addresses,
+            ports=(*ports[first:], *ports[:first]),
+            blocks=(tuple(range(len(addresses))),),
+            upload_bytes_per_s=float(config.peers.upload_bytes),
+            slots=STREAMS + _DEMANDS,
+        )
+        with self._lock:
+            if self._context.phase.has_ended:
+                return
+            started = self._spare.take()
+            self._context.group.add(started.process.pid)  # while it is root's
+            try:
+                self._process = PeerProcess(started.process, started.socket, order)
+            except BaseException:
+                started.end()
+                raise
+
+    def join(self, handle: BlobHandle, kind: str) -> None:
+        """Have the other nodes get the blob from this one, and this one from them."""
+        blob = handle.reader.blob
+        if blob.unmanaged or not self._begun.wait(_BEGIN_S):
+            return
+        process = self._process
+        if process is None or process.is_over:
+            return
+        try:
+            handle.exchange(PeerSource(process, blob, kind))
+        except (BootseerError, OSError) as error:
+            self._context.fault("peers_not_used", str(error))
+
+    def tell(self) -> None:
+        """Write what the process did."""
+        if (process := self._process) is None:
+            return
+        counted = process.counted
+        self._context.log.emit(
+            "peers",
+            "summary",
+            received_bytes=sum(counted.received.values()),
+            sent_bytes=sum(counted.sent.values()),
+            fallbacks=sum(counted.fallbacks.values()),
+            slow=self._names(counted.slow),
+            banned=self._names(counted.banned),
+        )
+
+    def end(self) -> None:
+        """End the process."""
+        with self._lock:
+            process, self._process = self._process, None
+        if process is not None:
+            process.close()
+
+    def _names(self, nodes: tuple[int, ...]) -> str | None:
+        """The nodes' names; the process is its user's, and may say any numbers."""
+        return ",".join(self._nodes[node] for node in nodes if node < len(self._nodes)) or None

@@ -1,0 +1,54 @@
+"""The addresses by which the nodes of a job reach one another."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from bootseer_slurm.errors import InputError
+
+_LOOK_UPS = 16  # at a time
+_ANY_PORT = 9  # nothing is sent there
+
+
+def addresses_of(names: Sequence[str], pattern: str, own: int) -> tuple[str, ...]:
+    """The address of each node, all of one family. pattern: "{node}-ib", say. own: the number of this node.
+
+    Raises InputError where a name has none. May take as long as the look-ups of names.
+    """
+    hosts = [pattern.replace("{node}", name) for name in names]
+    with ThreadPoolExecutor(min(_LOOK_UPS, len(hosts))) as pool:
+        found = list(pool.map(_addresses, hosts))
+    for family in (socket.AF_INET, socket.AF_INET6):
+        if all(each.get(family) for index, each in enumerate(found) if index != own):
+            addresses = [each.get(family, "") for each in found]
+            addresses[own] = _own_address(family, addresses[own - 1])
+            return tuple(addresses)
+    without = next((host for host, each in zip(hosts, found, strict=True) if not each), hosts[0])
+    raise InputError(f"{without} has no address of the family that the others have")
+
+
+def _addresses(host: str) -> dict[int, str]:
+    """The first address of each family."""
+    addresses: dict[int, str] = {}
+    try:
+        for family, _, _, _, place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+            addresses.setdefault(family, str(place[0]))
+    except (OSError, UnicodeError):
+        return {}
+    return addresses
+
+
+def _own_address(family: int, other: str) -> str:
+    """The address from which this node reaches the others. Raises InputError.
+
+    Its own name may mean 127.0.1.1.
+    """
+    with socket.socket(family, socket.SOCK_DGRAM) as asked:
+        try:
+            asked.connect((other, _ANY_PORT))
+        except OSError as error:
+            raise InputError(f"{other} cannot be reached: {error.strerror}") from error
+        return str(ipaddress.ip_address(asked.getsockname()[0].partition("%")[0]))

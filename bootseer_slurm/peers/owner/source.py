@@ -1,0 +1,94 @@
+"""The other nodes of a job as a source of a blob (cache.sources.Exchange).
+
+They exchange whole units only: a claim of less is the store's. The process asks for a unit, or says that this
+node is to read it from the store; then the others wait for it here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from bootseer_slurm.blob.manifest import CHUNK_BYTES
+from bootseer_slurm.cache.blob import CachedBlob
+from bootseer_slurm.cache.sources import NotHere
+from bootseer_slurm.errors import InputError, IntegrityError
+from bootseer_slurm.peers.owner.process import PeerProcess
+
+# What is read in parts goes in smaller units: a start touches some of its blocks, often side by side.
+_PARTS_BYTES = 2**20
+
+
+def unit_bytes_of(kind: str) -> int:
+    """What nodes exchange at a time of an artifact of this kind; the same on all nodes."""
+    return CHUNK_BYTES if kind == "checkpoint" else _PARTS_BYTES
+
+
+def _open_for_reading(blob: CachedBlob) -> int:
+    """The data file anew. The process is the user's, and could write through the cache's own descriptor."""
+    fd = os.open(f"/proc/self/fd/{blob.file.fd}", os.O_RDONLY | os.O_CLOEXEC)
+    if os.getuid() == 0 and blob.uid and os.fstat(fd).st_uid == blob.uid:
+        os.close(fd)
+        raise InputError("the cache's disk has no ACLs, so its user could write what peers get")
+    return fd
+
+
+class PeerSource:
+    """One blob among the nodes of one job. Thread-safe."""
+
+    name = "peers"
+
+    def __init__(self, process: PeerProcess, blob: CachedBlob, kind: str) -> None:
+        """Let the other nodes have what is here. Raises OSError, InputError where its user owns the file."""
+        layout = blob.layout
+        self._process = process
+        self._blob = blob
+        self._unit_bytes = max(unit_bytes_of(kind), layout.block_bytes)
+        self.unit_blocks = self._unit_bytes // layout.block_bytes
+        here = 0
+        for unit in range(-(-layout.blocks // self.unit_blocks)):
+            here |= self._is_here(unit) << unit
+        fd = _open_for_reading(blob)
+        try:
+            bits = here.to_bytes(-(-here.bit_length() // 8), "little")
+            self._number = process.open(blob.id, layout.size_bytes, self._unit_bytes, bits, fd)
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def read(self, offset: int, size_bytes: int, *, demand: bool, fixed: bool) -> Iterator[memoryview]:
+        unit, within = divmod(offset, self._unit_bytes)
+        if within or size_bytes != min(self._unit_bytes, self._blob.layout.size_bytes - offset):
+            raise NotHere
+        with self._process.get(self._number, unit, size_bytes, demand=demand) as view:
+            if view is None:
+                raise NotHere
+            try:
+                yield view
+            except IntegrityError:
+                self._process.wrong(self._number, unit)
+                raise
+
+    def kept(self, first: int, count: int) -> None:
+        for unit in self._units(first, count):
+            if self._is_here(unit):
+                self._process.have(self._number, unit)
+
+    def lost(self, first: int, count: int) -> None:
+        for unit in self._units(first, count):
+            self._process.lost(self._number, unit)
+
+    def hurry(self, block: int) -> None:
+        self._process.hurry(self._number, block // self.unit_blocks)
+
+    def close(self) -> None:
+        """Exchange it no more."""
+        self._process.close_blob(self._number)
+
+    def _units(self, first: int, count: int) -> range:
+        return range(first // self.unit_blocks, (first + count - 1) // self.unit_blocks + 1)
+
+    def _is_here(self, unit: int) -> bool:
+        first = unit * self.unit_blocks
+        return self._blob.blocks.has(first, min(first + self.unit_blocks, self._blob.layout.blocks) - 1)

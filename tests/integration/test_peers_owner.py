@@ -1,0 +1,238 @@
+"""The agent's end of peers: readers of two nodes, each with a cache and a peer process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bootseer_slurm.blob.manifest import CHUNK_BYTES, Manifest, decode
+from bootseer_slurm.blob.writer import BlobWriter, Original
+from bootseer_slurm.cache.cache import Cache
+from bootseer_slurm.cache.reader import Reader
+from bootseer_slurm.cache.sources import Source
+from bootseer_slurm.errors import StoreError
+from bootseer_slurm.peers.local import Order
+from bootseer_slurm.peers.owner.process import PeerProcess
+from bootseer_slurm.peers.owner.source import PeerSource
+from bootseer_slurm.store import FileStore
+from bootseer_slurm.userproc.spare import start
+
+CHUNKS = 6
+SIZE_BYTES = CHUNKS * CHUNK_BYTES + 12345
+PEER = "bootseer_slurm.peers.child"
+
+
+class CountingStore:
+    """The store of all nodes (a Source), which counts what is read of it."""
+
+    name = "store"
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.read_bytes = 0
+        self.is_wrong = False
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def read(self, offset: int, size_bytes: int, *, demand: bool, fixed: bool) -> Iterator[memoryview]:
+        with self._lock:
+            self.read_bytes += size_bytes
+        if self.is_wrong:
+            raise StoreError("it is gone")
+        time.sleep(0.01)
+        yield memoryview(self.content[offset : offset + size_bytes])
+
+
+class Node:
+    """One node of the job: its cache, its peer process, and the reader of the blob."""
+
+    def __init__(self, folder: Path, number: int, ports: tuple[int, ...], kind: str) -> None:
+        self.faults: list[str] = []
+        self.cache = Cache(folder / "cache", max_bytes=2**40, min_free_bytes=0, live=folder / "live")
+        self.started = start(PEER)
+        order = Order(
+            uid=os.getuid(),
+            gid=os.getgid(),
+            user_groups=tuple(os.getgroups()),
+            key=bytes(32),
+            node=number,
+            addresses=("127.0.0.1", "127.0.0.2"),
+            ports=ports,
+            blocks=((0, 1),),
+            upload_bytes_per_s=3e9,
+            slots=12,
+        )
+        self.kind = kind
+        self.process = PeerProcess(self.started.process, self.started.socket, order)
+
+    def open(self, manifest: Manifest, store: CountingStore) -> Reader:
+        blob = self.cache.acquire(manifest.id, manifest.layout, manifest.digests, os.getuid(), os.getgid())
+        self.reader = Reader(blob, mtime_ns=0)
+        self.source = PeerSource(self.process, blob, self.kind)
+        self.sources: list[Source] = [store, self.source]
+        self.on_fault = lambda name, _message: self.faults.append(name)
+        self.reader.sources.add(self)
+        return self.reader
+
+    def prefetch(self) -> None:
+        threads = [threading.Thread(target=self._stream) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _stream(self) -> None:
+        while True:
+            first, end = self.reader.prefetch_unit(admit=admitted)
+            if end == first:
+                return
+
+
+@contextlib.contextmanager
+def admitted(size_bytes: int) -> Iterator[int]:
+    yield size_bytes
+
+
+class Job:
+    """Two nodes, a store, and a blob in it."""
+
+    def __init__(self, folder: Path, kind: str = "checkpoint") -> None:
+        self.content = os.urandom(SIZE_BYTES)
+        file = folder / "model.bin"
+        file.write_bytes(self.content)
+        (folder / "store").mkdir()
+        store = FileStore(folder / "store")
+        name = BlobWriter(store, objects=1).store_named(file, Original("checkpoint", str(file), "made"))
+        self.manifest = decode((folder / "store" / name.folder / "manifest").read_bytes())
+        self.store = CountingStore(self.content)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.nodes = [Node(folder / f"n{number}", number, (port, port + 1), kind) for number in (0, 1)]
+        for node in self.nodes:
+            node.open(self.manifest, self.store)
+
+    def close(self) -> None:
+        for node in self.nodes:
+            node.process.close()
+
+
+@pytest.fixture(params=["checkpoint", "image"])
+def job(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Job]:
+    made = Job(tmp_path, request.param)
+    yield made
+    made.close()
+
+
+def prefetch_all(job: Job) -> None:
+    threads = [threading.Thread(target=node.prefetch) for node in job.nodes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_two_nodes_read_one_copy(job: Job) -> None:
+    prefetch_all(job)
+    for node in job.nodes:
+        assert node.reader.blob.file.path.read_bytes() == job.content
+        assert node.faults == []
+    assert job.store.read_bytes == SIZE_BYTES
+    assert sum(node.reader.usage.peer_bytes for node in job.nodes) == SIZE_BYTES
+
+
+def test_who_waits_gets_a_unit_from_the_node_that_has_it(job: Job) -> None:
+    first, second = (node.reader for node in job.nodes)
+    assert first.fetch(5_000_000, 10) == job.content[5_000_000:5_000_010]
+    assert second.fetch(5_000_100, 10) == job.content[5_000_100:5_000_110]
+    assert second.usage.peer_bytes == job.store.read_bytes
+    assert second.usage.store_bytes == 0
+
+
+def test_a_read_of_what_is_being_fetched_waits_for_it(job: Job) -> None:
+    reader = job.nodes[0].reader
+    threads = [threading.Thread(target=reader.fetch, args=(4096 * number, 100)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert reader.blob.file.read(0, 40_000) == job.content[:40_000]
+    assert job.store.read_bytes == reader.usage.fetched_bytes
+
+
+def test_what_a_node_had_before_is_given(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    try:
+        first, second = job.nodes
+        first.prefetch()
+        first.source.close()
+        first.source = PeerSource(first.process, first.reader.blob, "checkpoint")
+        before = job.store.read_bytes
+        second.prefetch()
+        assert job.store.read_bytes == before
+        assert second.reader.blob.file.path.read_bytes() == job.content
+    finally:
+        job.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_its_user_ends_or_stops_costs_no_bytes(
+    job: Job, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bootseer_slurm.peers.owner.process._SILENT_S", 1.0)
+    monkeypatch.setattr("bootseer_slurm.peers.owner.process._SILENT_DEMAND_S", 0.5)
+    own = job.nodes[0]
+    own.started.process.send_signal(how)
+    assert own.reader.fetch(5_000_000, 10) == job.content[5_000_000:5_000_010]
+    prefetch_all(job)
+    for node in job.nodes:
+        assert node.reader.blob.file.path.read_bytes() == job.content
+    assert own.process.is_over
+
+
+def test_a_store_that_fails_is_told_to_those_who_wait(job: Job) -> None:
+    first, second = (node.reader for node in job.nodes)
+    for reader in (first, second):
+        reader.patience_s = 1.0
+    job.store.is_wrong = True
+    with pytest.raises(OSError, match="Input/output"):
+        first.fetch(0, 10)
+    job.store.is_wrong = False
+    assert second.fetch(0, 10) == job.content[:10]
+    assert first.fetch(0, 10) == job.content[:10]
+
+
+def test_wrong_bytes_of_a_peer_come_from_the_store_instead(job: Job) -> None:
+    first, second = job.nodes
+    first.prefetch()
+    file = first.reader.blob.file
+    os.pwrite(file.fd, b"wrong", 5_000_000)
+    assert second.reader.fetch(5_000_000, 10) == job.content[5_000_000:5_000_010]
+    assert second.faults == ["corrupt_block"]
+    assert second.reader.usage.store_bytes
+
+
+def test_a_full_disk_gives_what_it_cannot_keep_and_has_others_ask_elsewhere(job: Job) -> None:
+    first, second = job.nodes
+    first.reader.blob.file.full = True
+    assert first.reader.fetch(0, 10) == job.content[:10]
+    assert second.reader.fetch(0, 10) == job.content[:10]
+
+
+def test_the_process_cannot_write_the_file(job: Job) -> None:
+    job.nodes[0].reader.fetch(0, 10)
+    pid = job.nodes[0].started.process.pid
+    folder = Path(f"/proc/{pid}/fdinfo")
+    path = str(job.nodes[0].reader.blob.file.path)
+    own = [fd for fd in os.listdir(f"/proc/{pid}/fd") if os.readlink(f"/proc/{pid}/fd/{fd}") == path]
+    assert own
+    flags = [line for fd in own for line in (folder / fd).read_text().splitlines() if line.startswith("flags")]
+    assert all(int(line.split()[1], 8) & os.O_ACCMODE == os.O_RDONLY for line in flags)

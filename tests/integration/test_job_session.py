@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +18,10 @@ from bootseer_slurm import config
 from bootseer_slurm.artifacts.artifact import State
 from bootseer_slurm.artifacts.open_blobs import OpenBlobs
 from bootseer_slurm.artifacts.resolved import Original
+from bootseer_slurm.blob.names import file_fingerprint
 from bootseer_slurm.blob.ref import ArtifactRef
+from bootseer_slurm.blob.writer import BlobWriter
+from bootseer_slurm.blob.writer import Original as OriginalRecord
 from bootseer_slurm.cache.cache import Cache
 from bootseer_slurm.errors import InputError, NotFound
 from bootseer_slurm.fuse import Server
@@ -27,7 +32,8 @@ from bootseer_slurm.mounts import Namespace
 from bootseer_slurm.phase import Phase
 from bootseer_slurm.shares import NodeShares, Share
 from bootseer_slurm.slurm.allocation import Job
-from bootseer_slurm.userproc.spare import Spare
+from bootseer_slurm.store import FileStore
+from bootseer_slurm.userproc.spare import Spares
 
 OLD = 1_700_000_000
 
@@ -56,29 +62,36 @@ class Files:
 class Scene:
     """A node's folders, and the sessions on it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, node: str = "n1") -> None:
+        """folder: has the site's key and the store, which nodes beside it share."""
         self.folder = folder
+        self.node = node
         settings = folder / "bootseer.toml"
         settings.write_text(
-            f'[store]\nuri = "file://{folder}/store"\n[cache]\npath = "{folder}/cache"\n'
-            f'[agent]\nmounts = "{folder}/run"\n[shadow]\nroots = ["{folder}"]\n'
+            f'[store]\nuri = "file://{folder.parent}/store"\n[image]\nsite_key = "{folder.parent}/site.key"\n[cache]\npath = "{folder}/cache"\n'
+            f'[agent]\nmounts = "{folder}/run"\n[shadow]\nroots = ["{folder.parent}"]\n'
         )
-        self.settings = config.load(settings, environ={})
-        for name in ("run", "store", "home"):
-            (folder / name).mkdir()
+        self.settings = config.load(settings)
+        for name in ("run", "home", "../store"):
+            (folder / name).mkdir(exist_ok=True)
         self.files = Files(folder / "fuse")
         cache = Cache(folder / "cache", max_bytes=2**40, min_free_bytes=0, live=folder / "live")
         servers = {name: cast(Server, self.files) for name in ("blobs", "checkpoints")}
         self.blobs = OpenBlobs(cache, servers, folder / "images", Namespace.create())
         self.journal = Journal(folder / "home")
-        self.spare = Spare()
+        self.spares = Spares(with_peers=False)
         self.sessions: list[Session] = []
 
-    def session(self, job_id: int = 7) -> Session:
-        job = Job(job_id, 0, os.getuid(), os.getgid())
-        made = Session(job, "n1", self.settings, self.blobs, self.journal, self.spare)
+    def session(self, job_id: int = 7, nodelist: str = "") -> Session:
+        job = Job(job_id, 0, os.getuid(), os.getgid(), nodelist)
+        made = Session(job, self.node, self.settings, self.blobs, self.journal, self.spares)
         self.sessions.append(made)
         return made
+
+    def close(self) -> None:
+        for session in self.sessions:
+            session.end("the test is over")
+        self.spares.close()
 
     def file(self, name: str = "model.bin", size_bytes: int = 3 * 2**20) -> Path:
         path = self.folder / name
@@ -89,11 +102,10 @@ class Scene:
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
-    made = Scene(tmp_path)
+    (tmp_path / "n1").mkdir()
+    made = Scene(tmp_path / "n1")
     yield made
-    for session in made.sessions:
-        session.end("the test is over")
-    made.spare.close()
+    made.close()
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -130,7 +142,7 @@ def test_a_job_begins_trains_and_ends(scene: Scene) -> None:
     events = named(session)
     assert events[0] == ("hook", "begin") and events.count(("session", "end")) == 1
     assert ("access", "start") in events and ("access", "summary") in events
-    stored = list((scene.folder / "store").rglob("n1.jsonl"))
+    stored = list((scene.folder.parent / "store").rglob("n1.jsonl"))
     assert len(stored) == 1 and '"name":"end"' in stored[0].read_text()
 
 
@@ -263,3 +275,87 @@ def test_digests_of_a_users_sparse_files_leave_room_for_others(scene: Scene) -> 
     sessions[3].begin(asks(scene.folder / "sparse1"), hook_start_ns=None)
     sessions[3].intake.wait_looked_up(time.monotonic() + 10)
     assert len(sessions[3].artifacts.layers()) == 1
+
+
+NODES = ("127.0.0.1", "127.0.0.2")
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Scene]]:
+    """The two nodes of a job, by addresses of this machine; the site has a key."""
+    key = tmp_path / "site.key"
+    key.write_bytes(os.urandom(32))
+    key.chmod(0o600)
+    with socket.socket() as free:
+        free.bind((NODES[0], 0))
+        monkeypatch.setenv("BOOTSEER_PEERS_PORTS", str(free.getsockname()[1]))
+    scenes = []
+    for node in NODES:
+        (tmp_path / node).mkdir()
+        scenes.append(Scene(tmp_path / node, node))
+    yield scenes
+    for scene in scenes:
+        scene.close()
+
+
+def store_checkpoint(folder: Path, size_bytes: int) -> Path:
+    """A checkpoint that the user has put into the store."""
+    path = folder / "model.bin"
+    path.write_bytes(os.urandom(size_bytes))
+    os.utime(path, (OLD, OLD))
+    original = OriginalRecord("checkpoint", str(path), file_fingerprint(path.stat()))
+    BlobWriter(FileStore(folder / "store"), objects=2).store_named(path, original)
+    return path
+
+
+def test_the_nodes_of_a_job_read_one_copy(job: list[Scene], tmp_path: Path) -> None:
+    model = store_checkpoint(tmp_path, 20 * 2**20)
+    sessions = [scene.session(nodelist=",".join(NODES)) for scene in job]
+    for session in sessions:
+        session.begin(asks(model), hook_start_ns=1)
+    for session in sessions:
+        until(lambda: bool(layers := session.artifacts.layers()) and layers[0].handle.reader.blob.complete)  # noqa: B023
+        assert session.artifacts.layers()[0].handle.blob.bind_path().read_bytes() == model.read_bytes()
+    usages = [session.artifacts.layers()[0].handle.usage for session in sessions]
+    assert sum(usage.store_bytes for usage in usages) == 20 * 2**20
+    assert sum(usage.peer_bytes for usage in usages) == 20 * 2**20
+    time.sleep(1.1)  # the process tells its figures each second
+    for session in sessions:
+        session.end("job ended")
+    summaries = [
+        event
+        for session in sessions
+        for event in session.context.log.events()
+        if (event.kind, event.name) == ("peers", "summary")
+    ]
+    assert sum(int(event.number("received_bytes")) for event in summaries) == 20 * 2**20
+    assert all("banned" not in event.extra for event in summaries)
+
+
+@pytest.mark.parametrize("why", ["off", "no key", "one node"])
+def test_a_job_without_peers_reads_the_store(job: list[Scene], tmp_path: Path, why: str) -> None:
+    model = store_checkpoint(tmp_path, 2**20)
+    scene = job[0]
+    if why == "off":
+        off = dataclasses.replace(scene.settings.peers, mode="off")
+        scene.settings = dataclasses.replace(scene.settings, peers=off)
+    elif why == "no key":
+        (tmp_path / "site.key").unlink()
+    session = scene.session(nodelist=NODES[0] if why == "one node" else ",".join(NODES))
+    session.begin(asks(model), hook_start_ns=1)
+    until(lambda: bool(layers := session.artifacts.layers()) and layers[0].handle.reader.blob.complete)
+    assert session.artifacts.layers()[0].handle.usage.peer_bytes == 0
+    assert not session.artifacts.layers()[0].handle.reader.sources.exchanges
+    assert not [event for event in session.context.log.events() if event.kind == "fault"]
+
+
+def test_a_job_whose_nodes_have_no_address_says_so_and_reads_the_store(
+    job: list[Scene], tmp_path: Path
+) -> None:
+    model = store_checkpoint(tmp_path, 2**20)
+    session = job[0].session(nodelist=f"{NODES[0]},no-such-node.invalid")
+    session.begin(asks(model), hook_start_ns=1)
+    until(lambda: bool(layers := session.artifacts.layers()) and layers[0].handle.reader.blob.complete)
+    faults = [event for event in session.context.log.events() if event.kind == "fault"]
+    assert [event.name for event in faults] == ["peers_not_used"]
+    assert "no-such-node.invalid" in (faults[0].message or "")

@@ -234,5 +234,7 @@ def test_the_process_cannot_write_the_file(job: Job) -> None:
     path = str(job.nodes[0].reader.blob.file.path)
     own = [fd for fd in os.listdir(f"/proc/{pid}/fd") if os.readlink(f"/proc/{pid}/fd/{fd}") == path]
     assert own
-    flags = [line for fd in own for line in (folder / fd).read_text().splitlines() if line.startswith("flags")]
+    flags = [
+        line for fd in own for line in (folder / fd).read_text().splitlines() if line.startswith("flags")
+    ]
     assert all(int(line.split()[1], 8) & os.O_ACCMODE == os.O_RDONLY for line in flags)

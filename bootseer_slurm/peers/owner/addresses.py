@@ -24,7 +24,9 @@ def addresses_of(names: Sequence[str], pattern: str, own: int) -> tuple[str, ...
     for family in (socket.AF_INET, socket.AF_INET6):
         if all(each.get(family) for index, each in enumerate(found) if index != own):
             addresses = [each.get(family, "") for each in found]
-            addresses[own] = _own_address(family, addresses[own - 1])
+            other = addresses[own - 1]
+            if not addresses[own] or _is_loopback(addresses[own]) > _is_loopback(other):
+                addresses[own] = _own_address(family, other)  # Debian has its own name mean 127.0.1.1
             return tuple(addresses)
     without = next((host for host, each in zip(hosts, found, strict=True) if not each), hosts[0])
     raise InputError(f"{without} has no address of the family that the others have")
@@ -41,11 +43,12 @@ def _addresses(host: str) -> dict[int, str]:
     return addresses
 
 
-def _own_address(family: int, other: str) -> str:
-    """The address from which this node reaches the others. Raises InputError.
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
-    Its own name may mean 127.0.1.1.
-    """
+
+def _own_address(family: int, other: str) -> str:
+    """The address from which this node reaches another one. Raises InputError."""
     with socket.socket(family, socket.SOCK_DGRAM) as asked:
         try:
             asked.connect((other, _ANY_PORT))

@@ -99,7 +99,7 @@ class Policy:
         return fetch.hops(now_s) if fetch else None
 
     def received(self, chunk: Chunk, parent: int | None, dur_s: float, now_s: float) -> list[Action]:
-        """A chunk is here and its digests are right. parent: None is the store. dur_s: first byte to last."""
+        """A chunk is here and its digests are right. parent: None is the store. dur_s: as of Pace."""
         fetch = self._fetches.pop(chunk, None)
         if fetch is None:
             return []

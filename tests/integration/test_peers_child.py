@@ -36,10 +36,10 @@ TIME_S = 30.0
 class Job:
     """A job on addresses of its own, its file, and a store whose link is shared: 5 ms a chunk."""
 
-    def __init__(self, folder: Path, nodes: int) -> None:
+    def __init__(self, folder: Path, nodes: int, chunk_bytes: int = CHUNK_BYTES) -> None:
         self.folder = folder
         self.content = random.Random(1).randbytes(SIZE_BYTES)
-        self.file = File(NAME, SIZE_BYTES, digests_of(self.content))
+        self.file = File(NAME, SIZE_BYTES, digests_of(self.content), chunk_bytes)
         net = f"127.{random.randint(1, 250)}.{random.randint(1, 250)}"
         self.site = Site([f"{net}.{number + 1}" for number in range(nodes)], KEY, PORTS)
         self.owners: dict[int, Owner] = {}
@@ -49,7 +49,7 @@ class Job:
     def read(self, chunk: int, view: memoryview) -> None:
         with self._link:
             time.sleep(self.store_s)
-        view[:] = self.content[chunk * CHUNK_BYTES :][: len(view)]
+        view[:] = self.content[chunk * self.file.chunk_bytes :][: len(view)]
 
     def start(self, node: int, site: Site | None = None) -> Owner:
         path = self.folder / str(node)
@@ -69,7 +69,7 @@ class Job:
     def check(self, *owners: Owner, timeout_s: float = TIME_S) -> None:
         """All of it is on these nodes, and right."""
         for owner in owners:
-            assert owner.wait(range(CHUNKS), timeout_s), f"{sorted(owner.here)}"
+            assert owner.wait(range(self.file.chunks), timeout_s), f"{sorted(owner.here)}"
         for node, owner in self.owners.items():
             if owner in owners:
                 assert (self.folder / str(node)).read_bytes() == self.content
@@ -83,11 +83,11 @@ def until(is_so: Callable[[], object], timeout_s: float = 10.0) -> None:
 
 
 @pytest.fixture
-def make_job(tmp_path: Path) -> Iterator[Callable[[int], Job]]:
+def make_job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     jobs: list[Job] = []
 
-    def make(nodes: int) -> Job:
-        jobs.append(Job(tmp_path, nodes))
+    def make(nodes: int, chunk_bytes: int = CHUNK_BYTES) -> Job:
+        jobs.append(Job(tmp_path, nodes, chunk_bytes))
         return jobs[-1]
 
     yield make
@@ -103,6 +103,17 @@ def test_nodes_read_one_copy_together(make_job: Callable[[int], Job], nodes: int
         owner.want(range(CHUNKS))
     job.check(*owners)
     assert job.reads == CHUNKS
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**18, 2**20])
+def test_chunks_of_a_blob_may_be_smaller(make_job: Callable[..., Job], chunk_bytes: int) -> None:
+    job = make_job(3, chunk_bytes)
+    job.store_s = 0.002
+    owners = job.start_all()
+    for owner in owners:
+        owner.want(range(job.file.chunks))
+    job.check(*owners)
+    assert job.reads <= job.file.chunks + 2
 
 
 def test_nodes_that_start_one_after_the_other_read_one_copy(make_job: Callable[[int], Job]) -> None:

@@ -30,6 +30,7 @@ ABOVE = Ring(1, tuple(range(20, 28)))
 CHUNK = Chunk("blob", 0)
 OWNERS = list(RING.owners(CHUNK))
 MIB = 2**20
+SMALL = "small"  # a blob with chunks of 1 MiB
 
 
 def chunks(count: int) -> list[Chunk]:
@@ -422,7 +423,7 @@ def test_the_order_is_that_of_the_plan_in_windows_of_16() -> None:
 
 
 def uploads(bytes_per_s: float = 1e9) -> Uploads:
-    return Uploads(bytes_per_s, chunk_bytes=4 * MIB)
+    return Uploads(bytes_per_s, lambda chunk: MIB if chunk.blob == SMALL else 4 * MIB)
 
 
 def test_a_node_that_waits_for_a_chunk_gets_it_when_it_is_here() -> None:
@@ -449,6 +450,31 @@ def test_a_queue_of_more_than_50_ms_is_busy_but_for_demand_and_who_has_no_other(
     assert sends.asked(Get(CHUNK, 14, only=True), Held.HERE) is Reply.QUEUED
     first = sends.begin(0.0)
     assert first and first.reader == 13, "demand goes first"
+
+
+def test_the_queue_is_of_bytes_where_chunks_are_of_several_sizes() -> None:
+    sends = uploads(1e9)  # 50 ms are 11 chunks of 4 MiB and 3 of 1 MiB
+    sizes = [CHUNK] * 11 + [Chunk(SMALL, 0)] * 4
+    replies = [sends.asked(Get(chunk, reader), Held.HERE) for reader, chunk in enumerate(sizes)]
+    assert replies == [Reply.QUEUED] * 15 and not sends.serves(0.0)
+    assert sends.asked(Get(Chunk(SMALL, 0), 99), Held.HERE) is Reply.BUSY
+    small = uploads(1e9)
+    replies = [small.asked(Get(Chunk(SMALL, 0), reader), Held.HERE) for reader in range(49)]
+    assert replies == [Reply.QUEUED] * 48 + [Reply.BUSY], "not a quarter of that"
+    while small.begin(0.0):
+        pass
+    small.left(0)
+    assert small.asked(Get(Chunk(SMALL, 0), 99), Held.HERE) is Reply.QUEUED, "what is under way counts too"
+
+
+def test_the_rate_is_of_bytes_where_chunks_are_of_several_sizes() -> None:
+    sends = uploads(1e8)
+    for number in range(40):
+        chunk = Chunk(SMALL if number % 2 else "blob", number)
+        sends.asked(Get(chunk, 1), Held.HERE)
+        assert sends.begin(number)
+        sends.slots.ended(1, number + (0.05 if number % 2 else 0.2))
+    assert sends.slots.bytes_per_s == pytest.approx(20 * MIB, rel=0.01)
 
 
 def test_those_that_waited_are_sent_elsewhere_when_too_much_is_here_at_once() -> None:
@@ -546,6 +572,12 @@ def test_a_node_whose_connection_ended_waits_for_nothing() -> None:
     sends.left(1)
     assert sends.arrived(CHUNK) == []
     assert sends.begin(0.0) == Get(CHUNK, 2) and sends.begin(0.0) is None
+
+
+def test_a_turn_of_the_process_makes_no_node_slow() -> None:
+    pace = Pace()
+    assert not any(pace.is_slow(1, dur_s) for dur_s in [0.0] * 20 + [0.005] * 5)
+    assert pace.is_slow(1, 0.02) is False and pace.is_slow(1, 0.02) is True
 
 
 def test_a_few_slow_chunks_are_not_judged_before_there_is_a_median() -> None:

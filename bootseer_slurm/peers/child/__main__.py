@@ -128,7 +128,7 @@ class Peer:
                 self._want(want, now_s)
 
     def _want(self, want: Want, now_s: float) -> None:
-        name = self._ways.blobs.numbered(want.blob).name
+        name = self._ways.blobs.numbered(want.blob).order.name
         chunks = [Chunk(name, number) for number in want.chunks]
         self._reading.want(chunks, demand=want.demand, now_s=now_s)
 
@@ -139,7 +139,7 @@ class Peer:
         elif isinstance(message, Want):
             self._wants.append(message)
         else:
-            chunk = Chunk(self._ways.blobs.numbered(message.blob).name, message.chunk)
+            chunk = Chunk(self._ways.blobs.numbered(message.blob).order.name, message.chunk)
             match message:
                 case Have():
                     self._reading.have(chunk, now_s)

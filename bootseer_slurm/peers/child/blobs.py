@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.peers.groups import Chunk
 from bootseer_slurm.peers.local import OpenBlob
 from bootseer_slurm.peers.uploads import Held
@@ -14,11 +13,9 @@ from bootseer_slurm.peers.wire import MOST_DATA_BYTES
 
 @dataclass(slots=True)
 class Blob:
-    """One blob. number: the owner's. fd: of its data file. wanted: chunks that are not here."""
+    """One blob. order: the owner's. fd: of its data file. wanted: chunks that are not here."""
 
-    number: int
-    name: str
-    size_bytes: int
+    order: OpenBlob
     fd: int
     here: set[int]
     wanted: set[int] = field(default_factory=set)
@@ -34,7 +31,7 @@ class Blobs:
     def open(self, order: OpenBlob, fd: int) -> None:
         bits = int.from_bytes(order.here, "little")
         here = {number for number in range(bits.bit_length()) if bits >> number & 1}
-        blob = Blob(order.blob, order.name, order.size_bytes, fd, here)
+        blob = Blob(order, fd, here)
         self._by_number[order.blob] = self._by_name[order.name] = blob
 
     def numbered(self, number: int) -> Blob:
@@ -59,11 +56,13 @@ class Blobs:
 
     def size_of(self, chunk: Chunk) -> int:
         """Bytes of a chunk of this node."""
-        return min(CHUNK_BYTES, self.of(chunk).size_bytes - chunk.number * CHUNK_BYTES)
+        order = self.of(chunk).order
+        return min(order.chunk_bytes, order.size_bytes - chunk.number * order.chunk_bytes)
 
     def parts(self, chunk: Chunk) -> Iterator[tuple[Chunk, int, int, int, int]]:
         """A chunk that is here, in parts that a frame takes (links.Part)."""
-        size_bytes, begin = self.size_of(chunk), chunk.number * CHUNK_BYTES
+        blob, size_bytes = self.of(chunk), self.size_of(chunk)
+        begin = chunk.number * blob.order.chunk_bytes
         for offset in range(0, size_bytes, MOST_DATA_BYTES):
             part_bytes = min(MOST_DATA_BYTES, size_bytes - offset)
-            yield chunk, offset, self.of(chunk).fd, begin + offset, part_bytes
+            yield chunk, offset, blob.fd, begin + offset, part_bytes

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.peers.child.blobs import Blobs
 from bootseer_slurm.peers.child.incoming import Coming, Incoming
 from bootseer_slurm.peers.child.links import Links
@@ -52,7 +53,7 @@ class Ways:
 
     def read_store(self, chunk: Chunk, *, demand: bool) -> None:
         """Have the owner read a chunk from the store."""
-        self.owner.say(Read(self.blobs.of(chunk).number, chunk.number, demand))
+        self.owner.say(Read(self.blobs.of(chunk).order.blob, chunk.number, demand))
 
 
 @dataclass(slots=True)
@@ -100,7 +101,8 @@ class Reading:
         if coming is not None and coming.is_whole:
             parent = coming.parent
             self.counts.received[parent] += coming.size_bytes
-        dur_s = coming.dur_s if coming else 0.0
+        # As long as a whole slot would have taken: chunks are of several sizes, and nodes are compared.
+        dur_s = coming.dur_s * CHUNK_BYTES / coming.size_bytes if coming else 0.0
         self._do(self._policy.received(chunk, parent, dur_s, now_s), now_s)
 
     def wrong(self, chunk: Chunk, now_s: float) -> None:
@@ -152,7 +154,7 @@ class Reading:
         self._policy.pending(chunk, node, 0, now_s)
         if coming.is_whole:
             self._asked[node].discard(chunk)
-            number = self._ways.blobs.of(chunk).number
+            number = self._ways.blobs.of(chunk).order.blob
             self._ways.owner.say(Arrived(number, chunk.number, coming.slot, node, coming.dur_s))
 
     def ended(self, node: int, now_s: float, *, is_silent: bool) -> None:

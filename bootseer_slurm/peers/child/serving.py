@@ -10,7 +10,6 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.peers.child.blobs import Blobs
 from bootseer_slurm.peers.child.links import Links
 from bootseer_slurm.peers.fetch import TOO_DEEP, Viewpoint
@@ -26,6 +25,7 @@ class _Sending:
     """A chunk that a connection has: so many frames are left."""
 
     get: Get
+    size_bytes: int
     frames: int
 
 
@@ -46,7 +46,7 @@ class Serving:
         self._blobs = blobs
         self._bytes_per_s = bytes_per_s
         self._hops = hops
-        self._uploads = Uploads(bytes_per_s, CHUNK_BYTES)
+        self._uploads = Uploads(bytes_per_s, blobs.size_of)
         self._sending: dict[int, deque[_Sending]] = {}
         self._free_from_s = 0.0
         self._is_held_back = False
@@ -80,7 +80,7 @@ class Serving:
             first.frames -= 1
             if not first.frames:
                 queue.popleft()
-                self.sent[node] += self._blobs.size_of(first.get.chunk)
+                self.sent[node] += first.size_bytes
                 self._uploads.slots.ended(node, now_s)
         if not queue:
             del self._sending[node]
@@ -103,8 +103,8 @@ class Serving:
             if not self._links.send_bytes(get.reader, parts):
                 self._uploads.left(get.reader)
                 continue
-            self._sending.setdefault(get.reader, deque()).append(_Sending(get, len(parts)))
             size_bytes = self._blobs.size_of(get.chunk)
+            self._sending.setdefault(get.reader, deque()).append(_Sending(get, size_bytes, len(parts)))
             self._free_from_s = max(self._free_from_s, now_s - _BURST_S) + size_bytes / self._bytes_per_s
         self._is_held_back = is_held_back
         self._here.serves = self._uploads.serves(now_s)

@@ -65,18 +65,19 @@ class File:
     name: str
     size_bytes: int
     digests: bytes
+    chunk_bytes: int = CHUNK_BYTES
 
     @property
     def chunks(self) -> int:
-        return -(-self.size_bytes // CHUNK_BYTES)
+        return -(-self.size_bytes // self.chunk_bytes)
 
     def bytes_of(self, chunk: int) -> int:
         """The size of a chunk."""
-        return min(CHUNK_BYTES, self.size_bytes - chunk * CHUNK_BYTES)
+        return min(self.chunk_bytes, self.size_bytes - chunk * self.chunk_bytes)
 
     def is_right(self, chunk: int, view: memoryview) -> bool:
         """Whether these are the chunk's bytes."""
-        first = chunk * (CHUNK_BYTES // BLOCK_BYTES)
+        first = chunk * (self.chunk_bytes // BLOCK_BYTES)
         blocks = (view[offset : offset + BLOCK_BYTES] for offset in range(0, len(view), BLOCK_BYTES))
         return all(
             digest_of(BLAKE3, block) == self.digests[digest_slice(first + number)]
@@ -142,7 +143,8 @@ class Owner:
         try:
             os.ftruncate(ring_fd, order.slots * CHUNK_BYTES)
             local.send_order(self._link, order, ring_fd)
-            opening = local.OpenBlob(_BLOB, self.file.name, self.file.size_bytes)
+            file = self.file
+            opening = local.OpenBlob(_BLOB, file.name, file.size_bytes, file.chunk_bytes)
             socket.send_fds(self._link, [local.encode(opening)], [data_fd])
             return mmap.mmap(ring_fd, 0)
         finally:
@@ -199,7 +201,7 @@ class Owner:
             self._say(local.Wrong(_BLOB, arrived.chunk))
 
     def _keep(self, chunk: int, view: memoryview) -> None:
-        os.pwrite(self._fd, view, chunk * CHUNK_BYTES)
+        os.pwrite(self._fd, view, chunk * self.file.chunk_bytes)
         self._say(local.Have(_BLOB, chunk))
         with self._changed:
             self.here.add(chunk)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
+from bootseer_slurm.peers import local
 from bootseer_slurm.peers.directory import Handover, Parent
 from bootseer_slurm.peers.groups import Chunk
 from bootseer_slurm.peers.key import HELLO_BYTES, KEY_BYTES, PROOF_BYTES, Connects, Listens
@@ -251,6 +252,20 @@ def test_the_process_ends_with_its_owner(make_job: Callable[[int], Job]) -> None
     until(lambda: owner.port)
     owner._link.shutdown(socket.SHUT_RDWR)
     assert owner.process.wait(5) == 0
+
+
+def test_what_the_owner_says_of_blobs_that_are_not_open_is_ignored(make_job: Callable[..., Job]) -> None:
+    job = make_job(2)
+    owners = job.start_all()
+    for owner in owners:
+        for number, chunk in ((7, 0), (0, CHUNKS)):
+            owner.say(local.Want(number, (chunk,)))
+            owner.say(local.Want(number, (chunk,), demand=True))
+            for kind in (local.Have, local.Wrong, local.Lost):
+                owner.say(kind(number, chunk))
+        owner.say(local.CloseBlob(7))
+        owner.want(range(CHUNKS))
+    job.check(*owners)
 
 
 # Strangers

@@ -20,6 +20,10 @@ class Blob:
     here: set[int]
     wanted: set[int] = field(default_factory=set)
 
+    def has(self, number: int) -> bool:
+        """Whether it has so many chunks that one has this number."""
+        return 0 <= number * self.order.chunk_bytes < self.order.size_bytes
+
 
 class Blobs:
     """All that the owner has opened."""
@@ -30,13 +34,20 @@ class Blobs:
 
     def open(self, order: OpenBlob, fd: int) -> None:
         bits = int.from_bytes(order.here, "little")
-        here = {number for number in range(bits.bit_length()) if bits >> number & 1}
+        count = min(bits.bit_length(), -(-order.size_bytes // order.chunk_bytes))
+        here = {number for number in range(count) if bits >> number & 1}
         blob = Blob(order, fd, here)
         self._by_number[order.blob] = self._by_name[order.name] = blob
 
-    def numbered(self, number: int) -> Blob:
-        """The one that the owner calls so."""
-        return self._by_number[number]
+    def chunk(self, blob: int, number: int) -> Chunk | None:
+        """The chunk that the owner calls so. None: its blob is not open, or has no such chunk."""
+        known = self._by_number.get(blob)
+        return Chunk(known.order.name, number) if known is not None and known.has(number) else None
+
+    def may_be(self, chunk: Chunk) -> bool:
+        """Whether there is such a chunk, as far as this node knows: others open blobs before it does."""
+        blob = self._by_name.get(chunk.blob)
+        return blob is None or blob.has(chunk.number)
 
     def of(self, chunk: Chunk) -> Blob:
         """The one that a chunk of this node is of."""

@@ -115,7 +115,7 @@ class Owner:
 
     def want(self, chunks: Sequence[int], *, demand: bool = False) -> None:
         """Have these fetched."""
-        self._say(local.Want(_BLOB, tuple(chunks), demand))
+        self.say(local.Want(_BLOB, tuple(chunks), demand))
 
     def wait(self, chunks: Sequence[int], timeout_s: float) -> float | None:
         """When all of these were here; None where they are not in that time."""
@@ -151,7 +151,8 @@ class Owner:
             os.close(ring_fd)
             os.close(data_fd)
 
-    def _say(self, message: local.FromOwner) -> None:
+    def say(self, message: local.FromOwner) -> None:
+        """Say something to the process."""
         try:
             self._link.send(local.encode(message))
         except OSError:
@@ -186,7 +187,7 @@ class Owner:
         try:
             self._read(chunk, view)
         except OSError:
-            self._say(local.Lost(_BLOB, chunk))
+            self.say(local.Lost(_BLOB, chunk))
             return
         assert self.file.is_right(chunk, view)
         self._keep(chunk, view)
@@ -198,11 +199,11 @@ class Owner:
         if self.file.is_right(arrived.chunk, view):
             self._keep(arrived.chunk, view)
         else:
-            self._say(local.Wrong(_BLOB, arrived.chunk))
+            self.say(local.Wrong(_BLOB, arrived.chunk))
 
     def _keep(self, chunk: int, view: memoryview) -> None:
         os.pwrite(self._fd, view, chunk * self.file.chunk_bytes)
-        self._say(local.Have(_BLOB, chunk))
+        self.say(local.Have(_BLOB, chunk))
         with self._changed:
             self.here.add(chunk)
             self._changed.notify_all()

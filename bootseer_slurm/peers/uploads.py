@@ -122,9 +122,11 @@ class Uploads:
                 self._ready.add(get, self._size_of(chunk))
         return busy
 
-    def lost(self, chunk: Chunk) -> list[int]:
-        """A chunk will not come. Gives the nodes that waited for it, which hear LACK."""
-        return [get.reader for get in self._waiting.pop(chunk, ())]
+    def lost(self, is_lost: Callable[[Chunk], bool]) -> list[Get]:
+        """Chunks that are so will not come. Gives those that get nothing of them, which hear LACK."""
+        lost = [get for get in self.waiting() if is_lost(get.chunk)]
+        self._drop(lambda get: is_lost(get.chunk))
+        return lost
 
     def left(self, reader: int) -> None:
         """A node's connection ended: it waits for nothing, and its slots are free."""

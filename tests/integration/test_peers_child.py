@@ -268,6 +268,44 @@ def test_what_the_owner_says_of_blobs_that_are_not_open_is_ignored(make_job: Cal
     job.check(*owners)
 
 
+def data_files(owner: Owner, path: Path) -> int:
+    """How often the process has this file open."""
+    folder = Path(f"/proc/{owner.process.pid}/fd")
+    return sum(os.readlink(each) == str(path) for each in folder.iterdir())
+
+
+def test_a_blob_is_closed_while_it_comes_and_opened_again(make_job: Callable[..., Job]) -> None:
+    job = make_job(3)
+    job.store_s = 0.03
+    owners = job.start_all()
+    for _ in range(3):
+        for owner in owners:
+            owner.want(range(CHUNKS))
+            owner.want([CHUNKS - 1, CHUNKS - 2], demand=True)
+        until(lambda: len(owners[0].here) >= 3)
+        owners[0].reopen()
+    owners[0].want(range(CHUNKS))
+    job.check(*owners)
+    until(lambda: data_files(owners[0], job.folder / "0") == 1)
+
+
+def test_who_waits_for_a_chunk_of_a_blob_that_is_closed_gets_it_elsewhere(
+    make_job: Callable[..., Job],
+) -> None:
+    job = make_job(2)
+    owners = job.start_all()
+    job.store_s = 0.5
+    owners[0].want([0])
+    until(lambda: owners[0].store_reads)
+    start_s = time.monotonic()
+    owners[1].want([0])
+    time.sleep(0.1)
+    job.store_s = 0.0
+    owners[0].reopen()
+    assert owners[1].wait([0], TIME_S)
+    assert time.monotonic() - start_s < 1.2 and owners[1].store_reads == [0]
+
+
 # Strangers
 
 
@@ -393,19 +431,17 @@ def fake_peer(job: Job, serve: Callable[[Connection, Get], None]) -> Iterator[No
 def test_who_sends_wrong_bytes_is_banned(make_job: Callable[[int], Job], tmp_path: Path) -> None:
     job = make_job(2)
     (tmp_path / "wrong").write_bytes(bytes(CHUNK_BYTES))
-    fd = os.open(tmp_path / "wrong", os.O_RDONLY)
 
     def serve(connection: Connection, get: Get) -> None:
         size_bytes = job.file.bytes_of(get.chunk.number)
         for offset in range(0, size_bytes, MOST_DATA_BYTES):
-            connection.send_bytes(get.chunk, offset, fd, 0, min(MOST_DATA_BYTES, size_bytes - offset))
+            connection.send_bytes(get.chunk, offset, file, 0, min(MOST_DATA_BYTES, size_bytes - offset))
 
-    with fake_peer(job, serve):
+    with (tmp_path / "wrong").open("rb") as file, fake_peer(job, serve):
         owner = job.start(0)
         owner.want(range(CHUNKS))
         job.check(owner)
         until(lambda: owner.counted and owner.counted.banned == (1,))
-    os.close(fd)
     assert owner.counted and owner.counted.fallbacks.get("wrong digest") and not owner.counted.received
 
 
@@ -414,7 +450,7 @@ def endless(connection: Connection, get: Get) -> None:
     with tempfile.TemporaryFile() as file:
         file.truncate(MOST_DATA_BYTES)
         for _ in range(200):
-            connection.send_bytes(Chunk(get.chunk.blob, 99), 0, file.fileno(), 0, MOST_DATA_BYTES)
+            connection.send_bytes(Chunk(get.chunk.blob, 99), 0, file, 0, MOST_DATA_BYTES)
         while connection.wants_to_write:
             select.select([], [connection], [], 1)
             connection.write()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
+
 from bootseer_slurm.peers.child.blobs import Blobs
 from bootseer_slurm.peers.groups import Chunk
 from bootseer_slurm.peers.local import OpenBlob
@@ -12,11 +16,15 @@ MIB = 2**20
 LARGE, SMALL = "ab" * 32, "cd" * 32
 
 
+def open_file() -> int:
+    return os.open("/dev/null", os.O_RDONLY)
+
+
 def opened() -> Blobs:
     """Two blobs of 9 MiB and 5 bytes: one of chunks of 4 MiB, one of chunks of 1 MiB."""
     blobs = Blobs()
-    blobs.open(OpenBlob(1, LARGE, 9 * MIB + 5, 4 * MIB, b"\xff\xff"), -1)
-    blobs.open(OpenBlob(2, SMALL, 9 * MIB + 5, MIB, b"\x02"), -1)
+    blobs.open(OpenBlob(1, LARGE, 9 * MIB + 5, 4 * MIB, b"\xff\xff"), open_file())
+    blobs.open(OpenBlob(2, SMALL, 9 * MIB + 5, MIB, b"\x02"), open_file())
     return blobs
 
 
@@ -43,3 +51,33 @@ def test_the_owner_s_numbers_that_are_not_there_name_no_chunk() -> None:
     blobs = opened()
     assert blobs.chunk(2, 9) == Chunk(SMALL, 9) and blobs.chunk(1, 2) == Chunk(LARGE, 2)
     assert [blobs.chunk(*each) for each in ((2, 10), (1, 3), (0, 0), (3, 0), (1, -1))] == [None] * 5
+
+
+def test_what_is_closed_is_not_there_and_may_be_opened_by_another_number() -> None:
+    blobs = opened()
+    assert blobs.close(1) == LARGE and blobs.close(1) is None and blobs.close(7) is None
+    assert blobs.chunk(1, 0) is None and blobs.held(Chunk(LARGE, 0)) is Held.LACKS
+    assert blobs.may_be(Chunk(LARGE, 0)), "others may have it open"
+    blobs.open(OpenBlob(3, LARGE, 9 * MIB + 5, 4 * MIB), open_file())
+    assert blobs.chunk(1, 0) is None and blobs.chunk(3, 0) == Chunk(LARGE, 0)
+    assert blobs.held(Chunk(LARGE, 0)) is Held.LACKS, "nothing is here any more"
+
+
+def test_the_end_of_a_number_does_not_end_the_next_one() -> None:
+    blobs = opened()
+    blobs.open(OpenBlob(3, LARGE, 9 * MIB + 5, 4 * MIB), open_file())
+    assert blobs.close(1) is None and blobs.chunk(3, 0) == Chunk(LARGE, 0)
+    assert blobs.close(3) == LARGE
+
+
+def test_a_file_is_open_until_its_last_part_is_sent() -> None:
+    blobs, fd = Blobs(), open_file()
+    blobs.open(OpenBlob(1, LARGE, 9 * MIB, 4 * MIB, b"\xff"), fd)
+    parts = list(blobs.parts(Chunk(LARGE, 0)))
+    blobs.close(1)
+    while len(parts) > 1:
+        del parts[0]
+    os.fstat(fd)
+    parts.clear()
+    with pytest.raises(OSError):
+        os.fstat(fd)

@@ -422,6 +422,31 @@ def test_the_order_is_that_of_the_plan_in_windows_of_16() -> None:
     assert [in_order(plan, node, 1000)[0].number for node in (0, 1, 15, 16)] == [0, 1, 15, 0]
 
 
+def test_a_blob_that_is_closed_makes_room_for_another() -> None:
+    policy, _ = reader()
+    policy.prefetch(chunks(20), 0.0)
+    policy.demand(chunks(20)[0], 0.0)
+    actions = policy.prefetch([Chunk(SMALL, number) for number in range(9)], 0.0)
+    assert actions == [], "eight others are under way"
+    began = [each.want.chunk for each in policy.closed("blob", 0.1) if isinstance(each, AskDirectory)]
+    assert began == [Chunk(SMALL, number) for number in range(STREAMS)]
+    assert policy.overdue(0.1) == [] and policy.hops(CHUNK, 0.1) is None
+    assert policy.answered(CHUNK, OWNERS[0], First(), 0.1) == []
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_what_this_node_does_not_have_any_more_is_got_again(is_closed: bool) -> None:
+    policy, _ = reader()
+    policy.demand(CHUNK, 0.0)
+    policy.received(CHUNK, None, 0.0, 0.1)
+    assert policy.prefetch([CHUNK], 0.2) == []
+    if is_closed:
+        policy.closed(CHUNK.blob, 0.3)
+    else:
+        policy.failed(CHUNK, NODE, Loss.STORE, 0.3)
+    assert policy.prefetch([CHUNK], 0.4)
+
+
 def uploads(bytes_per_s: float = 1e9) -> Uploads:
     return Uploads(bytes_per_s, lambda chunk: MIB if chunk.blob == SMALL else 4 * MIB)
 
@@ -438,7 +463,21 @@ def test_what_is_not_coming_is_lacked() -> None:
     sends = uploads()
     assert sends.asked(Get(CHUNK, 1), Held.LACKS) is Reply.LACK
     sends.asked(Get(CHUNK, 2), Held.COMING)
-    assert sends.lost(CHUNK) == [2] and sends.lost(CHUNK) == []
+    assert sends.lost(lambda chunk: chunk == CHUNK) == [Get(CHUNK, 2)]
+    assert sends.lost(lambda chunk: chunk == CHUNK) == []
+
+
+def test_of_a_blob_that_is_closed_nothing_more_is_sent() -> None:
+    sends = uploads()
+    other = Chunk(SMALL, 0)
+    for number in range(2):
+        for held in (Held.COMING, Held.HERE):
+            sends.asked(Get(Chunk("blob", number * 2 + (held is Held.HERE)), number), held)
+    sends.asked(Get(other, 5), Held.HERE)
+    sent = sends.begin(0.0)
+    lost = sends.lost(lambda chunk: chunk.blob == "blob")
+    assert sent and sent not in lost and len(lost) == 3
+    assert sends.waiting() == [Get(other, 5)] and sends.slots.taken == 1
 
 
 def test_a_queue_of_more_than_50_ms_is_busy_but_for_demand_and_who_has_no_other() -> None:

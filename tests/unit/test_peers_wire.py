@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -64,20 +65,21 @@ def pair() -> Iterator[Pair]:
 
 
 @pytest.fixture
-def content(tmp_path: Path) -> Iterator[tuple[int, bytes]]:
+def content(tmp_path: Path) -> Iterator[tuple[BinaryIO, bytes]]:
     content = os.urandom(CHUNK_BYTES)
     (tmp_path / "file").write_bytes(b"before" + content)
-    fd = os.open(tmp_path / "file", os.O_RDONLY)
-    yield fd, content
-    os.close(fd)
+    with (tmp_path / "file").open("rb") as file:
+        yield file, content
 
 
-def send_chunk(connection: Connection, chunk: Chunk, fd: int) -> None:
+def send_chunk(connection: Connection, chunk: Chunk, file: BinaryIO) -> None:
     for offset in range(0, CHUNK_BYTES, MOST_DATA_BYTES):
-        connection.send_bytes(chunk, offset, fd, len(b"before") + offset, MOST_DATA_BYTES)
+        connection.send_bytes(chunk, offset, file, len(b"before") + offset, MOST_DATA_BYTES)
 
 
-def test_a_chunk_arrives_and_messages_pass_between_its_frames(pair: Pair, content: tuple[int, bytes]) -> None:
+def test_a_chunk_arrives_and_messages_pass_between_its_frames(
+    pair: Pair, content: tuple[BinaryIO, bytes]
+) -> None:
     send_chunk(pair.far, CHUNK, content[0])
     pair.far.write()
     pair.far.send(Pending(OTHER, 3))
@@ -90,14 +92,14 @@ def test_a_chunk_arrives_and_messages_pass_between_its_frames(pair: Pair, conten
     assert Pending(OTHER, 3) in heard[:-4], "it does not wait for the whole chunk"
 
 
-def test_bytes_that_nobody_asked_for_go_nowhere(pair: Pair, content: tuple[int, bytes]) -> None:
+def test_bytes_that_nobody_asked_for_go_nowhere(pair: Pair, content: tuple[BinaryIO, bytes]) -> None:
     send_chunk(pair.far, OTHER, content[0])
     pair.far.send(Join(0))
     assert pair.heard() == [Join(0)] and not any(pair.memory)
 
 
 def test_endless_bytes_that_nobody_asked_for_end_the_connection(
-    pair: Pair, content: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch
+    pair: Pair, content: tuple[BinaryIO, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bootseer_slurm.peers.wire._MOST_WASTED_BYTES", CHUNK_BYTES)
     for chunk in (OTHER, CHUNK, OTHER):
@@ -156,7 +158,7 @@ def test_who_takes_no_messages_is_given_up(pair: Pair) -> None:
             pair.near.write()
 
 
-def test_a_file_that_ends_early_ends_the_connection(pair: Pair, content: tuple[int, bytes]) -> None:
+def test_a_file_that_ends_early_ends_the_connection(pair: Pair, content: tuple[BinaryIO, bytes]) -> None:
     pair.far.send_bytes(CHUNK, 0, content[0], CHUNK_BYTES + 6 - 10, 20)
     with pytest.raises(OSError, match="ends before"):
         pair.heard()
@@ -179,7 +181,7 @@ def test_a_blob_has_64_digits() -> None:
 
 
 @pytest.mark.parametrize("more", [-1, 1])
-def test_a_place_of_another_size_is_no_place(pair: Pair, content: tuple[int, bytes], more: int) -> None:
+def test_a_place_of_another_size_is_no_place(pair: Pair, content: tuple[BinaryIO, bytes], more: int) -> None:
     memory = bytearray(MOST_DATA_BYTES + 1)
     near = Connection(pair.near_socket, 1, lambda _chunk, _offset, size: memoryview(memory)[: size + more])
     send_chunk(pair.far, CHUNK, content[0])

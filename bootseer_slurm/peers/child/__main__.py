@@ -140,7 +140,7 @@ class Peer:
         elif isinstance(message, Want):
             self._wants.append(message)
         elif isinstance(message, CloseBlob):
-            pass
+            self._close(message.blob, now_s)
         elif chunk := self._ways.blobs.chunk(message.blob, message.chunk):
             match message:
                 case Have():
@@ -150,7 +150,14 @@ class Peer:
                     self._reading.wrong(chunk, now_s)
                 case Lost():
                     self._reading.lost(chunk, now_s)
-                    self._serving.lost(chunk)
+                    self._serving.lost(lambda each: each == chunk)
+
+    def _close(self, number: int, now_s: float) -> None:
+        """The owner uses a blob no more: so does nobody here, and it may be opened anew by another number."""
+        name = self._ways.blobs.close(number)
+        if name is not None:
+            self._reading.closed(name, now_s)
+            self._serving.lost(lambda each: each.blob == name)
 
     def _node(self, event: Event, now_s: float) -> None:
         """What another node says or does."""
@@ -176,10 +183,8 @@ class Peer:
                 self._serving.asked(message, now_s)
             case Answered():
                 self._reading.answered(node, message, now_s)
-            case Pending(chunk, hops):
-                self._reading.pending(node, chunk, hops, now_s)
-            case Refused():
-                self._reading.refused(node, message, now_s)
+            case Pending() | Refused():
+                self._reading.parent_said(node, message, now_s)
             case Join(level):
                 self._ways.lists.joined(node, level)
             case Given():

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from bootseer_slurm.peers.child.links import Part
 from bootseer_slurm.peers.groups import Chunk
 from bootseer_slurm.peers.local import OpenBlob
 from bootseer_slurm.peers.uploads import Held
 from bootseer_slurm.peers.wire import MOST_DATA_BYTES
 
 
+class DataFile:
+    """A blob's data file. Each frame that is to be sent of it holds it too; the last one that does closes it.
+
+    So no frame reads from a descriptor that was closed, or that is another file's by now.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self._fd
+
+
 @dataclass(slots=True)
 class Blob:
-    """One blob. order: the owner's. fd: of its data file. wanted: chunks that are not here."""
+    """One blob. order: the owner's. wanted: chunks that are not here."""
 
     order: OpenBlob
-    fd: int
+    file: DataFile
     here: set[int]
     wanted: set[int] = field(default_factory=set)
 
@@ -36,8 +55,16 @@ class Blobs:
         bits = int.from_bytes(order.here, "little")
         count = min(bits.bit_length(), -(-order.size_bytes // order.chunk_bytes))
         here = {number for number in range(count) if bits >> number & 1}
-        blob = Blob(order, fd, here)
+        blob = Blob(order, DataFile(fd), here)
         self._by_number[order.blob] = self._by_name[order.name] = blob
+
+    def close(self, number: int) -> str | None:
+        """What the owner calls so is open no more. Gives its name where no other number has that."""
+        blob = self._by_number.pop(number, None)
+        if blob is None or self._by_name[blob.order.name] is not blob:
+            return None
+        del self._by_name[blob.order.name]
+        return blob.order.name
 
     def chunk(self, blob: int, number: int) -> Chunk | None:
         """The chunk that the owner calls so. None: its blob is not open, or has no such chunk."""
@@ -70,10 +97,10 @@ class Blobs:
         order = self.of(chunk).order
         return min(order.chunk_bytes, order.size_bytes - chunk.number * order.chunk_bytes)
 
-    def parts(self, chunk: Chunk) -> Iterator[tuple[Chunk, int, int, int, int]]:
+    def parts(self, chunk: Chunk) -> Iterator[Part]:
         """A chunk that is here, in parts that a frame takes (links.Part)."""
         blob, size_bytes = self.of(chunk), self.size_of(chunk)
         begin = chunk.number * blob.order.chunk_bytes
         for offset in range(0, size_bytes, MOST_DATA_BYTES):
             part_bytes = min(MOST_DATA_BYTES, size_bytes - offset)
-            yield chunk, offset, blob.fd, begin + offset, part_bytes
+            yield chunk, offset, blob.file, begin + offset, part_bytes

@@ -25,6 +25,7 @@ from bootseer_slurm.peers.messages import (
     CHUNK_BYTES,
     MOST_BODY_BYTES,
     BadMessage,
+    Join,
     Kind,
     Message,
     decode,
@@ -114,6 +115,7 @@ class Connection:
         self._head: tuple[int, int] | None = None
         self._receiving: _Receiving | None = None
         self._wasted_bytes = 0  # since there was a use for some
+        self._joined: set[int] = set()  # levels of the JOINs that came
 
     def fileno(self) -> int:
         return self._link.fileno()
@@ -215,7 +217,13 @@ class Connection:
             self._head = None
         else:
             self._head = None
-            heard.append(decode(kind, taken, self._node))
+            message = decode(kind, taken, self._node)
+            if isinstance(message, Join):
+                # Each has all lists looked through, so it is sent once in the life of a node.
+                if message.level in self._joined:
+                    raise BadMessage(f"another JOIN of level {message.level}")
+                self._joined.add(message.level)
+            heard.append(message)
         return count
 
     def _begin(self, taken: bytes, length: int) -> _Receiving:

@@ -11,6 +11,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -334,15 +335,22 @@ def test_many_connections_of_strangers_stop_no_peer(make_job: Callable[[int], Jo
     job.store_s = 0.03
     owners = job.start_all()
     before = files(owners[0])
+    most_files = 0
     with contextlib.ExitStack() as stack:
-        for owner in owners:
-            owner.want(range(CHUNKS))
-        for _ in range(2000):
+        strangers: deque[socket.socket] = deque()
+        for number in range(10_000):
             link = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             stack.callback(link.close)
+            strangers.append(link)
             with contextlib.suppress(BlockingIOError):
                 link.connect((job.site.addresses[0], PORTS[0]))
-        most_files = files(owners[0])
+            if len(strangers) > 2000:
+                strangers.popleft().close()
+            if number % 1000 == 500:
+                most_files = max(most_files, files(owners[0]))
+            if number == 1000:
+                for owner in owners:
+                    owner.want(range(CHUNKS))
         job.check(*owners)
         until(lambda: files(owners[0]) <= before + 4)
     assert most_files < before + 100

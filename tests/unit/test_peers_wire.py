@@ -23,6 +23,7 @@ from bootseer_slurm.peers.messages import (
     Join,
     Message,
     Pending,
+    Probe,
     encode,
     split,
 )
@@ -132,6 +133,7 @@ def test_part_of_a_frame_is_a_sign_of_life_once_it_is_large_enough(pair: Pair) -
             struct.pack("!B3xI", 0, 45) + bytes(40) + struct.pack("!I", 2), id="more than the frame"
         ),
         pytest.param(struct.pack("!B3xI", 77, 0), id="an unknown kind"),
+        pytest.param(2 * (struct.pack("!B3xI", 6, 1) + b"\1"), id="two JOINs of one level"),
         pytest.param(struct.pack("!B3xI", 6, 2) + b"\0\0", id="a message with something behind it"),
         pytest.param(struct.pack("!B3xI", 3, 1) + b"\0", id="a message that is cut"),
         pytest.param(struct.pack("!B3xI", 7, 7) + b"\0\0\2\0\0\0\1", id="a list that ends early"),
@@ -141,6 +143,12 @@ def test_what_no_peer_sends_ends_the_connection(pair: Pair, sent: bytes) -> None
     pair.far_socket.sendall(sent)
     with pytest.raises(BadMessage):
         pair.near.read()
+
+
+def test_a_node_joins_each_level_once(pair: Pair) -> None:
+    for level in (0, 1):
+        pair.far.send(Join(level))
+    assert pair.heard() == [Join(0), Join(1)]
 
 
 def test_the_end_is_told(pair: Pair) -> None:
@@ -218,7 +226,7 @@ def test_who_asks_is_the_node_of_the_connection(pair: Pair) -> None:
 
 def test_few_messages_are_taken_at_a_time(pair: Pair) -> None:
     for _ in range(1500):
-        pair.far.send(Join(0))
+        pair.far.send(Probe())
     while pair.far.wants_to_write:
         pair.far.write()
     assert [len(pair.near.read()) for _ in range(2)] == [1024, 476]

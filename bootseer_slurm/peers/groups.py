@@ -18,7 +18,7 @@ GROUP_NODES = 128
 
 
 class Chunk(NamedTuple):
-    """4 MiB of a blob: the unit that nodes ask one another for. number: of the chunk within the blob."""
+    """A part of a blob, of 4 MiB at most: what nodes ask one another for. number: its place in the blob."""
 
     blob: str
     number: int

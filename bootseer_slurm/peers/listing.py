@@ -7,7 +7,7 @@ thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from bootseer_slurm.peers.directory import Answer, Moved, Want
@@ -40,6 +40,11 @@ class Listing:
     def add(self, chunk: Chunk, level: int) -> None:
         """The node has it. level: of the last directory that was asked for it."""
         self._levels[chunk] = level
+
+    def forget(self, is_gone: Callable[[Chunk], bool]) -> None:
+        """The node has no chunks any more that are so."""
+        self._levels = {chunk: level for chunk, level in self._levels.items() if not is_gone(chunk)}
+        self._asked = {chunk: asked for chunk, asked in self._asked.items() if not is_gone(chunk)}
 
     def again(self, missing: Iterable[int], coming: Mapping[Chunk, int], now_s: float) -> list[AskDirectory]:
         """What is to be sent because these nodes are missing now.

@@ -19,6 +19,7 @@ _RUNS = 32
 _LEAST_RUNS = 8
 _SLOW = 2  # times the median
 _STRIKES = 2
+_TURN_S = 0.01  # less is a turn of a process, and no link is judged by that
 _CUT_OFF_NODES = 2
 _LEFT_NODES, _LEFT_S = 4, 1.0
 
@@ -33,9 +34,9 @@ class Pace:
     def is_slow(self, node: int, dur_s: float) -> bool:
         """Count one chunk from this node; whether it took twice the median of 32, the second time in a row.
 
-        dur_s: from its first byte to its last.
+        dur_s: from its first byte to its last, as if it had 4 MiB.
         """
-        slow = len(self._runs) >= _LEAST_RUNS and dur_s > _SLOW * median(self._runs)
+        slow = len(self._runs) >= _LEAST_RUNS and dur_s > max(_TURN_S, _SLOW * median(self._runs))
         self._runs.append(dur_s)
         self._strikes[node] = self._strikes[node] + 1 if slow else 0
         return self._strikes[node] >= _STRIKES

@@ -54,6 +54,30 @@ def in_order(chunks: Sequence[Chunk], node: int, nodes: int) -> list[Chunk]:
     return order
 
 
+class _Fuse:
+    """How many chunks came, and how many of them from the store because peers failed."""
+
+    def __init__(self, here: Viewpoint) -> None:
+        self._here = here
+        self.paused_until_s = 0.0
+        self._received = self._fallbacks = 0
+
+    def received(self) -> None:
+        self._received += 1
+
+    def passes(self, step: Step | None, now_s: float) -> list[Action]:
+        """A step as a list; it is counted."""
+        if step is None:
+            return []
+        if isinstance(step, ReadStore) and step.cause not in _NO_FAULT:
+            self._fallbacks += 1
+            if self._received >= _FUSE_CHUNKS and self._fallbacks > _FUSE_PART * self._received:
+                self._received = self._fallbacks = 0
+                if self._here.liveness.any_heard:
+                    self.paused_until_s = now_s + _FUSE_S
+        return [step]
+
+
 class Policy:
     """The chunks that one node gets."""
 
@@ -63,8 +87,7 @@ class Policy:
         self._fetches: dict[Chunk, Fetch] = {}
         self._listing = Listing(here)
         self._prefetching = 0
-        self._paused_until_s = 0.0
-        self._received = self._fallbacks = 0
+        self._fuse = _Fuse(here)
 
     def prefetch(self, chunks: Iterable[Chunk], now_s: float) -> list[Action]:
         """Get these too, in this order (`in_order`)."""
@@ -79,19 +102,19 @@ class Policy:
         if fetch.demand:
             return []
         self._prefetching -= 1
-        return self._done(fetch.hurry(now_s), now_s) + self._fill(now_s)
+        return self._fuse.passes(fetch.hurry(now_s), now_s) + self._fill(now_s)
 
     def answered(self, chunk: Chunk, owner: int, answer: Answer, now_s: float) -> list[Action]:
         """What a directory answered. owner: the node that was asked."""
         if self._listing.is_asked(chunk, owner, now_s):
             return [*self._listing.answered(chunk, owner, answer, now_s)]
         fetch = self._fetches.get(chunk)
-        return self._done(fetch.answered(owner, answer, now_s), now_s) if fetch else []
+        return self._fuse.passes(fetch.answered(owner, answer, now_s), now_s) if fetch else []
 
     def pending(self, chunk: Chunk, parent: int, hops: int, now_s: float) -> list[Action]:
         """A parent's sign of life: bytes of the chunk (hops 0), or PENDING with its hops."""
         fetch = self._fetches.get(chunk)
-        return self._done(fetch.pending(parent, hops, now_s), now_s) if fetch else []
+        return self._fuse.passes(fetch.pending(parent, hops, now_s), now_s) if fetch else []
 
     def hops(self, chunk: Chunk, now_s: float) -> int | None:
         """The hops of the PENDING that this node sends for a chunk; None: it sends none now."""
@@ -99,7 +122,7 @@ class Policy:
         return fetch.hops(now_s) if fetch else None
 
     def received(self, chunk: Chunk, parent: int | None, dur_s: float, now_s: float) -> list[Action]:
-        """A chunk is here and its digests are right. parent: None is the store. dur_s: first byte to last."""
+        """A chunk is here and its digests are right. parent: None is the store. dur_s: as of Pace."""
         fetch = self._fetches.pop(chunk, None)
         if fetch is None:
             return []
@@ -107,18 +130,19 @@ class Policy:
             self._here.was_read(now_s - fetch.store_since_s)
         self._listing.add(chunk, fetch.level)
         self._prefetching -= not fetch.demand
-        self._received += 1
+        self._fuse.received()
         slow = parent is not None and self._here.liveness.pace.is_slow(parent, dur_s)
         return [*([CallSlow(parent)] if slow and parent is not None else []), *self._fill(now_s)]
 
     def failed(self, chunk: Chunk, peer: int, loss: Loss, now_s: float) -> list[Action]:
         """A peer that was asked for this chunk, directory or parent, did something else.
 
-        loss STORE: no read of the chunk works here, so it is not fetched any more; peer does not count.
+        loss STORE: the chunk cannot be had here, so it is not fetched any more; peer does not count.
         """
         if loss is Loss.STORE:
             given_up = self._fetches.pop(chunk, None)
             self._prefetching -= given_up is not None and not given_up.demand
+            self._listing.forget(lambda each: each == chunk)
             return self._fill(now_s)
         if loss is Loss.REFUSED:
             self._here.liveness.refused(peer, now_s)
@@ -128,13 +152,21 @@ class Policy:
             self._here.liveness.ban(peer)
         self._listing.failed(chunk, peer)
         fetch = self._fetches.get(chunk)
-        return self._done(fetch.failed(peer, loss, now_s), now_s) if fetch else []
+        return self._fuse.passes(fetch.failed(peer, loss, now_s), now_s) if fetch else []
+
+    def closed(self, blob: str, now_s: float) -> list[Action]:
+        """Nothing of a blob is wanted any more, and this node has nothing of it."""
+        self._queue = deque(chunk for chunk in self._queue if chunk.blob != blob)
+        for chunk in [chunk for chunk in self._fetches if chunk.blob == blob]:
+            self._prefetching -= not self._fetches.pop(chunk).demand
+        self._listing.forget(lambda chunk: chunk.blob == blob)
+        return self._fill(now_s)
 
     def overdue(self, now_s: float, reached: Set[int] = frozenset()) -> list[Action]:
         """What is to be done because time has passed. reached: as of Fetch.overdue."""
         actions: list[Action] = []
         for fetch in list(self._fetches.values()):
-            actions += self._done(fetch.overdue(now_s, reached), now_s)
+            actions += self._fuse.passes(fetch.overdue(now_s, reached), now_s)
         if missing := self._here.liveness.newly_missing():
             fetches = self._fetches.items()
             coming = {chunk: fetch.level for chunk, fetch in fetches if fetch.store_since_s is not None}
@@ -143,7 +175,7 @@ class Policy:
 
     def _fill(self, now_s: float) -> list[Action]:
         actions: list[Action] = []
-        while self._queue and self._prefetching < STREAMS and now_s >= self._paused_until_s:
+        while self._queue and self._prefetching < STREAMS and now_s >= self._fuse.paused_until_s:
             chunk = self._queue.popleft()
             if chunk not in self._fetches and chunk not in self._listing:
                 actions += self._begin(chunk, now_s, demand=False)
@@ -152,16 +184,4 @@ class Policy:
     def _begin(self, chunk: Chunk, now_s: float, *, demand: bool) -> list[Action]:
         fetch = self._fetches[chunk] = Fetch(chunk, self._here, now_s, demand=demand)
         self._prefetching += not demand
-        return self._done(fetch.look(now_s), now_s)
-
-    def _done(self, step: Step | None, now_s: float) -> list[Action]:
-        """A step as a list, and the fuse."""
-        if step is None:
-            return []
-        if isinstance(step, ReadStore) and step.cause not in _NO_FAULT:
-            self._fallbacks += 1
-            if self._received >= _FUSE_CHUNKS and self._fallbacks > _FUSE_PART * self._received:
-                self._received = self._fallbacks = 0
-                if self._here.liveness.any_heard:
-                    self._paused_until_s = now_s + _FUSE_S
-        return [step]
+        return self._fuse.passes(fetch.look(now_s), now_s)

@@ -19,20 +19,24 @@ _WINDOW_S = 0.05  # of one figure: ends of chunks come in bursts
 class Slots:
     """The slots of one node, by reader."""
 
-    def __init__(self, bytes_per_s: float, chunk_bytes: int) -> None:
+    def __init__(self, bytes_per_s: float) -> None:
         """bytes_per_s: a first guess."""
         self.bytes_per_s = bytes_per_s
-        self._chunk_bytes = chunk_bytes
-        self._chunks: dict[int, list[Chunk]] = {}
+        self._chunks: dict[int, dict[Chunk, int]] = {}  # and their bytes, the oldest first
         self._moved_s: dict[int, float] = {}
         self._since_s = 0.0
         self._busy_s = 0.0
-        self._ended = 0
+        self._ended_bytes = 0
 
     @property
     def taken(self) -> int:
         """How many are taken."""
         return sum(map(len, self._chunks.values()))
+
+    @property
+    def taken_bytes(self) -> int:
+        """The bytes of the chunks that have them."""
+        return sum(sum(chunks.values()) for chunks in self._chunks.values())
 
     def has_room(self, reader: int) -> bool:
         """Whether one more chunk may go to this node."""
@@ -42,13 +46,13 @@ class Slots:
         """Whether this chunk is on its way to this node."""
         return chunk in self._chunks.get(reader, ())
 
-    def begin(self, chunk: Chunk, reader: int, now_s: float) -> None:
-        """A chunk takes a slot."""
+    def begin(self, chunk: Chunk, reader: int, size_bytes: int, now_s: float) -> None:
+        """A chunk of so many bytes takes a slot."""
         if not self._chunks:
             self._since_s = now_s
         if reader not in self._chunks:
             self._moved_s[reader] = now_s
-        self._chunks.setdefault(reader, []).append(chunk)
+        self._chunks.setdefault(reader, {})[chunk] = size_bytes
 
     def moved(self, reader: int, now_s: float) -> None:
         """Some bytes have left for this node."""
@@ -57,17 +61,17 @@ class Slots:
 
     def ended(self, reader: int, now_s: float) -> None:
         """The oldest chunk of a node was sent."""
-        del self._chunks[reader][0]
+        chunks = self._chunks[reader]
+        self._ended_bytes += chunks.pop(next(iter(chunks)))
         self._moved_s[reader] = now_s
-        if not self._chunks[reader]:
+        if not chunks:
             self.left(reader)
         self._busy_s += now_s - self._since_s
         self._since_s = now_s
-        self._ended += 1
         if self._busy_s >= _WINDOW_S:
-            seen = self._ended * self._chunk_bytes / self._busy_s
+            seen = self._ended_bytes / self._busy_s
             self.bytes_per_s += _NEW * (seen - self.bytes_per_s)
-            self._busy_s, self._ended = 0.0, 0
+            self._busy_s, self._ended_bytes = 0.0, 0
 
     def left(self, reader: int) -> None:
         """A node's connection ended: what was on its way is not sent."""

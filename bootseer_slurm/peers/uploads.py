@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import itertools
 import math
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bootseer_slurm.peers.groups import Chunk
@@ -52,16 +52,43 @@ class Get:
     only: bool = False
 
 
-class Uploads:
-    """The chunks that one node sends."""
+class _Ready:
+    """The questions for chunks that are here, in their order: first those that somebody waits for."""
 
-    def __init__(self, bytes_per_s: float, chunk_bytes: int) -> None:
-        """bytes_per_s: what this node may send; the rate that is seen replaces it."""
-        self.slots = Slots(bytes_per_s, chunk_bytes)
-        self._chunk_bytes = chunk_bytes
+    def __init__(self) -> None:
+        self.size_bytes = 0  # of all their chunks
+        self._demand: dict[Get, int] = {}  # and the bytes of its chunk
+        self._prefetch: dict[Get, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._demand) + len(self._prefetch)
+
+    def gets(self) -> list[Get]:
+        return [*self._demand, *self._prefetch]
+
+    def add(self, get: Get, size_bytes: int) -> None:
+        (self._demand if get.demand else self._prefetch)[get] = size_bytes
+        self.size_bytes += size_bytes
+
+    def take(self, get: Get) -> int:
+        """It is no longer here; gives the bytes of its chunk."""
+        size_bytes = (self._demand if get.demand else self._prefetch).pop(get)
+        self.size_bytes -= size_bytes
+        return size_bytes
+
+
+class Uploads:
+    """The chunks that one node sends. They may be of several sizes."""
+
+    def __init__(self, bytes_per_s: float, size_of: Callable[[Chunk], int]) -> None:
+        """bytes_per_s: what this node may send; the rate that is seen replaces it.
+
+        size_of: gives the bytes of a chunk that is here.
+        """
+        self.slots = Slots(bytes_per_s)
+        self._size_of = size_of
         self._waiting: dict[Chunk, list[Get]] = {}
-        self._demand: deque[Get] = deque()
-        self._prefetch: deque[Get] = deque()
+        self._ready = _Ready()
         self._slow_to: set[int] = set()
         self._leaf_until_s = 0.0
 
@@ -73,9 +100,7 @@ class Uploads:
         """
         if self.slots.is_sending(get.chunk, get.reader):
             return Reply.QUEUED
-        for gets in (self._waiting.get(get.chunk, []), self._demand, self._prefetch):
-            for earlier in [each for each in gets if (each.chunk, each.reader) == (get.chunk, get.reader)]:
-                gets.remove(earlier)
+        self._drop(lambda each: (each.chunk, each.reader) == (get.chunk, get.reader))
         if held is Held.LACKS:
             return Reply.LACK
         many = sum(each.reader == get.reader for each in self.waiting()) >= _MOST_GETS
@@ -84,7 +109,7 @@ class Uploads:
         if held is Held.COMING:
             self._waiting.setdefault(get.chunk, []).append(get)
         else:
-            self._ready(get)
+            self._ready.add(get, self._size_of(get.chunk))
         return Reply.QUEUED
 
     def arrived(self, chunk: Chunk) -> list[int]:
@@ -94,36 +119,31 @@ class Uploads:
             if self._queue_s() > _patience_s(get):
                 busy.append(get.reader)
             else:
-                self._ready(get)
+                self._ready.add(get, self._size_of(chunk))
         return busy
 
-    def lost(self, chunk: Chunk) -> list[int]:
-        """A chunk will not come. Gives the nodes that waited for it, which hear LACK."""
-        return [get.reader for get in self._waiting.pop(chunk, ())]
+    def lost(self, is_lost: Callable[[Chunk], bool]) -> list[Get]:
+        """Chunks that are so will not come. Gives those that get nothing of them, which hear LACK."""
+        lost = [get for get in self.waiting() if is_lost(get.chunk)]
+        self._drop(lambda get: is_lost(get.chunk))
+        return lost
 
     def left(self, reader: int) -> None:
         """A node's connection ended: it waits for nothing, and its slots are free."""
         self.slots.left(reader)
-        for waiting in self._waiting.values():
-            waiting[:] = [get for get in waiting if get.reader != reader]
-        for queue in (self._demand, self._prefetch):
-            kept = [get for get in queue if get.reader != reader]
-            queue.clear()
-            queue.extend(kept)
+        self._drop(lambda get: get.reader == reader)
 
     def waiting(self) -> list[Get]:
         """Those that get nothing yet: they hear PENDING every 100 ms."""
         coming = itertools.chain.from_iterable(self._waiting.values())
-        return [*self._demand, *self._prefetch, *coming]
+        return [*self._ready.gets(), *coming]
 
     def begin(self, now_s: float) -> Get | None:
         """The next chunk to send, where a slot is free."""
-        for queue in (self._demand, self._prefetch):
-            for get in queue:
-                if self.slots.has_room(get.reader):
-                    queue.remove(get)
-                    self.slots.begin(get.chunk, get.reader, now_s)
-                    return get
+        for get in self._ready.gets():
+            if self.slots.has_room(get.reader):
+                self.slots.begin(get.chunk, get.reader, self._ready.take(get), now_s)
+                return get
         return None
 
     def called_slow(self, reader: int, now_s: float) -> None:
@@ -139,11 +159,20 @@ class Uploads:
 
     def _queue_s(self) -> float:
         """How long it takes to send what is ready. One chunk is none, however slow this node is."""
-        chunks = len(self._demand) + len(self._prefetch) + self.slots.taken
-        return chunks * self._chunk_bytes / self.slots.bytes_per_s if chunks > 1 else 0.0
+        if len(self._ready) + self.slots.taken <= 1:
+            return 0.0
+        return (self._ready.size_bytes + self.slots.taken_bytes) / self.slots.bytes_per_s
 
-    def _ready(self, get: Get) -> None:
-        (self._demand if get.demand else self._prefetch).append(get)
+    def _drop(self, is_dropped: Callable[[Get], bool]) -> None:
+        """Those that get nothing yet and are so get nothing."""
+        for chunk, gets in list(self._waiting.items()):
+            kept = [get for get in gets if not is_dropped(get)]
+            if kept:
+                self._waiting[chunk] = kept
+            else:
+                del self._waiting[chunk]
+        for get in filter(is_dropped, self._ready.gets()):
+            self._ready.take(get)
 
 
 def _patience_s(get: Get) -> float:

@@ -18,12 +18,14 @@ import termios
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from bootseer_slurm.peers.groups import Chunk
 from bootseer_slurm.peers.messages import (
     CHUNK_BYTES,
     MOST_BODY_BYTES,
     BadMessage,
+    Join,
     Kind,
     Message,
     decode,
@@ -58,12 +60,19 @@ class Received:
 Place = Callable[[Chunk, int, int], memoryview | None]
 
 
+class OpenFile(Protocol):
+    """A file that stays open as long as somebody holds this."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+
+
 @dataclass(slots=True)
 class _Sending:
     """A frame of bytes from a file. head: what is still to be sent before them."""
 
     head: bytes
-    fd: int
+    file: OpenFile
     offset: int
     left_bytes: int
 
@@ -106,6 +115,7 @@ class Connection:
         self._head: tuple[int, int] | None = None
         self._receiving: _Receiving | None = None
         self._wasted_bytes = 0  # since there was a use for some
+        self._joined: set[int] = set()  # levels of the JOINs that came
 
     def fileno(self) -> int:
         return self._link.fileno()
@@ -121,13 +131,12 @@ class Connection:
             raise BadMessage("the peer takes no messages")
         self._messages += _HEAD.pack(kind, len(body)) + body
 
-    def send_bytes(self, chunk: Chunk, offset: int, fd: int, fd_offset: int, size_bytes: int) -> None:
-        """Send bytes of a chunk from a file, which must not be closed before they are sent.
-
-        size_bytes: MOST_DATA_BYTES at most.
-        """
+    def send_bytes(
+        self, chunk: Chunk, offset: int, file: OpenFile, file_offset: int, size_bytes: int
+    ) -> None:
+        """Send bytes of a chunk from a file. size_bytes: MOST_DATA_BYTES at most."""
         head = _HEAD.pack(Kind.DATA, _DATA_BYTES + size_bytes) + pack_chunk(chunk)
-        self._data.append(_Sending(head + _DATA.pack(offset, size_bytes), fd, fd_offset, size_bytes))
+        self._data.append(_Sending(head + _DATA.pack(offset, size_bytes), file, file_offset, size_bytes))
 
     def ignore(self, chunk: Chunk) -> None:
         """What is left of a frame of this chunk, where one comes just now, goes nowhere."""
@@ -157,7 +166,7 @@ class Connection:
             sent = self._link.send(frame.head, socket.MSG_MORE)
             frame.head = frame.head[sent:]
             return False
-        sent = os.sendfile(self._link.fileno(), frame.fd, frame.offset, frame.left_bytes)
+        sent = os.sendfile(self._link.fileno(), frame.file.fileno(), frame.offset, frame.left_bytes)
         if not sent:
             raise OSError("the file ends before the bytes that were to be sent")
         frame.offset += sent
@@ -208,7 +217,13 @@ class Connection:
             self._head = None
         else:
             self._head = None
-            heard.append(decode(kind, taken, self._node))
+            message = decode(kind, taken, self._node)
+            if isinstance(message, Join):
+                # Each has all lists looked through, so it is sent once in the life of a node.
+                if message.level in self._joined:
+                    raise BadMessage(f"another JOIN of level {message.level}")
+                self._joined.add(message.level)
+            heard.append(message)
         return count
 
     def _begin(self, taken: bytes, length: int) -> _Receiving:

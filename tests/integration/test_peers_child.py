@@ -11,12 +11,14 @@ import socket
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
+from bootseer_slurm.peers import local
 from bootseer_slurm.peers.directory import Handover, Parent
 from bootseer_slurm.peers.groups import Chunk
 from bootseer_slurm.peers.key import HELLO_BYTES, KEY_BYTES, PROOF_BYTES, Connects, Listens
@@ -36,10 +38,10 @@ TIME_S = 30.0
 class Job:
     """A job on addresses of its own, its file, and a store whose link is shared: 5 ms a chunk."""
 
-    def __init__(self, folder: Path, nodes: int) -> None:
+    def __init__(self, folder: Path, nodes: int, chunk_bytes: int = CHUNK_BYTES) -> None:
         self.folder = folder
         self.content = random.Random(1).randbytes(SIZE_BYTES)
-        self.file = File(NAME, SIZE_BYTES, digests_of(self.content))
+        self.file = File(NAME, SIZE_BYTES, digests_of(self.content), chunk_bytes)
         net = f"127.{random.randint(1, 250)}.{random.randint(1, 250)}"
         self.site = Site([f"{net}.{number + 1}" for number in range(nodes)], KEY, PORTS)
         self.owners: dict[int, Owner] = {}
@@ -49,7 +51,7 @@ class Job:
     def read(self, chunk: int, view: memoryview) -> None:
         with self._link:
             time.sleep(self.store_s)
-        view[:] = self.content[chunk * CHUNK_BYTES :][: len(view)]
+        view[:] = self.content[chunk * self.file.chunk_bytes :][: len(view)]
 
     def start(self, node: int, site: Site | None = None) -> Owner:
         path = self.folder / str(node)
@@ -69,7 +71,7 @@ class Job:
     def check(self, *owners: Owner, timeout_s: float = TIME_S) -> None:
         """All of it is on these nodes, and right."""
         for owner in owners:
-            assert owner.wait(range(CHUNKS), timeout_s), f"{sorted(owner.here)}"
+            assert owner.wait(range(self.file.chunks), timeout_s), f"{sorted(owner.here)}"
         for node, owner in self.owners.items():
             if owner in owners:
                 assert (self.folder / str(node)).read_bytes() == self.content
@@ -83,11 +85,11 @@ def until(is_so: Callable[[], object], timeout_s: float = 10.0) -> None:
 
 
 @pytest.fixture
-def make_job(tmp_path: Path) -> Iterator[Callable[[int], Job]]:
+def make_job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     jobs: list[Job] = []
 
-    def make(nodes: int) -> Job:
-        jobs.append(Job(tmp_path, nodes))
+    def make(nodes: int, chunk_bytes: int = CHUNK_BYTES) -> Job:
+        jobs.append(Job(tmp_path, nodes, chunk_bytes))
         return jobs[-1]
 
     yield make
@@ -103,6 +105,17 @@ def test_nodes_read_one_copy_together(make_job: Callable[[int], Job], nodes: int
         owner.want(range(CHUNKS))
     job.check(*owners)
     assert job.reads == CHUNKS
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**18, 2**20])
+def test_chunks_of_a_blob_may_be_smaller(make_job: Callable[..., Job], chunk_bytes: int) -> None:
+    job = make_job(3, chunk_bytes)
+    job.store_s = 0.002
+    owners = job.start_all()
+    for owner in owners:
+        owner.want(range(job.file.chunks))
+    job.check(*owners)
+    assert job.reads <= job.file.chunks + 2
 
 
 def test_nodes_that_start_one_after_the_other_read_one_copy(make_job: Callable[[int], Job]) -> None:
@@ -242,6 +255,58 @@ def test_the_process_ends_with_its_owner(make_job: Callable[[int], Job]) -> None
     assert owner.process.wait(5) == 0
 
 
+def test_what_the_owner_says_of_blobs_that_are_not_open_is_ignored(make_job: Callable[..., Job]) -> None:
+    job = make_job(2)
+    owners = job.start_all()
+    for owner in owners:
+        for number, chunk in ((7, 0), (0, CHUNKS)):
+            owner.say(local.Want(number, (chunk,)))
+            owner.say(local.Want(number, (chunk,), demand=True))
+            for kind in (local.Have, local.Wrong, local.Lost):
+                owner.say(kind(number, chunk))
+        owner.say(local.CloseBlob(7))
+        owner.want(range(CHUNKS))
+    job.check(*owners)
+
+
+def data_files(owner: Owner, path: Path) -> int:
+    """How often the process has this file open."""
+    folder = Path(f"/proc/{owner.process.pid}/fd")
+    return sum(os.readlink(each) == str(path) for each in folder.iterdir())
+
+
+def test_a_blob_is_closed_while_it_comes_and_opened_again(make_job: Callable[..., Job]) -> None:
+    job = make_job(3)
+    job.store_s = 0.03
+    owners = job.start_all()
+    for _ in range(3):
+        for owner in owners:
+            owner.want(range(CHUNKS))
+            owner.want([CHUNKS - 1, CHUNKS - 2], demand=True)
+        until(lambda: len(owners[0].here) >= 3)
+        owners[0].reopen()
+    owners[0].want(range(CHUNKS))
+    job.check(*owners)
+    until(lambda: data_files(owners[0], job.folder / "0") == 1)
+
+
+def test_who_waits_for_a_chunk_of_a_blob_that_is_closed_gets_it_elsewhere(
+    make_job: Callable[..., Job],
+) -> None:
+    job = make_job(2)
+    owners = job.start_all()
+    job.store_s = 0.5
+    owners[0].want([0])
+    until(lambda: owners[0].store_reads)
+    start_s = time.monotonic()
+    owners[1].want([0])
+    time.sleep(0.1)
+    job.store_s = 0.0
+    owners[0].reopen()
+    assert owners[1].wait([0], TIME_S)
+    assert time.monotonic() - start_s < 1.2 and owners[1].store_reads == [0]
+
+
 # Strangers
 
 
@@ -270,15 +335,22 @@ def test_many_connections_of_strangers_stop_no_peer(make_job: Callable[[int], Jo
     job.store_s = 0.03
     owners = job.start_all()
     before = files(owners[0])
+    most_files = 0
     with contextlib.ExitStack() as stack:
-        for owner in owners:
-            owner.want(range(CHUNKS))
-        for _ in range(2000):
+        strangers: deque[socket.socket] = deque()
+        for number in range(10_000):
             link = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             stack.callback(link.close)
+            strangers.append(link)
             with contextlib.suppress(BlockingIOError):
                 link.connect((job.site.addresses[0], PORTS[0]))
-        most_files = files(owners[0])
+            if len(strangers) > 2000:
+                strangers.popleft().close()
+            if number % 1000 == 500:
+                most_files = max(most_files, files(owners[0]))
+            if number == 1000:
+                for owner in owners:
+                    owner.want(range(CHUNKS))
         job.check(*owners)
         until(lambda: files(owners[0]) <= before + 4)
     assert most_files < before + 100
@@ -367,19 +439,17 @@ def fake_peer(job: Job, serve: Callable[[Connection, Get], None]) -> Iterator[No
 def test_who_sends_wrong_bytes_is_banned(make_job: Callable[[int], Job], tmp_path: Path) -> None:
     job = make_job(2)
     (tmp_path / "wrong").write_bytes(bytes(CHUNK_BYTES))
-    fd = os.open(tmp_path / "wrong", os.O_RDONLY)
 
     def serve(connection: Connection, get: Get) -> None:
         size_bytes = job.file.bytes_of(get.chunk.number)
         for offset in range(0, size_bytes, MOST_DATA_BYTES):
-            connection.send_bytes(get.chunk, offset, fd, 0, min(MOST_DATA_BYTES, size_bytes - offset))
+            connection.send_bytes(get.chunk, offset, file, 0, min(MOST_DATA_BYTES, size_bytes - offset))
 
-    with fake_peer(job, serve):
+    with (tmp_path / "wrong").open("rb") as file, fake_peer(job, serve):
         owner = job.start(0)
         owner.want(range(CHUNKS))
         job.check(owner)
         until(lambda: owner.counted and owner.counted.banned == (1,))
-    os.close(fd)
     assert owner.counted and owner.counted.fallbacks.get("wrong digest") and not owner.counted.received
 
 
@@ -388,7 +458,7 @@ def endless(connection: Connection, get: Get) -> None:
     with tempfile.TemporaryFile() as file:
         file.truncate(MOST_DATA_BYTES)
         for _ in range(200):
-            connection.send_bytes(Chunk(get.chunk.blob, 99), 0, file.fileno(), 0, MOST_DATA_BYTES)
+            connection.send_bytes(Chunk(get.chunk.blob, 99), 0, file, 0, MOST_DATA_BYTES)
         while connection.wants_to_write:
             select.select([], [connection], [], 1)
             connection.write()

@@ -10,10 +10,11 @@ from bootseer_slurm.peers.child.lists import Lists
 from bootseer_slurm.peers.directory import First, Handover, Parent, Row, Service, Want
 from bootseer_slurm.peers.fetch import Viewpoint
 from bootseer_slurm.peers.groups import Chunk, Ring
-from bootseer_slurm.peers.messages import Given, Join, Message
+from bootseer_slurm.peers.messages import Answered, AskList, Given, Join, Message
 
 RING = Ring(0, tuple(range(4)))
 CHUNK = Chunk("ab" * 32, 0)
+CHUNKS = 3
 OWNER = next(RING.owners(CHUNK))
 NEXT, FAR, FARTHEST = RING.after(OWNER)
 EMPTY = Given(0, Handover({}, ()))
@@ -38,7 +39,7 @@ class Others:
 def started() -> tuple[Lists, Others, Viewpoint]:
     """The owner of CHUNK's list has sent JOIN to the three others."""
     others, here = Others(), Viewpoint(OWNER, (RING,))
-    lists = Lists(here, cast(Links, others), nodes=4)
+    lists = Lists(here, cast(Links, others), 4, lambda chunk: chunk.number < CHUNKS)
     lists.go_on(0.0)
     assert others.sent == [(node, Join(0)) for node in (NEXT, FAR, FARTHEST)]
     return lists, others, here
@@ -87,9 +88,31 @@ def test_lists_are_taken_of_who_was_asked_or_where_they_are_this_node_s() -> Non
     )
     rows = (Row(NEXT, 0, Service.YES),)
     others = Others()
-    lists = Lists(Viewpoint(OWNER, (RING,)), cast(Links, others), nodes=200)
+    lists = Lists(Viewpoint(OWNER, (RING,)), cast(Links, others), 200, lambda _: True)
     lists.given(NEXT, Given(0, Handover({CHUNK: rows, foreign: rows}, (NEXT,))), 0.0)
     assert others.sent == [], "nothing goes on: that list is not believed, nor that the node is live"
     assert lists.want(0, Want(CHUNK, FAR)) == Parent(NEXT)
     lists.given(150, Given(0, Handover({CHUNK: (Row(FARTHEST, 0, Service.YES),)}, ())), 0.0)
     assert lists.want(0, Want(CHUNK, NEXT)) == First(), "150 is not on the ring"
+
+
+def test_what_is_not_there_gets_no_list() -> None:
+    lists, others, _ = started()
+    assert ready(lists, 1.0)
+    beyond = Chunk(CHUNK.blob, CHUNKS)
+    others.sent.clear()
+    for want in (Want(beyond, NEXT), Want(CHUNK, NEXT, missing=(4,)), Want(CHUNK, NEXT, lost=(2**32 - 1,))):
+        lists.asked(NEXT, AskList(0, want))
+    lists.asked(NEXT, AskList(1, Want(CHUNK, NEXT)))
+    rows = (Row(NEXT, 0, Service.YES),)
+    lists.given(NEXT, Given(0, Handover({beyond: rows}, ())), 1.0)
+    assert others.sent == [] and lists.want(0, Want(beyond, FAR)) == First()
+    lists.asked(NEXT, AskList(0, Want(CHUNK, NEXT)))
+    assert others.sent == [(NEXT, Answered(CHUNK, First()))]
+
+
+def test_what_is_not_there_is_not_held_until_the_lists_are_here() -> None:
+    lists, others, _ = started()
+    others.sent.clear()
+    lists.asked(NEXT, AskList(0, Want(Chunk(CHUNK.blob, 2**32 - 1), NEXT)))
+    assert ready(lists, 1.0) and others.sent == []

@@ -30,6 +30,7 @@ ABOVE = Ring(1, tuple(range(20, 28)))
 CHUNK = Chunk("blob", 0)
 OWNERS = list(RING.owners(CHUNK))
 MIB = 2**20
+SMALL = "small"  # a blob with chunks of 1 MiB
 
 
 def chunks(count: int) -> list[Chunk]:
@@ -421,8 +422,33 @@ def test_the_order_is_that_of_the_plan_in_windows_of_16() -> None:
     assert [in_order(plan, node, 1000)[0].number for node in (0, 1, 15, 16)] == [0, 1, 15, 0]
 
 
+def test_a_blob_that_is_closed_makes_room_for_another() -> None:
+    policy, _ = reader()
+    policy.prefetch(chunks(20), 0.0)
+    policy.demand(chunks(20)[0], 0.0)
+    actions = policy.prefetch([Chunk(SMALL, number) for number in range(9)], 0.0)
+    assert actions == [], "eight others are under way"
+    began = [each.want.chunk for each in policy.closed("blob", 0.1) if isinstance(each, AskDirectory)]
+    assert began == [Chunk(SMALL, number) for number in range(STREAMS)]
+    assert policy.overdue(0.1) == [] and policy.hops(CHUNK, 0.1) is None
+    assert policy.answered(CHUNK, OWNERS[0], First(), 0.1) == []
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_what_this_node_does_not_have_any_more_is_got_again(is_closed: bool) -> None:
+    policy, _ = reader()
+    policy.demand(CHUNK, 0.0)
+    policy.received(CHUNK, None, 0.0, 0.1)
+    assert policy.prefetch([CHUNK], 0.2) == []
+    if is_closed:
+        policy.closed(CHUNK.blob, 0.3)
+    else:
+        policy.failed(CHUNK, NODE, Loss.STORE, 0.3)
+    assert policy.prefetch([CHUNK], 0.4)
+
+
 def uploads(bytes_per_s: float = 1e9) -> Uploads:
-    return Uploads(bytes_per_s, chunk_bytes=4 * MIB)
+    return Uploads(bytes_per_s, lambda chunk: MIB if chunk.blob == SMALL else 4 * MIB)
 
 
 def test_a_node_that_waits_for_a_chunk_gets_it_when_it_is_here() -> None:
@@ -437,7 +463,21 @@ def test_what_is_not_coming_is_lacked() -> None:
     sends = uploads()
     assert sends.asked(Get(CHUNK, 1), Held.LACKS) is Reply.LACK
     sends.asked(Get(CHUNK, 2), Held.COMING)
-    assert sends.lost(CHUNK) == [2] and sends.lost(CHUNK) == []
+    assert sends.lost(lambda chunk: chunk == CHUNK) == [Get(CHUNK, 2)]
+    assert sends.lost(lambda chunk: chunk == CHUNK) == []
+
+
+def test_of_a_blob_that_is_closed_nothing_more_is_sent() -> None:
+    sends = uploads()
+    other = Chunk(SMALL, 0)
+    for number in range(2):
+        for held in (Held.COMING, Held.HERE):
+            sends.asked(Get(Chunk("blob", number * 2 + (held is Held.HERE)), number), held)
+    sends.asked(Get(other, 5), Held.HERE)
+    sent = sends.begin(0.0)
+    lost = sends.lost(lambda chunk: chunk.blob == "blob")
+    assert sent and sent not in lost and len(lost) == 3
+    assert sends.waiting() == [Get(other, 5)] and sends.slots.taken == 1
 
 
 def test_a_queue_of_more_than_50_ms_is_busy_but_for_demand_and_who_has_no_other() -> None:
@@ -449,6 +489,31 @@ def test_a_queue_of_more_than_50_ms_is_busy_but_for_demand_and_who_has_no_other(
     assert sends.asked(Get(CHUNK, 14, only=True), Held.HERE) is Reply.QUEUED
     first = sends.begin(0.0)
     assert first and first.reader == 13, "demand goes first"
+
+
+def test_the_queue_is_of_bytes_where_chunks_are_of_several_sizes() -> None:
+    sends = uploads(1e9)  # 50 ms are 11 chunks of 4 MiB and 3 of 1 MiB
+    sizes = [CHUNK] * 11 + [Chunk(SMALL, 0)] * 4
+    replies = [sends.asked(Get(chunk, reader), Held.HERE) for reader, chunk in enumerate(sizes)]
+    assert replies == [Reply.QUEUED] * 15 and not sends.serves(0.0)
+    assert sends.asked(Get(Chunk(SMALL, 0), 99), Held.HERE) is Reply.BUSY
+    small = uploads(1e9)
+    replies = [small.asked(Get(Chunk(SMALL, 0), reader), Held.HERE) for reader in range(49)]
+    assert replies == [Reply.QUEUED] * 48 + [Reply.BUSY], "not a quarter of that"
+    while small.begin(0.0):
+        pass
+    small.left(0)
+    assert small.asked(Get(Chunk(SMALL, 0), 99), Held.HERE) is Reply.QUEUED, "what is under way counts too"
+
+
+def test_the_rate_is_of_bytes_where_chunks_are_of_several_sizes() -> None:
+    sends = uploads(1e8)
+    for number in range(40):
+        chunk = Chunk(SMALL if number % 2 else "blob", number)
+        sends.asked(Get(chunk, 1), Held.HERE)
+        assert sends.begin(number)
+        sends.slots.ended(1, number + (0.05 if number % 2 else 0.2))
+    assert sends.slots.bytes_per_s == pytest.approx(20 * MIB, rel=0.01)
 
 
 def test_those_that_waited_are_sent_elsewhere_when_too_much_is_here_at_once() -> None:
@@ -546,6 +611,12 @@ def test_a_node_whose_connection_ended_waits_for_nothing() -> None:
     sends.left(1)
     assert sends.arrived(CHUNK) == []
     assert sends.begin(0.0) == Get(CHUNK, 2) and sends.begin(0.0) is None
+
+
+def test_a_turn_of_the_process_makes_no_node_slow() -> None:
+    pace = Pace()
+    assert not any(pace.is_slow(1, dur_s) for dur_s in [0.0] * 20 + [0.005] * 5)
+    assert pace.is_slow(1, 0.02) is False and pace.is_slow(1, 0.02) is True
 
 
 def test_a_few_slow_chunks_are_not_judged_before_there_is_a_median() -> None:

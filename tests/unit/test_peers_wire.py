@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -22,6 +23,7 @@ from bootseer_slurm.peers.messages import (
     Join,
     Message,
     Pending,
+    Probe,
     encode,
     split,
 )
@@ -64,20 +66,21 @@ def pair() -> Iterator[Pair]:
 
 
 @pytest.fixture
-def content(tmp_path: Path) -> Iterator[tuple[int, bytes]]:
+def content(tmp_path: Path) -> Iterator[tuple[BinaryIO, bytes]]:
     content = os.urandom(CHUNK_BYTES)
     (tmp_path / "file").write_bytes(b"before" + content)
-    fd = os.open(tmp_path / "file", os.O_RDONLY)
-    yield fd, content
-    os.close(fd)
+    with (tmp_path / "file").open("rb") as file:
+        yield file, content
 
 
-def send_chunk(connection: Connection, chunk: Chunk, fd: int) -> None:
+def send_chunk(connection: Connection, chunk: Chunk, file: BinaryIO) -> None:
     for offset in range(0, CHUNK_BYTES, MOST_DATA_BYTES):
-        connection.send_bytes(chunk, offset, fd, len(b"before") + offset, MOST_DATA_BYTES)
+        connection.send_bytes(chunk, offset, file, len(b"before") + offset, MOST_DATA_BYTES)
 
 
-def test_a_chunk_arrives_and_messages_pass_between_its_frames(pair: Pair, content: tuple[int, bytes]) -> None:
+def test_a_chunk_arrives_and_messages_pass_between_its_frames(
+    pair: Pair, content: tuple[BinaryIO, bytes]
+) -> None:
     send_chunk(pair.far, CHUNK, content[0])
     pair.far.write()
     pair.far.send(Pending(OTHER, 3))
@@ -90,14 +93,14 @@ def test_a_chunk_arrives_and_messages_pass_between_its_frames(pair: Pair, conten
     assert Pending(OTHER, 3) in heard[:-4], "it does not wait for the whole chunk"
 
 
-def test_bytes_that_nobody_asked_for_go_nowhere(pair: Pair, content: tuple[int, bytes]) -> None:
+def test_bytes_that_nobody_asked_for_go_nowhere(pair: Pair, content: tuple[BinaryIO, bytes]) -> None:
     send_chunk(pair.far, OTHER, content[0])
     pair.far.send(Join(0))
     assert pair.heard() == [Join(0)] and not any(pair.memory)
 
 
 def test_endless_bytes_that_nobody_asked_for_end_the_connection(
-    pair: Pair, content: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch
+    pair: Pair, content: tuple[BinaryIO, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bootseer_slurm.peers.wire._MOST_WASTED_BYTES", CHUNK_BYTES)
     for chunk in (OTHER, CHUNK, OTHER):
@@ -130,6 +133,7 @@ def test_part_of_a_frame_is_a_sign_of_life_once_it_is_large_enough(pair: Pair) -
             struct.pack("!B3xI", 0, 45) + bytes(40) + struct.pack("!I", 2), id="more than the frame"
         ),
         pytest.param(struct.pack("!B3xI", 77, 0), id="an unknown kind"),
+        pytest.param(2 * (struct.pack("!B3xI", 6, 1) + b"\1"), id="two JOINs of one level"),
         pytest.param(struct.pack("!B3xI", 6, 2) + b"\0\0", id="a message with something behind it"),
         pytest.param(struct.pack("!B3xI", 3, 1) + b"\0", id="a message that is cut"),
         pytest.param(struct.pack("!B3xI", 7, 7) + b"\0\0\2\0\0\0\1", id="a list that ends early"),
@@ -139,6 +143,12 @@ def test_what_no_peer_sends_ends_the_connection(pair: Pair, sent: bytes) -> None
     pair.far_socket.sendall(sent)
     with pytest.raises(BadMessage):
         pair.near.read()
+
+
+def test_a_node_joins_each_level_once(pair: Pair) -> None:
+    for level in (0, 1):
+        pair.far.send(Join(level))
+    assert pair.heard() == [Join(0), Join(1)]
 
 
 def test_the_end_is_told(pair: Pair) -> None:
@@ -156,7 +166,7 @@ def test_who_takes_no_messages_is_given_up(pair: Pair) -> None:
             pair.near.write()
 
 
-def test_a_file_that_ends_early_ends_the_connection(pair: Pair, content: tuple[int, bytes]) -> None:
+def test_a_file_that_ends_early_ends_the_connection(pair: Pair, content: tuple[BinaryIO, bytes]) -> None:
     pair.far.send_bytes(CHUNK, 0, content[0], CHUNK_BYTES + 6 - 10, 20)
     with pytest.raises(OSError, match="ends before"):
         pair.heard()
@@ -179,7 +189,7 @@ def test_a_blob_has_64_digits() -> None:
 
 
 @pytest.mark.parametrize("more", [-1, 1])
-def test_a_place_of_another_size_is_no_place(pair: Pair, content: tuple[int, bytes], more: int) -> None:
+def test_a_place_of_another_size_is_no_place(pair: Pair, content: tuple[BinaryIO, bytes], more: int) -> None:
     memory = bytearray(MOST_DATA_BYTES + 1)
     near = Connection(pair.near_socket, 1, lambda _chunk, _offset, size: memoryview(memory)[: size + more])
     send_chunk(pair.far, CHUNK, content[0])
@@ -216,7 +226,7 @@ def test_who_asks_is_the_node_of_the_connection(pair: Pair) -> None:
 
 def test_few_messages_are_taken_at_a_time(pair: Pair) -> None:
     for _ in range(1500):
-        pair.far.send(Join(0))
+        pair.far.send(Probe())
     while pair.far.wants_to_write:
         pair.far.write()
     assert [len(pair.near.read()) for _ in range(2)] == [1024, 476]

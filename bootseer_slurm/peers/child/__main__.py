@@ -30,8 +30,9 @@ from bootseer_slurm.peers.child.reach import Reach
 from bootseer_slurm.peers.child.reading import Reading, Ways
 from bootseer_slurm.peers.child.serving import Serving
 from bootseer_slurm.peers.fetch import Viewpoint
-from bootseer_slurm.peers.groups import Chunk, group_nodes, rings_of
+from bootseer_slurm.peers.groups import group_nodes, rings_of
 from bootseer_slurm.peers.local import (
+    CloseBlob,
     Counted,
     FromOwner,
     Have,
@@ -59,17 +60,17 @@ class Peer:
     def __init__(self, order: Order, ring: memoryview, owner: socket.socket) -> None:
         here = Viewpoint(order.node, rings_of(group_nodes(order.blocks), order.node))
         self._here = here
-        self._nodes = len(order.addresses)
+        nodes = len(order.addresses)
         self._selector = selectors.DefaultSelector()
         self._owner = Owner(self._selector, owner)
         self._policy = Policy(here)
         incoming = Incoming(ring, order.slots)
         blobs = Blobs()
         links = Links(self._selector, order, incoming.place)
-        lists = Lists(here, links, self._nodes)
+        lists = Lists(here, links, nodes, blobs.may_be)
         self._clock = Clock()
         reach = Reach(links)
-        self._ways = Ways(order.node, self._nodes, self._owner, links, lists, blobs, incoming, reach)
+        self._ways = Ways(order.node, nodes, self._owner, links, lists, blobs, incoming, reach)
         self._serving = Serving(here, links, blobs, order.upload_bytes_per_s, self._policy.hops)
         self._reading = Reading(self._ways, self._policy)
         self._wants: list[Want] = []  # until the directory is there
@@ -128,18 +129,19 @@ class Peer:
                 self._want(want, now_s)
 
     def _want(self, want: Want, now_s: float) -> None:
-        name = self._ways.blobs.numbered(want.blob).name
-        chunks = [Chunk(name, number) for number in want.chunks]
-        self._reading.want(chunks, demand=want.demand, now_s=now_s)
+        chunks = (self._ways.blobs.chunk(want.blob, number) for number in want.chunks)
+        known = [chunk for chunk in chunks if chunk is not None]
+        self._reading.want(known, demand=want.demand, now_s=now_s)
 
     def _order(self, message: FromOwner, fd: int, now_s: float) -> None:
-        """What the owner says."""
+        """What the owner says. What it says of a blob that is not open is of one that it has closed."""
         if isinstance(message, OpenBlob):
             self._ways.blobs.open(message, fd)
         elif isinstance(message, Want):
             self._wants.append(message)
-        else:
-            chunk = Chunk(self._ways.blobs.numbered(message.blob).name, message.chunk)
+        elif isinstance(message, CloseBlob):
+            self._close(message.blob, now_s)
+        elif chunk := self._ways.blobs.chunk(message.blob, message.chunk):
             match message:
                 case Have():
                     self._reading.have(chunk, now_s)
@@ -148,7 +150,14 @@ class Peer:
                     self._reading.wrong(chunk, now_s)
                 case Lost():
                     self._reading.lost(chunk, now_s)
-                    self._serving.lost(chunk)
+                    self._serving.lost(lambda each: each == chunk)
+
+    def _close(self, number: int, now_s: float) -> None:
+        """The owner uses a blob no more: so does nobody here, and it may be opened anew by another number."""
+        name = self._ways.blobs.close(number)
+        if name is not None:
+            self._reading.closed(name, now_s)
+            self._serving.lost(lambda each: each.blob == name)
 
     def _node(self, event: Event, now_s: float) -> None:
         """What another node says or does."""
@@ -168,18 +177,14 @@ class Peer:
 
     def _message(self, node: int, message: Message, now_s: float) -> None:
         match message:
-            case AskList(_, want):
-                others = max((*want.busy, *want.lost, *want.missing), default=0)
-                if others < self._nodes:
-                    self._ways.lists.asked(node, message)
+            case AskList():
+                self._ways.lists.asked(node, message)
             case Get():
                 self._serving.asked(message, now_s)
             case Answered():
                 self._reading.answered(node, message, now_s)
-            case Pending(chunk, hops):
-                self._reading.pending(node, chunk, hops, now_s)
-            case Refused():
-                self._reading.refused(node, message, now_s)
+            case Pending() | Refused():
+                self._reading.parent_said(node, message, now_s)
             case Join(level):
                 self._ways.lists.joined(node, level)
             case Given():

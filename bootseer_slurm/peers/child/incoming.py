@@ -55,6 +55,10 @@ class Incoming:
         """The chunks that the owner looks at, and who sent them."""
         return [(chunk, coming.parent) for chunk, coming in self._coming.items() if coming.is_whole]
 
+    def of(self, blob: str) -> list[Chunk]:
+        """The chunks of a blob that have a slot."""
+        return [chunk for chunk in self._coming if chunk.blob == blob]
+
     def place(self, node: int, chunk: Chunk, offset: int, size_bytes: int) -> memoryview | None:
         """Where a node's bytes go (links.Place)."""
         coming = self._coming.get(chunk)

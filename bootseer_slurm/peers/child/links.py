@@ -18,7 +18,7 @@ from bootseer_slurm.peers.child.proving import Proven, Proving
 from bootseer_slurm.peers.groups import Chunk
 from bootseer_slurm.peers.local import Order
 from bootseer_slurm.peers.messages import BadMessage, Message
-from bootseer_slurm.peers.wire import Connection, Received
+from bootseer_slurm.peers.wire import Connection, OpenFile, Received
 
 _MOST_LINKS = 4096
 _SPARE_FILES = 256
@@ -27,8 +27,8 @@ _READS, _WRITES = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 # Where bytes of a chunk from a node shall lie (wire.Place).
 Place = Callable[[int, Chunk, int, int], memoryview | None]
-# A part of a chunk in a file: the chunk, the offset in it, a descriptor, the offset there, and bytes.
-Part = tuple[Chunk, int, int, int, int]
+# A part of a chunk in a file: the chunk, the offset in it, the file, the offset there, and bytes.
+Part = tuple[Chunk, int, OpenFile, int, int]
 
 
 @dataclass(frozen=True, slots=True)

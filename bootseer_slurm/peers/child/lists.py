@@ -10,12 +10,13 @@ goes on alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from bootseer_slurm.peers.child.links import Links
 from bootseer_slurm.peers.directory import JOIN_AT_ONCE, JOIN_WAIT_S, Answer, Directory, Handover, Want
 from bootseer_slurm.peers.fetch import Viewpoint
+from bootseer_slurm.peers.groups import Chunk
 from bootseer_slurm.peers.messages import Answered, AskList, Given, Join, split
 
 _MOST_HELD = 4096  # WANTs; who is not answered asks elsewhere
@@ -43,10 +44,12 @@ class _Joining:
 class Lists:
     """The directories of this node."""
 
-    def __init__(self, here: Viewpoint, links: Links, nodes: int) -> None:
+    def __init__(self, here: Viewpoint, links: Links, nodes: int, may_be: Callable[[Chunk], bool]) -> None:
+        """nodes: how many there are. may_be: whether there is such a chunk, as far as is known."""
         self._here = here
         self._links = links
         self._nodes = nodes
+        self._may_be = may_be
         rings = [ring for ring in here.rings if here.node in ring.members]
         self._directories = {ring.level: Directory(here.node, ring) for ring in rings}
         self._joining = [_Joining(ring.level, ring.after(here.node)) for ring in rings]
@@ -97,12 +100,16 @@ class Lists:
         return directory.want(want) if directory else None
 
     def asked(self, node: int, asked: AskList) -> None:
-        """A node sent a WANT."""
+        """A node sent a WANT. There is no answer where it names what is not there."""
+        want = asked.want
+        others = max((*want.busy, *want.lost, *want.missing), default=0)
+        if others >= self._nodes or not self._may_be(want.chunk):
+            return
         if not self.ready:
             if len(self._held) < _MOST_HELD:
                 self._held.append((node, asked))
-        elif answer := self.want(asked.level, asked.want):
-            self._links.send(node, Answered(asked.want.chunk, answer))
+        elif answer := self.want(asked.level, want):
+            self._links.send(node, Answered(want.chunk, answer))
 
     def joined(self, node: int, level: int) -> None:
         """A node sent JOIN."""
@@ -120,7 +127,7 @@ class Lists:
         rows = {
             chunk: tuple(row for row in listed if row.node < self._nodes)
             for chunk, listed in given.handover.lists.items()
-            if is_asked or directory.owns(chunk)
+            if self._may_be(chunk) and (is_asked or directory.owns(chunk))
         }
         live = given.handover.live if is_asked else ()
         for to, onward in directory.take(Handover(rows, live)).items():

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.peers.child.blobs import Blobs
 from bootseer_slurm.peers.child.incoming import Coming, Incoming
 from bootseer_slurm.peers.child.links import Links
@@ -20,7 +21,7 @@ from bootseer_slurm.peers.directory import Moved, Parent
 from bootseer_slurm.peers.fetch import AskDirectory, AskParent, Cause, Loss, ReadStore
 from bootseer_slurm.peers.groups import Chunk
 from bootseer_slurm.peers.local import Arrived, Read
-from bootseer_slurm.peers.messages import Answered, AskList, Refused, Slow
+from bootseer_slurm.peers.messages import Answered, AskList, Pending, Refused, Slow
 from bootseer_slurm.peers.policy import Action, CallSlow, Policy, in_order
 from bootseer_slurm.peers.uploads import Held
 from bootseer_slurm.peers.wire import Received
@@ -52,7 +53,7 @@ class Ways:
 
     def read_store(self, chunk: Chunk, *, demand: bool) -> None:
         """Have the owner read a chunk from the store."""
-        self.owner.say(Read(self.blobs.of(chunk).number, chunk.number, demand))
+        self.owner.say(Read(self.blobs.of(chunk).order.blob, chunk.number, demand))
 
 
 @dataclass(slots=True)
@@ -100,7 +101,8 @@ class Reading:
         if coming is not None and coming.is_whole:
             parent = coming.parent
             self.counts.received[parent] += coming.size_bytes
-        dur_s = coming.dur_s if coming else 0.0
+        # As long as a whole slot would have taken: chunks are of several sizes, and nodes are compared.
+        dur_s = coming.dur_s * CHUNK_BYTES / coming.size_bytes if coming else 0.0
         self._do(self._policy.received(chunk, parent, dur_s, now_s), now_s)
 
     def wrong(self, chunk: Chunk, now_s: float) -> None:
@@ -111,10 +113,20 @@ class Reading:
 
     def lost(self, chunk: Chunk, now_s: float) -> None:
         """A chunk cannot be had."""
-        self._ways.blobs.of(chunk).wanted.discard(chunk.number)
+        blob = self._ways.blobs.of(chunk)
+        blob.wanted.discard(chunk.number)
+        blob.here.discard(chunk.number)
         self._from_store.discard(chunk)
         self._ways.free(chunk)
         self._do(self._policy.failed(chunk, self._ways.node, Loss.STORE, now_s), now_s)
+
+    def closed(self, blob: str, now_s: float) -> None:
+        """Nothing of a blob is wanted any more, and all its slots are free."""
+        for chunk in self._ways.incoming.of(blob):
+            self._ways.free(chunk)
+        for asked in (*self._asked.values(), self._from_store):
+            asked -= {chunk for chunk in asked if chunk.blob == blob}
+        self._do(self._policy.closed(blob, now_s), now_s)
 
     def answered(self, node: int, answered: Answered, now_s: float) -> None:
         """A directory has answered."""
@@ -130,18 +142,15 @@ class Reading:
             return
         self._do(self._policy.answered(chunk, node, answer, now_s), now_s)
 
-    def refused(self, node: int, refused: Refused, now_s: float) -> None:
-        """A parent does not send a chunk."""
-        chunk = refused.chunk
-        if chunk in self._asked.get(node, ()):
+    def parent_said(self, node: int, said: Pending | Refused, now_s: float) -> None:
+        """A parent has a chunk on its way, or does not send it."""
+        chunk = said.chunk
+        if isinstance(said, Pending):
+            self._do(self._policy.pending(chunk, node, said.hops, now_s), now_s)
+        elif chunk in self._asked.get(node, ()):
             self._asked[node].discard(chunk)
-            self._do(
-                self._policy.failed(chunk, node, Loss.LACK if refused.lacks else Loss.BUSY, now_s), now_s
-            )
-
-    def pending(self, node: int, chunk: Chunk, hops: int, now_s: float) -> None:
-        """A parent has it on its way."""
-        self._do(self._policy.pending(chunk, node, hops, now_s), now_s)
+            loss = Loss.LACK if said.lacks else Loss.BUSY
+            self._do(self._policy.failed(chunk, node, loss, now_s), now_s)
 
     def took(self, node: int, received: Received, now_s: float) -> None:
         """Bytes of a chunk have come."""
@@ -151,8 +160,8 @@ class Reading:
         chunk = received.chunk
         self._policy.pending(chunk, node, 0, now_s)
         if coming.is_whole:
-            self._asked[node].discard(chunk)
-            number = self._ways.blobs.of(chunk).number
+            self._asked.get(node, set()).discard(chunk)
+            number = self._ways.blobs.of(chunk).order.blob
             self._ways.owner.say(Arrived(number, chunk.number, coming.slot, node, coming.dur_s))
 
     def ended(self, node: int, now_s: float, *, is_silent: bool) -> None:

@@ -10,7 +10,6 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.peers.child.blobs import Blobs
 from bootseer_slurm.peers.child.links import Links
 from bootseer_slurm.peers.fetch import TOO_DEEP, Viewpoint
@@ -26,6 +25,7 @@ class _Sending:
     """A chunk that a connection has: so many frames are left."""
 
     get: Get
+    size_bytes: int
     frames: int
 
 
@@ -46,7 +46,7 @@ class Serving:
         self._blobs = blobs
         self._bytes_per_s = bytes_per_s
         self._hops = hops
-        self._uploads = Uploads(bytes_per_s, CHUNK_BYTES)
+        self._uploads = Uploads(bytes_per_s, blobs.size_of)
         self._sending: dict[int, deque[_Sending]] = {}
         self._free_from_s = 0.0
         self._is_held_back = False
@@ -66,21 +66,23 @@ class Serving:
             self._links.send(reader, Refused(chunk, lacks=False))
         self.go_on(now_s)
 
-    def lost(self, chunk: Chunk) -> None:
-        """A chunk does not come."""
-        for reader in self._uploads.lost(chunk):
-            self._links.send(reader, Refused(chunk, lacks=True))
+    def lost(self, is_lost: Callable[[Chunk], bool]) -> None:
+        """Chunks that are so do not come. One that is on its way to a node goes on."""
+        for get in self._uploads.lost(is_lost):
+            self._links.send(get.reader, Refused(get.chunk, lacks=True))
 
     def frames_sent(self, node: int, frames: int, now_s: float) -> None:
         """So many frames to a node have left."""
-        queue = self._sending[node]
+        queue = self._sending.get(node, deque())
         self._uploads.slots.moved(node, now_s)
         for _ in range(frames):
+            if not queue:
+                return  # they are of a connection that ended
             first = queue[0]
             first.frames -= 1
             if not first.frames:
                 queue.popleft()
-                self.sent[node] += self._blobs.size_of(first.get.chunk)
+                self.sent[node] += first.size_bytes
                 self._uploads.slots.ended(node, now_s)
         if not queue:
             del self._sending[node]
@@ -102,9 +104,10 @@ class Serving:
             parts = list(self._blobs.parts(get.chunk))
             if not self._links.send_bytes(get.reader, parts):
                 self._uploads.left(get.reader)
+                self._sending.pop(get.reader, None)
                 continue
-            self._sending.setdefault(get.reader, deque()).append(_Sending(get, len(parts)))
             size_bytes = self._blobs.size_of(get.chunk)
+            self._sending.setdefault(get.reader, deque()).append(_Sending(get, size_bytes, len(parts)))
             self._free_from_s = max(self._free_from_s, now_s - _BURST_S) + size_bytes / self._bytes_per_s
         self._is_held_back = is_held_back
         self._here.serves = self._uploads.serves(now_s)
@@ -130,9 +133,11 @@ class Serving:
         return self._free_from_s if self._is_held_back else None
 
     def _say_pending(self, get: Get, now_s: float) -> None:
-        if self._blobs.held(get.chunk) is not Held.HERE:
+        slots = self._uploads.slots
+        # One that is sent may be of a blob that was closed.
+        if self._blobs.held(get.chunk) is not Held.HERE and not slots.is_sending(get.chunk, get.reader):
             hops = self._hops(get.chunk, now_s)
         else:
-            hops = TOO_DEEP if self._uploads.slots.is_stuck(now_s) else 0
+            hops = TOO_DEEP if slots.is_stuck(now_s) else 0
         if hops is not None:
             self._links.send(get.reader, Pending(get.chunk, hops))

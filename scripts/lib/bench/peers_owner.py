@@ -25,7 +25,6 @@ from bootseer_slurm.peers.policy import STREAMS
 from scripts.lib.bench.engines_torrent import PIECE_BYTES as BLOCK_BYTES
 
 _DEMANDS = 4
-_BLOB = 0
 _END_S = 5.0
 
 # Fills the memory with the bytes of a chunk, by its number. Raises OSError.
@@ -65,18 +64,19 @@ class File:
     name: str
     size_bytes: int
     digests: bytes
+    chunk_bytes: int = CHUNK_BYTES
 
     @property
     def chunks(self) -> int:
-        return -(-self.size_bytes // CHUNK_BYTES)
+        return -(-self.size_bytes // self.chunk_bytes)
 
     def bytes_of(self, chunk: int) -> int:
         """The size of a chunk."""
-        return min(CHUNK_BYTES, self.size_bytes - chunk * CHUNK_BYTES)
+        return min(self.chunk_bytes, self.size_bytes - chunk * self.chunk_bytes)
 
     def is_right(self, chunk: int, view: memoryview) -> bool:
         """Whether these are the chunk's bytes."""
-        first = chunk * (CHUNK_BYTES // BLOCK_BYTES)
+        first = chunk * (self.chunk_bytes // BLOCK_BYTES)
         blocks = (view[offset : offset + BLOCK_BYTES] for offset in range(0, len(view), BLOCK_BYTES))
         return all(
             digest_of(BLAKE3, block) == self.digests[digest_slice(first + number)]
@@ -93,6 +93,7 @@ def digests_of(content: bytes | memoryview | mmap.mmap) -> bytes:
     return digests
 
 
+# size: a file, a process, and the threads between them
 class Owner:
     """A node's owner, and its peer process. counted: the last figures of that. store_reads: chunks."""
 
@@ -101,6 +102,7 @@ class Owner:
         order = site.order(node)
         self.file = file
         self.here: set[int] = set()
+        self._blob = 0
         self.store_reads: list[int] = []
         self.counted: local.Counted | None = None
         self.port: int | None = None
@@ -109,18 +111,26 @@ class Owner:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         os.ftruncate(self._fd, file.size_bytes)
         self._pool = ThreadPoolExecutor(STREAMS + _DEMANDS)
-        self._ring = self._start(order, path)
+        self._ring = self._start(order)
         threading.Thread(target=self._take, daemon=True).start()
 
     def want(self, chunks: Sequence[int], *, demand: bool = False) -> None:
         """Have these fetched."""
-        self._say(local.Want(_BLOB, tuple(chunks), demand))
+        self.say(local.Want(self._blob, tuple(chunks), demand))
 
     def wait(self, chunks: Sequence[int], timeout_s: float) -> float | None:
         """When all of these were here; None where they are not in that time."""
         with self._changed:
             done = self._changed.wait_for(lambda: self.here.issuperset(chunks), timeout_s)
         return time.monotonic() if done else None
+
+    def reopen(self) -> None:
+        """Close the blob, and open it by another number, as if nothing of it were here."""
+        with self._changed:
+            self.here = set()
+            self.say(local.CloseBlob(self._blob))
+            self._blob += 1
+        self._open()
 
     def close(self) -> None:
         """End the process."""
@@ -130,7 +140,7 @@ class Owner:
         self._pool.shutdown()
         os.close(self._fd)
 
-    def _start(self, order: local.Order, path: Path) -> mmap.mmap:
+    def _start(self, order: local.Order) -> mmap.mmap:
         self._link, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with far:
             command = [sys.executable, "-B", "-I", "-m", "bootseer_slurm.peers.child", str(far.fileno())]
@@ -138,18 +148,25 @@ class Owner:
                 command, pass_fds=(far.fileno(),), stdin=subprocess.DEVNULL, cwd="/"
             )
         ring_fd = os.memfd_create("peers-ring", os.MFD_CLOEXEC)
-        data_fd = os.open(path, os.O_RDONLY)
         try:
             os.ftruncate(ring_fd, order.slots * CHUNK_BYTES)
             local.send_order(self._link, order, ring_fd)
-            opening = local.OpenBlob(_BLOB, self.file.name, self.file.size_bytes)
-            socket.send_fds(self._link, [local.encode(opening)], [data_fd])
+            self._open()
             return mmap.mmap(ring_fd, 0)
         finally:
             os.close(ring_fd)
+
+    def _open(self) -> None:
+        file = self.file
+        opening = local.OpenBlob(self._blob, file.name, file.size_bytes, file.chunk_bytes)
+        data_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY)
+        try:
+            socket.send_fds(self._link, [local.encode(opening)], [data_fd])
+        finally:
             os.close(data_fd)
 
-    def _say(self, message: local.FromOwner) -> None:
+    def say(self, message: local.FromOwner) -> None:
+        """Say something to the process."""
         try:
             self._link.send(local.encode(message))
         except OSError:
@@ -165,8 +182,8 @@ class Owner:
                 return
             said = local.decode_from_child(message)
             match said:
-                case local.Read(_, chunk, _):
-                    self._pool.submit(self._from_store, chunk)
+                case local.Read(blob, chunk, _):
+                    self._pool.submit(self._from_store, blob, chunk)
                 case local.Arrived():
                     self._from_peer(said)
                 case local.Counted():
@@ -176,31 +193,32 @@ class Owner:
                         self.port = port
                         self._changed.notify_all()
 
-    def _from_store(self, chunk: int) -> None:
-        if chunk in self.here:
+    def _from_store(self, blob: int, chunk: int) -> None:
+        if blob != self._blob or chunk in self.here:
             return
         view = memoryview(bytearray(self.file.bytes_of(chunk)))
         self.store_reads.append(chunk)
         try:
             self._read(chunk, view)
         except OSError:
-            self._say(local.Lost(_BLOB, chunk))
+            self.say(local.Lost(blob, chunk))
             return
         assert self.file.is_right(chunk, view)
-        self._keep(chunk, view)
+        self._keep(blob, chunk, view)
 
     def _from_peer(self, arrived: local.Arrived) -> None:
         begin = arrived.slot * CHUNK_BYTES
         # A copy: the process could change what is compared.
         view = memoryview(self._ring[begin : begin + self.file.bytes_of(arrived.chunk)])
         if self.file.is_right(arrived.chunk, view):
-            self._keep(arrived.chunk, view)
+            self._keep(arrived.blob, arrived.chunk, view)
         else:
-            self._say(local.Wrong(_BLOB, arrived.chunk))
+            self.say(local.Wrong(arrived.blob, arrived.chunk))
 
-    def _keep(self, chunk: int, view: memoryview) -> None:
-        os.pwrite(self._fd, view, chunk * CHUNK_BYTES)
-        self._say(local.Have(_BLOB, chunk))
+    def _keep(self, blob: int, chunk: int, view: memoryview) -> None:
+        os.pwrite(self._fd, view, chunk * self.file.chunk_bytes)
+        self.say(local.Have(blob, chunk))
         with self._changed:
-            self.here.add(chunk)
-            self._changed.notify_all()
+            if blob == self._blob:
+                self.here.add(chunk)
+                self._changed.notify_all()

@@ -180,7 +180,7 @@ def _node(index: int, rings: tuple[Ring, ...], inputs: Inputs, part: float) -> N
     return Node(
         here,
         Policy(here),
-        Uploads(inputs.send_bytes_per_s, CHUNK_BYTES),
+        Uploads(inputs.send_bytes_per_s, lambda _: CHUNK_BYTES),
         tuple(Directory(index, ring) for ring in rings if index in ring.members),
         Link(inputs.send_bytes_per_s * part, inputs.receive_bytes_per_s * part),
     )

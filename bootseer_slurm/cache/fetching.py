@@ -65,6 +65,42 @@ class Claim:
     count: int
     unchecked: bool
 
+    @property
+    def end(self) -> int:
+        """The block behind them."""
+        return self.first + self.count
+
+
+class Claims:
+    """Claims blocks of one blob. Thread-safe."""
+
+    def __init__(self, blob: CachedBlob, sources: Sources) -> None:
+        self._blob = blob
+        self._sources = sources
+
+    def unit(self, block: int, last: int) -> Claim | None:
+        """The whole unit of a block, as nodes exchange it, where all of that is missing; else a run.
+
+        None: others have the block, or fetch it.
+        """
+        if unit := self._sources.unit_blocks:
+            begin = block // unit * unit
+            end = min(begin + unit, self._blob.layout.blocks)
+            if self._blob.blocks.claim_all(begin, end - 1):
+                return Claim(begin, end - begin, unchecked=False)
+            last = min(last, end - 1)
+        return self.run(block, last)
+
+    def run(self, block: int, last: int, limit_bytes: int | None = None) -> Claim | None:
+        """A block and those behind it, up to `last`: within its chunk, and `limit_bytes`; None as of `unit`."""
+        layout = self._blob.layout
+        per_chunk = layout.chunk_bytes // layout.block_bytes
+        last = min((block // per_chunk + 1) * per_chunk - 1, last)
+        if limit_bytes is not None:
+            last = min(last, block + max(1, limit_bytes // layout.block_bytes) - 1)
+        count, unchecked = self._blob.blocks.claim(block, last)
+        return Claim(block, count, unchecked) if count else None
+
 
 class _CacheFile:
     """The blob's own file, as an earlier boot left it (a Source)."""

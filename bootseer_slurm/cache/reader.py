@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from bootseer_slurm.blob.trace import Recorder
 from bootseer_slurm.cache.cache import PRESENT, CachedBlob
-from bootseer_slurm.cache.fetching import Admit, Claim, Fetching, Push, Usage
+from bootseer_slurm.cache.fetching import Admit, Claims, Fetching, Push, Usage
 from bootseer_slurm.cache.sources import Sources
 from bootseer_slurm.cache.waits import Waits
 from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
@@ -45,6 +45,7 @@ class Reader:
         self.waits = Waits()
         self.sources = Sources(blob.id)
         self.on_read: OnRead | None = None
+        self._claims = Claims(blob, self.sources)
         self._fetching = Fetching(blob, self.sources, self.usage)
         self._recorders: tuple[Recorder, ...] = ()
         self._lock = threading.Lock()
@@ -107,12 +108,11 @@ class Reader:
 
         A run stays within one chunk, and `limit_bytes`. Raises BootseerError when no source has the bytes.
         """
-        first = self.blob.blocks.next_missing()
-        while first >= 0 and not self.blob.file.full:
-            end = self._prefetch(first, self.blob.layout.blocks - 1, limit_bytes, push=None)
-            if end > first:
-                return first * self.blob.layout.block_bytes, self._fetching.bytes_of(first, end)
-            first = self.blob.blocks.next_missing()  # others were faster
+        last = self.blob.layout.blocks - 1
+        while (first := self.blob.blocks.next_missing()) >= 0 and not self.blob.file.full:
+            if claim := self._claims.run(first, last, limit_bytes):
+                self._fetching.fetch(claim, demand=False)
+                return first * self.blob.layout.block_bytes, self._fetching.bytes_of(first, claim.end)
         return 0, 0
 
     def prefetch_blocks(self, first: int, last: int, limit_bytes: int, *, push: Push | None = None) -> int:
@@ -123,9 +123,9 @@ class Reader:
         """
         block = first
         while block <= last and not self.blob.file.full:
-            end = self._prefetch(block, last, limit_bytes, push=push)
-            if end > block:
-                return end
+            if claim := self._claims.run(block, last, limit_bytes):
+                self._fetching.fetch(claim, demand=False, push=push)
+                return claim.end
             block += 1
         return last + 1
 
@@ -141,37 +141,11 @@ class Reader:
         block = self.blob.blocks.next_missing() if first is None else first
         last = self.blob.layout.blocks - 1 if last is None else last
         while 0 <= block <= last and not self.blob.file.full:
-            if claim := self._claim(block, last):
+            if claim := self._claims.unit(block, last):
                 self._fetching.fetch(claim, demand=False, push=push, admit=admit)
-                return claim.first, claim.first + claim.count
+                return claim.first, claim.end
             block = self.blob.blocks.next_missing() if first is None else block + 1
         return last + 1, last + 1
-
-    def _claim(self, block: int, last: int) -> Claim | None:
-        """Claim a block: the whole unit where that is missing, else with what lies behind, up to `last`."""
-        if unit := self.sources.unit_blocks:
-            begin = block // unit * unit
-            end = min(begin + unit, self.blob.layout.blocks)
-            if self.blob.blocks.claim_all(begin, end - 1):
-                return Claim(begin, end - begin, unchecked=False)
-            last = min(last, end - 1)
-        count, unchecked = self.blob.blocks.claim(block, self._last_of_run(block, last))
-        return Claim(block, count, unchecked) if count else None
-
-    def _prefetch(self, first: int, last: int, limit_bytes: int | None, *, push: Push | None) -> int:
-        """Fetch from `first` on what one read can bring; gives the block behind, `first` if it needs none."""
-        last = self._last_of_run(first, last)
-        if limit_bytes is not None:
-            last = min(last, first + max(1, limit_bytes // self.blob.layout.block_bytes) - 1)
-        count, unchecked = self.blob.blocks.claim(first, last)
-        if count:
-            self._fetching.fetch(Claim(first, count, unchecked), demand=False, push=push)
-        return first + count
-
-    def _last_of_run(self, first: int, last: int) -> int:
-        """The last block that one read can bring with `first`: runs end with their chunk."""
-        per_chunk = self.blob.layout.chunk_bytes // self.blob.layout.block_bytes
-        return min((first // per_chunk + 1) * per_chunk - 1, last)
 
     def _demand(self, block: int, last: int, unkept: dict[int, bytes]) -> int:
         """See that a block is in the cache, or in `unkept` when the disk is full.
@@ -184,10 +158,10 @@ class Reader:
             now_s = time.monotonic()
             is_late = now_s - begin_s > self.patience_s
             is_late |= wrong_since_s is not None and now_s - wrong_since_s > _DAMAGE_PATIENCE_S
-            if claim := self._claim(block, last):
+            if claim := self._claims.unit(block, last):
                 try:
                     self._fetching.fetch(claim, demand=True, unkept=unkept)
-                    return claim.first + claim.count - block
+                    return claim.end - block
                 except (StoreError, IntegrityError) as error:
                     if is_late or not self.sources.all:
                         raise

@@ -76,11 +76,18 @@ class Node:
     def open(self, manifest: Manifest, store: CountingStore) -> Reader:
         blob = self.cache.acquire(manifest.id, manifest.layout, manifest.digests, os.getuid(), os.getgid())
         self.reader = Reader(blob, mtime_ns=0)
-        self.source = PeerSource(self.process, blob, self.kind)
-        self.sources: list[Source] = [store, self.source]
-        self.on_fault = lambda name, _message: self.faults.append(name)
-        self.reader.sources.add(self)
+        self.store = store
+        self.join()
         return self.reader
+
+    def join(self) -> None:
+        """Exchange the blob from now on."""
+        self.source = PeerSource(self.process, self.reader.blob, self.kind)
+        self.sources: list[Source] = [self.store, self.source]
+        self.reader.sources.add(self)
+
+    def on_fault(self, name: str, _message: str) -> None:
+        self.faults.append(name)
 
     def prefetch(self) -> None:
         threads = [threading.Thread(target=self._stream) for _ in range(4)]
@@ -174,7 +181,8 @@ def test_what_a_node_had_before_is_given(tmp_path: Path) -> None:
         first, second = job.nodes
         first.prefetch()
         first.source.close()
-        first.source = PeerSource(first.process, first.reader.blob, "checkpoint")
+        first.reader.sources.remove(first)
+        first.join()
         before = job.store.read_bytes
         second.prefetch()
         assert job.store.read_bytes == before

@@ -14,13 +14,13 @@ import os
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import msgspec
 
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.peers import local
+from bootseer_slurm.peers.owner.asks import Ask, Asks
 
 _log = logging.getLogger(__name__)
 
@@ -28,19 +28,6 @@ _log = logging.getLogger(__name__)
 _SILENT_S, _SILENT_DEMAND_S = 20.0, 5.0
 _SEND_BYTES = 2**20  # messages that the process has not taken yet
 _END_S = 5.0
-
-# Of a job's chunk: the owner's number of the blob, and the chunk's own.
-_Key = tuple[int, int]
-
-
-@dataclass(slots=True)
-class _Ask:
-    """A chunk that somebody waits for. arrived: None where it is to be read from the store."""
-
-    size_bytes: int
-    demand: bool
-    answered: threading.Event = field(default_factory=threading.Event)
-    arrived: local.Arrived | None = None
 
 
 class PeerProcess:
@@ -52,7 +39,7 @@ class PeerProcess:
         self.port: int | None = None  # where it listens, once it does; 0: nowhere
         self._process = process
         self._link = link
-        self._asks: dict[_Key, _Ask] = {}
+        self._asks = Asks()
         self._blobs = 0
         self._over = threading.Event()
         self._lock = threading.Lock()
@@ -72,62 +59,50 @@ class PeerProcess:
         """Whether the process has ended, or was."""
         return self._over.is_set()
 
-    def open(self, name: str, size_bytes: int, chunk_bytes: int, here: bytes, fd: int) -> int:
-        """Have a blob exchanged; gives its number. fd: of its data file, for reading. here: of OpenBlob."""
+    def open(self, blob: local.OpenBlob, fd: int) -> int:
+        """Have a blob exchanged; gives its number from now on. fd: of its data file, for reading."""
         with self._lock:
             self._blobs += 1
             number = self._blobs
-        self._say(local.OpenBlob(number, name, size_bytes, chunk_bytes, here), fd)
+        self.say(msgspec.structs.replace(blob, blob=number), fd)
         return number
 
     def close_blob(self, blob: int) -> None:
         """Exchange it no more. Who waits for a chunk of it reads the store."""
-        with self._lock:
-            asks = [ask for (number, _), ask in self._asks.items() if number == blob]
-        for ask in asks:
-            ask.answered.set()
-        self._say(local.CloseBlob(blob))
+        self._asks.end(blob)
+        self.say(local.CloseBlob(blob))
 
     @contextlib.contextmanager
     def get(self, blob: int, chunk: int, size_bytes: int, *, demand: bool) -> Iterator[memoryview | None]:
-        """The bytes of a chunk that is on no thread's way; None where the store is to be read.
+        """The bytes of a chunk that no other thread asks for; None where the store is to be read.
 
-        Whoever gets them compares their digests, and says `have`, `wrong` or `lost` of it in any case.
+        Whoever gets them compares their digests. He says Have, Wrong or Lost of it in any case.
         """
-        ask = _Ask(size_bytes, demand)
-        with self._lock:
-            self._asks[blob, chunk] = ask
-        try:
+        with self._asks.one((blob, chunk), demand=demand) as ask:
             if not self.is_over:
-                self._say(local.Want(blob, (chunk,), demand))
+                self.say(local.Want(blob, (chunk,), demand))
                 self._wait(ask)
             arrived = ask.arrived
             # A copy: the process could change what is compared.
             yield memoryview(self._slot(arrived.slot, size_bytes)) if arrived else None
-        finally:
-            with self._lock:
-                self._asks.pop((blob, chunk), None)
 
     def hurry(self, blob: int, chunk: int) -> None:
         """Somebody waits for a chunk that another thread asked for."""
-        with self._lock:
-            ask = self._asks.get((blob, chunk))
-            if ask is None or ask.demand:
-                return
-            ask.demand = True
-        self._say(local.Want(blob, (chunk,), demand=True))
+        if self._asks.hurry((blob, chunk)):
+            self.say(local.Want(blob, (chunk,), demand=True))
 
-    def have(self, blob: int, chunk: int) -> None:
-        """The chunk is in the data file."""
-        self._say(local.Have(blob, chunk))
-
-    def wrong(self, blob: int, chunk: int) -> None:
-        """The chunk that came has a wrong digest."""
-        self._say(local.Wrong(blob, chunk))
-
-    def lost(self, blob: int, chunk: int) -> None:
-        """The chunk cannot be had here now."""
-        self._say(local.Lost(blob, chunk))
+    def say(self, message: local.FromOwner, fd: int = -1) -> None:
+        """Say something to the process, which is ended where it does not listen."""
+        if self.is_over:
+            return
+        fds = [fd] if fd >= 0 else []
+        try:
+            socket.send_fds(self._link, [local.encode(message)], fds, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            _log.warning("process %d of peers does not listen: this job goes on without", self._process.pid)
+            self._end()
+        except OSError:
+            self._end()
 
     def close(self) -> None:
         """End the process. Who waits for a chunk reads the store."""
@@ -142,12 +117,9 @@ class PeerProcess:
         self._over.set()
         with contextlib.suppress(OSError):
             self._link.shutdown(socket.SHUT_RDWR)
-        with self._lock:
-            asks = list(self._asks.values())
-        for ask in asks:
-            ask.answered.set()
+        self._asks.end()
 
-    def _wait(self, ask: _Ask) -> None:
+    def _wait(self, ask: Ask) -> None:
         """Wait for the answer. A process that gives none in time is ended."""
         if not ask.answered.wait(_SILENT_DEMAND_S if ask.demand else _SILENT_S) and not self.is_over:
             _log.warning("process %d of peers is silent: this job goes on without", self._process.pid)
@@ -157,52 +129,22 @@ class PeerProcess:
         begin = slot * CHUNK_BYTES
         return self._ring[begin : begin + size_bytes]
 
-    def _say(self, message: local.FromOwner, fd: int = -1) -> None:
-        if self.is_over:
-            return
-        try:
-            content = [local.encode(message)]
-            if fd < 0:
-                self._link.sendmsg(content, (), socket.MSG_DONTWAIT)
-            else:
-                socket.send_fds(self._link, content, [fd], socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            _log.warning("process %d of peers does not listen: this job goes on without", self._process.pid)
-            self._end()
-        except OSError:
-            self._end()
-
     def _take(self) -> None:
         """Take what the process says, until it is gone (a thread of its own)."""
-        answers: dict[type, Callable[[local.FromChild], None]] = {}
-        answers[local.Read] = answers[local.Arrived] = self._answer
-        answers[local.Counted] = self._count
-        answers[local.Started] = self._listens
         try:
             while message := self._link.recv(local.MESSAGE_BYTES):
-                said = local.decode_from_child(message)
-                answers[type(said)](said)
+                match local.decode_from_child(message):
+                    case local.Read(blob, chunk):
+                        self._asks.answer((blob, chunk), None)
+                    case local.Arrived(blob, chunk, slot) as arrived:
+                        if (slot + 1) * CHUNK_BYTES > len(self._ring):
+                            raise ValueError(f"there is no slot {slot}")
+                        self._asks.answer((blob, chunk), arrived)
+                    case local.Counted() as counted:
+                        self.counted = counted
+                    case local.Started(port):
+                        self.port = port
         except (OSError, msgspec.MsgspecError, ValueError) as error:
             if not self.is_over:
                 _log.warning("process %d of peers: %s", self._process.pid, error)
         self._end()
-
-    def _answer(self, said: local.FromChild) -> None:
-        assert isinstance(said, local.Read | local.Arrived)
-        with self._lock:
-            ask = self._asks.get((said.blob, said.chunk))
-        if ask is None or ask.answered.is_set():
-            return
-        if isinstance(said, local.Arrived):
-            if (said.slot + 1) * CHUNK_BYTES > len(self._ring):
-                raise ValueError(f"there is no slot {said.slot}")
-            ask.arrived = said
-        ask.answered.set()
-
-    def _count(self, said: local.FromChild) -> None:
-        assert isinstance(said, local.Counted)
-        self.counted = said
-
-    def _listens(self, said: local.FromChild) -> None:
-        assert isinstance(said, local.Started)
-        self.port = said.port

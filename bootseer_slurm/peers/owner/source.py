@@ -14,6 +14,7 @@ from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.cache.blob import CachedBlob
 from bootseer_slurm.cache.sources import NotHere
 from bootseer_slurm.errors import InputError, IntegrityError
+from bootseer_slurm.peers import local
 from bootseer_slurm.peers.owner.process import PeerProcess
 
 # What is read in parts goes in smaller units: a start touches some of its blocks, often side by side.
@@ -52,7 +53,8 @@ class PeerSource:
         fd = _open_for_reading(blob)
         try:
             bits = here.to_bytes(-(-here.bit_length() // 8), "little")
-            self._number = process.open(blob.id, layout.size_bytes, self._unit_bytes, bits, fd)
+            opening = local.OpenBlob(0, blob.id, layout.size_bytes, self._unit_bytes, bits)
+            self._number = process.open(opening, fd)
         finally:
             os.close(fd)
 
@@ -67,17 +69,17 @@ class PeerSource:
             try:
                 yield view
             except IntegrityError:
-                self._process.wrong(self._number, unit)
+                self._process.say(local.Wrong(self._number, unit))
                 raise
 
     def kept(self, first: int, count: int) -> None:
         for unit in self._units(first, count):
             if self._is_here(unit):
-                self._process.have(self._number, unit)
+                self._process.say(local.Have(self._number, unit))
 
     def lost(self, first: int, count: int) -> None:
         for unit in self._units(first, count):
-            self._process.lost(self._number, unit)
+            self._process.say(local.Lost(self._number, unit))
 
     def hurry(self, block: int) -> None:
         self._process.hurry(self._number, block // self.unit_blocks)

@@ -132,6 +132,7 @@ class Peering:
             process, self._process = self._process, None
         if process is not None:
             process.close()
+            self._spare.prepare()
 
     def _names(self, nodes: tuple[int, ...]) -> str | None:
         """The nodes' names; the process is its user's, and may say any numbers."""

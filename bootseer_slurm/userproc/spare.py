@@ -98,14 +98,16 @@ class Spares:
     """The processes that wait for the next job: one for its user's files, and one for its peers."""
 
     def __init__(self, *, with_peers: bool) -> None:
+        """with_peers: whether the next job may have some."""
         self.users = Spare()
         self.peers = Spare(_PEER)
-        self._kept = (self.users, self.peers) if with_peers else (self.users,)
+        self._with_peers = with_peers
 
     def prepare(self) -> None:
         """Have them wait; see Spare."""
-        for spare in self._kept:
-            spare.prepare()
+        self.users.prepare()
+        if self._with_peers:
+            self.peers.prepare()
 
     def close(self) -> None:
         """End them."""

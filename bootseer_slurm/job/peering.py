@@ -6,12 +6,11 @@ do: of a file that is used as it lies no node knows the digests before.
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import threading
 
 from bootseer_slurm.artifacts.handle import BlobHandle
-from bootseer_slurm.errors import BootseerError
+from bootseer_slurm.errors import BootseerError, InputError
 from bootseer_slurm.identity import User
 from bootseer_slurm.image.signing import read_key
 from bootseer_slurm.job.context import JobContext
@@ -22,8 +21,6 @@ from bootseer_slurm.peers.owner.process import PeerProcess
 from bootseer_slurm.peers.owner.source import PeerSource
 from bootseer_slurm.peers.policy import STREAMS
 from bootseer_slurm.userproc.spare import Spare
-
-_log = logging.getLogger(__name__)
 
 _DEMANDS = 4  # slots of the ring, beside those of the prefetch
 _BEGIN_S = 2.0  # a name server may be slow; then this start has no peers of its first blobs
@@ -38,35 +35,35 @@ class Peering:
         self._spare = spare
         self._process: PeerProcess | None = None
         self._nodes: list[str] = []
-        self._begun = threading.Event()
-        self._begun.set()
+        self._is_begun = False
+        self._beginning = threading.Lock()
         self._lock = threading.Lock()
 
-    def announce(self) -> bool:
-        """Whether this job has peers, and `begin` is to be called; who joins until then waits for it."""
-        config, job = self._context.config.peers, self._context.job
-        if config.mode == "off":
-            return False
-        try:
-            self._nodes = job.nodes(self._context.node)
-        except BootseerError:
-            return False  # it is told already
-        if len(self._nodes) < 2:
-            return False
-        self._begun.clear()
-        return True
-
     def begin(self) -> None:
-        """Start the process (may take long: names are looked up)."""
+        """Start the process, where this job has peers. May take long: names are looked up."""
+        if not self._beginning.acquire(timeout=_BEGIN_S):
+            return
         try:
-            self._begin()
+            if not self._is_begun:
+                self._is_begun = True
+                self._begin()
         except (BootseerError, OSError, subprocess.SubprocessError) as error:
             self._context.fault("peers_not_used", str(error))
         finally:
-            self._begun.set()
+            self._beginning.release()
+
+    def _nodes_of_job(self) -> list[str]:
+        """All nodes of the job; none where the list cannot be used, which is told already."""
+        try:
+            return self._context.job.nodes(self._context.node)
+        except InputError:
+            return []
 
     def _begin(self) -> None:
         job, config = self._context.job, self._context.config
+        self._nodes = self._nodes_of_job()
+        if config.peers.mode == "off" or len(self._nodes) < 2:
+            return
         key = read_key(config.image.site_key)
         if not key:
             return  # `bootseer doctor` tells
@@ -101,8 +98,9 @@ class Peering:
     def join(self, handle: BlobHandle, kind: str) -> None:
         """Have the other nodes get the blob from this one, and this one from them."""
         blob = handle.reader.blob
-        if blob.unmanaged or not self._begun.wait(_BEGIN_S):
+        if blob.unmanaged:
             return
+        self.begin()
         process = self._process
         if process is None or process.is_over:
             return

@@ -127,7 +127,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         self.intake.begin(request)
 
     def _begin_peers(self, request: Request) -> None:
-        if not request.observe and self._peering.announce():
+        if not request.observe:
             self._threads.start(self._peering.begin)
 
     def _usable_nodelist(self) -> str:

@@ -39,8 +39,14 @@ class Work:
         return [block for block in self.times_ms if not blob.blocks.has(block, block)]
 
     def comes_in_time(self, bytes_per_s: float) -> bool:
-        """Whether each block that is not there yet will come before a start that begins now touches it."""
+        """Whether each block that is not there yet will come before a start that begins now touches it.
+
+        bytes_per_s: of the link to the store, over which other nodes bring nothing.
+        """
         lacking = self.lacking()
+        handle = self.layer.handle
+        if handle.reader.sources.unit_blocks:
+            bytes_per_s = max(bytes_per_s, handle.usage.fetched_bytes / (time.monotonic() - self.start_s))
         if not lacking:
             return True  # and the stream that brought the last one is about to say so
         if not bytes_per_s or any(self.times_ms[block] < 0 for block in lacking):

@@ -14,16 +14,13 @@ from bootseer_slurm.peers.directory import Answer, Moved, Want
 from bootseer_slurm.peers.fetch import AskDirectory, Viewpoint
 from bootseer_slurm.peers.groups import Chunk
 
-_ANSWER_S = 1.0  # later an answer is one to another question
-
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """Which directory is asked, and how long its answer counts."""
+    """Which directory is asked."""
 
     level: int
     owner: int
-    until_s: float
 
 
 class Listing:
@@ -59,13 +56,11 @@ class Listing:
                     asks.append(self._ask(chunk, level, owner, now_s))
         return asks
 
-    def is_asked(self, chunk: Chunk, owner: int, now_s: float) -> bool:
-        """Whether an answer of this node for this chunk is one to such a WANT."""
-        asked = self._asked.get(chunk)
-        return asked is not None and asked.owner == owner and now_s < asked.until_s
-
     def answered(self, chunk: Chunk, owner: int, answer: Answer, now_s: float) -> list[AskDirectory]:
         """A directory has answered such a WANT."""
+        asked = self._asked.get(chunk)
+        if asked is None or asked.owner != owner:
+            return []
         level = self._asked.pop(chunk).level
         if isinstance(answer, Moved) and self._here.rings[level].is_before(answer.owner, owner, chunk):
             return [self._ask(chunk, level, answer.owner, now_s)]
@@ -77,7 +72,7 @@ class Listing:
             del self._asked[chunk]
 
     def _ask(self, chunk: Chunk, level: int, owner: int, now_s: float) -> AskDirectory:
-        self._asked[chunk] = _Asked(level, owner, now_s + _ANSWER_S)
+        self._asked[chunk] = _Asked(level, owner)
         here = self._here
         want = Want(chunk, here.node, here.serves, missing=here.liveness.missing(now_s), has=True)
         return AskDirectory(owner, level, want)

@@ -14,7 +14,7 @@ and from the process:
 
     Started        it listens, and has its part of the directory
     Read           read this chunk from the store; the same again with demand: somebody waits for it now
-    Arrived        a chunk lies in a slot of the ring, until Have, Wrong or Lost is said of it
+    Arrived        a chunk lies in a slot of the ring, until Have, Wrong or Lost is said of it, or CloseBlob
     Counted        figures since the start
 
 The owner has a slot of 4 MiB for each of eight chunks of the prefetch, and for each that it demands at once.
@@ -69,7 +69,11 @@ class OpenBlob(Struct, frozen=True, tag=True):
 
 
 class CloseBlob(Struct, frozen=True, tag=True):
-    """The owner uses the blob no more; its number is not used again."""
+    """The owner uses the blob no more; its number is not used again.
+
+    A Read or Arrived that crosses it counts no more. Chunks that are on their way to other nodes still go on:
+    the file may be unlinked, and its bytes stay as they are.
+    """
 
     blob: int
 

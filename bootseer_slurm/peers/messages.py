@@ -21,7 +21,8 @@ _MOST_NODES = GROUP_NODES
 _MOST_ROWS = 16_384  # of one Handover
 _CHUNK = struct.Struct("!32sI")
 CHUNK_BYTES = _CHUNK.size
-_WANT = struct.Struct("!BBHHH")  # level, flags, and how many busy, lost and missing nodes follow
+_WANT = struct.Struct("!BBIHHH")  # level, flags, number, and how many busy, lost and missing nodes follow
+_ANSWERED = struct.Struct("!BIBI")  # the kind of answer, its node, whether only that one, and the number
 _ROW = struct.Struct("!IBB")
 _SERVES, _HAS = 1, 2
 _DEMAND, _ONLY = 1, 2
@@ -35,18 +36,20 @@ class BadMessage(Exception):
 
 @dataclass(frozen=True, slots=True)
 class AskList:
-    """A WANT for the directory of a level."""
+    """A WANT for the directory of a level. number: of this question; the answer brings it back."""
 
     level: int
     want: Want
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What the directory of a node says to the last WANT for this chunk."""
+    """What the directory of a node says to the WANT for this chunk that has this number."""
 
     chunk: Chunk
     answer: First | Parent | Moved
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +114,14 @@ class Kind(enum.IntEnum):
 def encode(message: Message) -> tuple[Kind, bytes]:
     """A message's kind and body. Raises ValueError for a Handover that is too large: `split` it before."""
     match message:
-        case AskList(level, want):
+        case AskList(level, want, number):
             nodes = (want.busy, want.lost, want.missing)
             flags = _SERVES * want.serves | _HAS * want.has
-            head = _WANT.pack(level, flags, *(min(len(each), _MOST_NODES) for each in nodes))
+            head = _WANT.pack(level, flags, number, *(min(len(each), _MOST_NODES) for each in nodes))
             listed = [node for each in nodes for node in each[:_MOST_NODES]]
             return Kind.ASK_LIST, pack_chunk(want.chunk) + head + struct.pack(f"!{len(listed)}I", *listed)
-        case Answered(chunk, answer):
-            return Kind.ANSWERED, pack_chunk(chunk) + _packed_answer(answer)
+        case Answered(chunk, answer, number):
+            return Kind.ANSWERED, pack_chunk(chunk) + _ANSWERED.pack(*_answer_fields(answer), number)
         case Get(chunk, _, demand, only):
             return Kind.GET, pack_chunk(chunk) + struct.pack("!B", _DEMAND * demand | _ONLY * only)
         case Pending(chunk, hops):
@@ -145,7 +148,7 @@ def decode(kind: int, body: bytes, node: int) -> Message:
     if end != len(body):
         raise BadMessage(f"frame of kind {kind}: {len(body)} bytes, and {end} of them are read")
     if isinstance(message, AskList):
-        return AskList(message.level, replace(message.want, reader=node))
+        return replace(message, want=replace(message.want, reader=node))
     return replace(message, reader=node) if isinstance(message, Get) else message
 
 
@@ -163,14 +166,14 @@ def read_chunk(body: bytes | memoryview) -> Chunk:
     return Chunk(blob.hex(), number)
 
 
-def _packed_answer(answer: First | Parent | Moved) -> bytes:
+def _answer_fields(answer: First | Parent | Moved) -> tuple[int, int, int]:
     match answer:
         case First():
-            return struct.pack("!BIB", 0, 0, 0)
+            return 0, 0, 0
         case Parent(node, only):
-            return struct.pack("!BIB", 1, node, only)
+            return 1, node, only
         case Moved(owner):
-            return struct.pack("!BIB", 2, owner, 0)
+            return 2, owner, 0
 
 
 def _packed_handover(handover: Handover) -> bytes:
@@ -206,7 +209,7 @@ _Read = tuple[Message, int]
 
 def _read_want(body: bytes) -> _Read:
     chunk, at = read_chunk(body), CHUNK_BYTES
-    level, flags, *counts = _WANT.unpack_from(body, at)
+    level, flags, number, *counts = _WANT.unpack_from(body, at)
     at += _WANT.size
     lists = []
     for count in counts:
@@ -216,13 +219,13 @@ def _read_want(body: bytes) -> _Read:
         at += 4 * count
     busy, lost, missing = lists
     serves, has = bool(flags & _SERVES), bool(flags & _HAS)
-    return AskList(level, Want(chunk, _NOBODY, serves, busy, lost, missing, has)), at
+    return AskList(level, Want(chunk, _NOBODY, serves, busy, lost, missing, has), number), at
 
 
 def _read_answered(body: bytes) -> _Read:
-    kind, node, only = struct.unpack_from("!BIB", body, CHUNK_BYTES)
+    kind, node, only, number = _ANSWERED.unpack_from(body, CHUNK_BYTES)
     answer = (First(), Parent(node, bool(only)), Moved(node))[kind]
-    return Answered(read_chunk(body), answer), CHUNK_BYTES + 6
+    return Answered(read_chunk(body), answer, number), CHUNK_BYTES + _ANSWERED.size
 
 
 def _read_get(body: bytes) -> _Read:

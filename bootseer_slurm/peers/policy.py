@@ -104,9 +104,11 @@ class Policy:
         self._prefetching -= 1
         return self._fuse.passes(fetch.hurry(now_s), now_s) + self._fill(now_s)
 
-    def answered(self, chunk: Chunk, owner: int, answer: Answer, now_s: float) -> list[Action]:
-        """What a directory answered. owner: the node that was asked."""
-        if self._listing.is_asked(chunk, owner, now_s):
+    def answered(
+        self, chunk: Chunk, owner: int, answer: Answer, now_s: float, *, has: bool = False
+    ) -> list[Action]:
+        """What a directory answered. owner: the node that was asked. has: as of the WANT."""
+        if has:
             return [*self._listing.answered(chunk, owner, answer, now_s)]
         fetch = self._fetches.get(chunk)
         return self._fuse.passes(fetch.answered(owner, answer, now_s), now_s) if fetch else []

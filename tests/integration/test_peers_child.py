@@ -415,7 +415,7 @@ class FakePeer:
                 if isinstance(said, Join):
                     connection.send(Given(said.level, Handover({}, (0, 1))))
                 elif isinstance(said, AskList):
-                    connection.send(Answered(said.want.chunk, Parent(1)))
+                    connection.send(Answered(said.want.chunk, Parent(1), said.number))
                 elif isinstance(said, Get):
                     self._serve(connection, said)
             connection.write()

@@ -102,17 +102,17 @@ def test_what_is_not_there_gets_no_list() -> None:
     beyond = Chunk(CHUNK.blob, CHUNKS)
     others.sent.clear()
     for want in (Want(beyond, NEXT), Want(CHUNK, NEXT, missing=(4,)), Want(CHUNK, NEXT, lost=(2**32 - 1,))):
-        lists.asked(NEXT, AskList(0, want))
-    lists.asked(NEXT, AskList(1, Want(CHUNK, NEXT)))
+        lists.asked(NEXT, AskList(0, want, 1))
+    lists.asked(NEXT, AskList(1, Want(CHUNK, NEXT), 1))
     rows = (Row(NEXT, 0, Service.YES),)
     lists.given(NEXT, Given(0, Handover({beyond: rows}, ())), 1.0)
     assert others.sent == [] and lists.want(0, Want(beyond, FAR)) == First()
-    lists.asked(NEXT, AskList(0, Want(CHUNK, NEXT)))
-    assert others.sent == [(NEXT, Answered(CHUNK, First()))]
+    lists.asked(NEXT, AskList(0, Want(CHUNK, NEXT), 5))
+    assert others.sent == [(NEXT, Answered(CHUNK, First(), 5))]
 
 
 def test_what_is_not_there_is_not_held_until_the_lists_are_here() -> None:
     lists, others, _ = started()
     others.sent.clear()
-    lists.asked(NEXT, AskList(0, Want(Chunk(CHUNK.blob, 2**32 - 1), NEXT)))
+    lists.asked(NEXT, AskList(0, Want(Chunk(CHUNK.blob, 2**32 - 1), NEXT), 1))
     assert ready(lists, 1.0) and others.sent == []

@@ -364,12 +364,11 @@ def test_a_dead_directory_s_lists_are_told_to_its_heir() -> None:
     assert isinstance(told, AskDirectory) and told.to == OWNERS[1]
     assert told.want.has and told.want.missing == (OWNERS[0],)
     here.liveness.heard(OWNERS[0])
-    moved = only(policy.answered(CHUNK, OWNERS[1], Moved(OWNERS[0]), 0.3))
+    moved = only(policy.answered(CHUNK, OWNERS[1], Moved(OWNERS[0]), 0.3, has=True))
     assert isinstance(moved, AskDirectory) and moved.to == OWNERS[0] and moved.want.has
-    assert policy.answered(CHUNK, OWNERS[0], Moved(OWNERS[1]), 0.3) == [], (
-        "no list moves away from its first owner"
-    )
-    assert policy.answered(CHUNK, OWNERS[0], First(), 0.3) == []
+    again = policy.answered(CHUNK, OWNERS[0], Moved(OWNERS[1]), 0.3, has=True)
+    assert again == [], "no list moves away from its first owner"
+    assert policy.answered(CHUNK, OWNERS[0], First(), 0.3, has=True) == []
 
 
 def test_a_question_that_was_never_answered_takes_no_other_question_s_answer() -> None:
@@ -381,9 +380,10 @@ def test_a_question_that_was_never_answered_takes_no_other_question_s_answer() -
     told = only(policy.overdue(0.25))
     assert asked(told) == OWNERS[1]
     policy.failed(CHUNK, NODE, Loss.STORE, 0.3)
-    owner = asked(only(policy.demand(CHUNK, 1.3)))
+    owner = asked(only(policy.demand(CHUNK, 0.3)))
     assert owner == OWNERS[1]
-    assert only(policy.answered(CHUNK, owner, Parent(5), 1.31)) == AskParent(5, Get(CHUNK, NODE, demand=True))
+    assert policy.answered(CHUNK, owner, First(), 0.31, has=True) == []
+    assert only(policy.answered(CHUNK, owner, Parent(5), 0.32)) == AskParent(5, Get(CHUNK, NODE, demand=True))
 
 
 def test_a_banned_directory_s_lists_are_told_to_its_heir() -> None:

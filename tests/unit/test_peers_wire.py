@@ -159,7 +159,7 @@ def test_the_end_is_told(pair: Pair) -> None:
 
 
 def test_who_takes_no_messages_is_given_up(pair: Pair) -> None:
-    want = AskList(0, Want(CHUNK, 1, lost=tuple(range(128)), missing=tuple(range(128))))
+    want = AskList(0, Want(CHUNK, 1, lost=tuple(range(128)), missing=tuple(range(128))), 1)
     with pytest.raises(BadMessage, match="takes no"):
         for _ in range(10_000):
             pair.near.send(want)
@@ -219,9 +219,9 @@ def test_what_was_said_before_the_end_is_heard(pair: Pair) -> None:
 
 
 def test_who_asks_is_the_node_of_the_connection(pair: Pair) -> None:
-    pair.far.send(AskList(0, Want(CHUNK, 77)))
+    pair.far.send(AskList(0, Want(CHUNK, 77), 9))
     pair.far.send(Get(CHUNK, 77, demand=True))
-    assert pair.heard() == [AskList(0, Want(CHUNK, 1)), Get(CHUNK, 1, demand=True)]
+    assert pair.heard() == [AskList(0, Want(CHUNK, 1), 9), Get(CHUNK, 1, demand=True)]
 
 
 def test_few_messages_are_taken_at_a_time(pair: Pair) -> None:

@@ -109,7 +109,7 @@ class Lists:
             if len(self._held) < _MOST_HELD:
                 self._held.append((node, asked))
         elif answer := self.want(asked.level, want):
-            self._links.send(node, Answered(want.chunk, answer))
+            self._links.send(node, Answered(want.chunk, answer, asked.number))
 
     def joined(self, node: int, level: int) -> None:
         """A node sent JOIN."""

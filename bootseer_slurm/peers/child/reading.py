@@ -17,7 +17,7 @@ from bootseer_slurm.peers.child.links import Links
 from bootseer_slurm.peers.child.lists import Lists
 from bootseer_slurm.peers.child.owner import Owner
 from bootseer_slurm.peers.child.reach import Reach
-from bootseer_slurm.peers.directory import Moved, Parent
+from bootseer_slurm.peers.directory import Moved, Parent, Want
 from bootseer_slurm.peers.fetch import AskDirectory, AskParent, Cause, Loss, ReadStore
 from bootseer_slurm.peers.groups import Chunk
 from bootseer_slurm.peers.local import Arrived, Read
@@ -65,6 +65,59 @@ class Counts:
     slow: set[int] = field(default_factory=set)
 
 
+class Asked:
+    """What other nodes were asked, and have not said all of yet."""
+
+    def __init__(self) -> None:
+        self._gets: dict[int, set[Chunk]] = {}  # by node
+        # By node and chunk, and whether that is here: the number of the last question.
+        self._wants: dict[int, dict[tuple[Chunk, bool], int]] = {}
+        self._number = 0
+
+    def get(self, node: int, chunk: Chunk) -> None:
+        """A node is sent GET."""
+        self._gets.setdefault(node, set()).add(chunk)
+
+    def got(self, node: int, chunk: Chunk) -> bool:
+        """It has said all of that; gives whether it was asked."""
+        gets = self._gets.get(node, set())
+        was_asked = chunk in gets
+        gets.discard(chunk)
+        return was_asked
+
+    def want(self, node: int, want: Want) -> int:
+        """A node is sent WANT; gives its number. Answers to earlier ones of this kind count no more."""
+        self._number = (self._number + 1) % 2**32
+        self._wants.setdefault(node, {})[want.chunk, want.has] = self._number
+        return self._number
+
+    def answered(self, node: int, answered: Answered) -> bool | None:
+        """Whether the WANT that this answers was of a node that has the chunk. None: it answers none."""
+        wants = self._wants.get(node, {})
+        for has in (False, True):
+            if wants.get((answered.chunk, has)) == answered.number:
+                del wants[answered.chunk, has]
+                return has
+        return None
+
+    def nodes(self) -> set[int]:
+        """Those that have not said all."""
+        return {node for asked in (self._gets, self._wants) for node, each in asked.items() if each}
+
+    def ended(self, node: int) -> list[Chunk]:
+        """A node says nothing more. Gives the chunks that it was asked for."""
+        wants = [chunk for chunk, _ in self._wants.pop(node, {})]
+        return list(dict.fromkeys([*wants, *self._gets.pop(node, ())]))
+
+    def closed(self, blob: str) -> None:
+        """What is said of this blob from now on answers nothing."""
+        for gets in self._gets.values():
+            gets -= {chunk for chunk in gets if chunk.blob == blob}
+        for node, wants in self._wants.items():
+            kept = {key: number for key, number in wants.items() if key[0].blob != blob}
+            self._wants[node] = kept
+
+
 class Reading:
     """This node as a reader, among so many nodes."""
 
@@ -72,7 +125,7 @@ class Reading:
         self.counts = Counts()
         self._ways = ways
         self._policy = policy
-        self._asked: dict[int, set[Chunk]] = {}  # of a node: chunks of which it has not said all yet
+        self._asked = Asked()
         self._from_store: set[Chunk] = set()
 
     def want(self, chunks: Sequence[Chunk], *, demand: bool, now_s: float) -> None:
@@ -124,31 +177,30 @@ class Reading:
         """Nothing of a blob is wanted any more, and all its slots are free."""
         for chunk in self._ways.incoming.of(blob):
             self._ways.free(chunk)
-        for asked in (*self._asked.values(), self._from_store):
-            asked -= {chunk for chunk in asked if chunk.blob == blob}
+        self._asked.closed(blob)
+        self._from_store = {chunk for chunk in self._from_store if chunk.blob != blob}
         self._do(self._policy.closed(blob, now_s), now_s)
 
     def answered(self, node: int, answered: Answered, now_s: float) -> None:
         """A directory has answered."""
         chunk, answer = answered.chunk, answered.answer
-        if chunk not in self._asked.get(node, ()):
+        has = self._asked.answered(node, answered)
+        if has is None:
             return
-        self._asked[node].discard(chunk)
         named = (
             answer.node if isinstance(answer, Parent) else answer.owner if isinstance(answer, Moved) else 0
         )
         if named >= self._ways.nodes or (isinstance(answer, Parent) and named == self._ways.node):
             self._do(self._policy.failed(chunk, node, Loss.SILENT, now_s), now_s)  # no directory says so
             return
-        self._do(self._policy.answered(chunk, node, answer, now_s), now_s)
+        self._do(self._policy.answered(chunk, node, answer, now_s, has=has), now_s)
 
     def parent_said(self, node: int, said: Pending | Refused, now_s: float) -> None:
         """A parent has a chunk on its way, or does not send it."""
         chunk = said.chunk
         if isinstance(said, Pending):
             self._do(self._policy.pending(chunk, node, said.hops, now_s), now_s)
-        elif chunk in self._asked.get(node, ()):
-            self._asked[node].discard(chunk)
+        elif self._asked.got(node, chunk):
             loss = Loss.LACK if said.lacks else Loss.BUSY
             self._do(self._policy.failed(chunk, node, loss, now_s), now_s)
 
@@ -160,22 +212,22 @@ class Reading:
         chunk = received.chunk
         self._policy.pending(chunk, node, 0, now_s)
         if coming.is_whole:
-            self._asked.get(node, set()).discard(chunk)
+            self._asked.got(node, chunk)
             number = self._ways.blobs.of(chunk).order.blob
             self._ways.owner.say(Arrived(number, chunk.number, coming.slot, node, coming.dur_s))
 
     def ended(self, node: int, now_s: float, *, is_silent: bool) -> None:
         """A node cannot be reached, or its connection ended. is_silent: it did not refuse either."""
         loss = Loss.SILENT if is_silent else Loss.REFUSED
-        for chunk in self._asked.pop(node, ()):
+        for chunk in self._asked.ended(node):
             self._do(self._policy.failed(chunk, node, loss, now_s), now_s)
 
     def overdue(self, now_s: float) -> None:
         """What is to be done because time has passed."""
         for chunk, parent in self._ways.incoming.whole():
             self._policy.pending(chunk, parent, 0, now_s)  # it is the owner who takes his time
-        nodes = [node for node, asked in self._asked.items() if asked]
-        self._do(self._policy.overdue(now_s, self._ways.reach.among(nodes, now_s)), now_s)
+        reached = self._ways.reach.among(self._asked.nodes(), now_s)
+        self._do(self._policy.overdue(now_s, reached), now_s)
 
     def _do(self, actions: Iterable[Action], now_s: float) -> None:
         ways = self._ways
@@ -187,13 +239,12 @@ class Reading:
                     if not want.has:
                         ways.leave(want.chunk)  # of a parent that was left
                     if to != ways.node:
-                        self._asked.setdefault(to, set()).add(want.chunk)
-                        ways.links.send(to, AskList(level, want), now_s)
+                        ways.links.send(to, AskList(level, want, self._asked.want(to, want)), now_s)
                     elif answer := ways.lists.want(level, want):
-                        to_do += self._policy.answered(want.chunk, to, answer, now_s)
+                        to_do += self._policy.answered(want.chunk, to, answer, now_s, has=want.has)
                 case AskParent(to, get):
                     if ways.incoming.expect(get.chunk, to, ways.blobs.size_of(get.chunk)):
-                        self._asked.setdefault(to, set()).add(get.chunk)
+                        self._asked.get(to, get.chunk)
                         ways.links.send(to, get, now_s)
                     else:
                         to_do += self._policy.failed(get.chunk, to, Loss.BUSY, now_s)

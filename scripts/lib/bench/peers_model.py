@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
-from bootseer_slurm.peers.directory import JOIN_AT_ONCE, JOIN_WAIT_S, Answer, Handover
+from bootseer_slurm.peers.directory import JOIN_AT_ONCE, JOIN_WAIT_S, Answer, Handover, Want
 from bootseer_slurm.peers.fetch import AskDirectory, AskParent, Loss, ReadStore
 from bootseer_slurm.peers.groups import Chunk
 from bootseer_slurm.peers.policy import OVERDUE_S, Action, in_order
@@ -171,14 +171,15 @@ def _answer(world: World, node: Node, owner: Node, action: AskDirectory) -> None
     answer = owner.directories[action.level].want(action.want)
     owner.directory_free_s = max(owner.directory_free_s, world.now_s) + world.inputs.want_s
     at_s = owner.directory_free_s + (0.0 if owner is node else world.inputs.round_trip_s / 2)
-    world.events.at(at_s, _answered, world, node, owner, action.want.chunk, answer)
+    world.events.at(at_s, _answered, world, node, owner, action.want, answer)
 
 
-def _answered(world: World, node: Node, owner: Node, chunk: Chunk, answer: Answer) -> None:
+def _answered(world: World, node: Node, owner: Node, want: Want, answer: Answer) -> None:
     if world.is_live(node):
         if owner is not node:
             node.here.liveness.heard(owner.index)
-        _do(world, node, node.policy.answered(chunk, owner.index, answer, world.now_s))
+        actions = node.policy.answered(want.chunk, owner.index, answer, world.now_s, has=want.has)
+        _do(world, node, actions)
 
 
 def _failed(world: World, node: Node, peer: Node, chunk: Chunk, loss: Loss) -> None:

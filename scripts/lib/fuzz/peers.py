@@ -34,10 +34,10 @@ _STREAM_BYTES = 64 * 1024  # what a socket takes at once
 def _messages() -> list[Message]:
     rows = (Row(1, 2, Service.YES), Row(2, 0, Service.GONE))
     return [
-        AskList(1, Want(_CHUNK, 3, False, (1,), (2, 4), (5,), True)),
-        Answered(_CHUNK, First()),
-        Answered(_CHUNK, Parent(3, True)),
-        Answered(_CHUNK, Moved(9)),
+        AskList(1, Want(_CHUNK, 3, False, (1,), (2, 4), (5,), True), 2**32 - 1),
+        Answered(_CHUNK, First(), 0),
+        Answered(_CHUNK, Parent(3, True), 1),
+        Answered(_CHUNK, Moved(9), 2**32 - 1),
         Get(_CHUNK, 3, True, True),
         Pending(_CHUNK, 2),
         Refused(_CHUNK, True),

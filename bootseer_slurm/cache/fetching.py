@@ -92,7 +92,7 @@ class Claims:
         return self.run(block, last)
 
     def run(self, block: int, last: int, limit_bytes: int | None = None) -> Claim | None:
-        """A block and those behind it, up to `last`: within its chunk, and `limit_bytes`; None as of `unit`."""
+        """A block and those behind it up to `last`, within its chunk and `limit_bytes`; None as of `unit`."""
         layout = self._blob.layout
         per_chunk = layout.chunk_bytes // layout.block_bytes
         last = min((block // per_chunk + 1) * per_chunk - 1, last)

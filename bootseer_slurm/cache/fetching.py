@@ -132,6 +132,7 @@ class Fetching:
         self._sources = sources
         self._usage = usage
         self._cache_file = _CacheFile(blob)
+        self.claims = Claims(blob, sources)
 
     def bytes_of(self, first: int, end: int) -> int:
         """The size of blocks `first` to `end`, without the latter."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from bootseer_slurm.blob.trace import Recorder
 from bootseer_slurm.cache.cache import PRESENT, CachedBlob
-from bootseer_slurm.cache.fetching import Admit, Claims, Fetching, Push, Usage
+from bootseer_slurm.cache.fetching import Admit, Fetching, Push, Usage
 from bootseer_slurm.cache.sources import Sources
 from bootseer_slurm.cache.waits import Waits
 from bootseer_slurm.errors import BootseerError, IntegrityError, StoreError
@@ -45,7 +45,6 @@ class Reader:
         self.waits = Waits()
         self.sources = Sources(blob.id)
         self.on_read: OnRead | None = None
-        self._claims = Claims(blob, self.sources)
         self._fetching = Fetching(blob, self.sources, self.usage)
         self._recorders: tuple[Recorder, ...] = ()
         self._lock = threading.Lock()
@@ -110,7 +109,7 @@ class Reader:
         """
         last = self.blob.layout.blocks - 1
         while (first := self.blob.blocks.next_missing()) >= 0 and not self.blob.file.full:
-            if claim := self._claims.run(first, last, limit_bytes):
+            if claim := self._fetching.claims.run(first, last, limit_bytes):
                 self._fetching.fetch(claim, demand=False)
                 return first * self.blob.layout.block_bytes, self._fetching.bytes_of(first, claim.end)
         return 0, 0
@@ -123,7 +122,7 @@ class Reader:
         """
         block = first
         while block <= last and not self.blob.file.full:
-            if claim := self._claims.run(block, last, limit_bytes):
+            if claim := self._fetching.claims.run(block, last, limit_bytes):
                 self._fetching.fetch(claim, demand=False, push=push)
                 return claim.end
             block += 1
@@ -141,7 +140,7 @@ class Reader:
         block = self.blob.blocks.next_missing() if first is None else first
         last = self.blob.layout.blocks - 1 if last is None else last
         while 0 <= block <= last and not self.blob.file.full:
-            if claim := self._claims.unit(block, last):
+            if claim := self._fetching.claims.unit(block, last):
                 self._fetching.fetch(claim, demand=False, push=push, admit=admit)
                 return claim.first, claim.end
             block = self.blob.blocks.next_missing() if first is None else block + 1
@@ -158,7 +157,7 @@ class Reader:
             now_s = time.monotonic()
             is_late = now_s - begin_s > self.patience_s
             is_late |= wrong_since_s is not None and now_s - wrong_since_s > _DAMAGE_PATIENCE_S
-            if claim := self._claims.unit(block, last):
+            if claim := self._fetching.claims.unit(block, last):
                 try:
                     self._fetching.fetch(claim, demand=True, unkept=unkept)
                     return claim.end - block

@@ -83,7 +83,7 @@ class Claims:
 
         None: others have the block, or fetch it.
         """
-        if unit := self._sources.unit_blocks:
+        if (unit := self._sources.unit_blocks) and not self._blob.file.full:
             begin = block // unit * unit
             end = min(begin + unit, self._blob.layout.blocks)
             if self._blob.blocks.claim_all(begin, end - 1):

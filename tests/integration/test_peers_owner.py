@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bootseer_slurm.blob.manifest import CHUNK_BYTES, Manifest, decode
+from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES, Manifest, decode
 from bootseer_slurm.blob.writer import BlobWriter, Original
 from bootseer_slurm.cache.cache import Cache
 from bootseer_slurm.cache.reader import Reader
@@ -232,6 +232,7 @@ def test_a_full_disk_gives_what_it_cannot_keep_and_has_others_ask_elsewhere(job:
     first, second = job.nodes
     first.reader.blob.file.full = True
     assert first.reader.fetch(0, 10) == job.content[:10]
+    assert job.store.read_bytes == BLOCK_BYTES, "a unit of which nothing is kept would be read for each block"
     assert second.reader.fetch(0, 10) == job.content[:10]
 
 

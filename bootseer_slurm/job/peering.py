@@ -14,16 +14,23 @@ from bootseer_slurm.errors import BootseerError, InputError
 from bootseer_slurm.identity import User
 from bootseer_slurm.image.signing import read_key
 from bootseer_slurm.job.context import JobContext
+from bootseer_slurm.peers.groups import GROUP_NODES
 from bootseer_slurm.peers.key import job_key
 from bootseer_slurm.peers.local import Order
 from bootseer_slurm.peers.owner.addresses import addresses_of
 from bootseer_slurm.peers.owner.process import PeerProcess
 from bootseer_slurm.peers.owner.source import PeerSource
 from bootseer_slurm.peers.policy import STREAMS
+from bootseer_slurm.slurm.topology import near_nodes, read_topology
 from bootseer_slurm.userproc.spare import Spare
 
 _DEMANDS = 4  # slots of the ring, beside those of the prefetch
 _BEGIN_S = 2.0  # a name server may be slow; then this start has no peers of its first blobs
+
+
+def _blocks(nodes: list[str]) -> tuple[tuple[int, ...], ...]:
+    """The nodes under each switch, where they are more than one group has."""
+    return near_nodes(nodes, read_topology() if len(nodes) > GROUP_NODES else "")
 
 
 class Peering:
@@ -80,7 +87,7 @@ class Peering:
             node=own,
             addresses=addresses,
             ports=(*ports[first:], *ports[:first]),
-            blocks=(tuple(range(len(addresses))),),
+            blocks=_blocks(self._nodes),
             upload_bytes_per_s=float(config.peers.upload_bytes),
             slots=STREAMS + _DEMANDS,
         )

@@ -16,10 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from bootseer_slurm.cli import peers, settings
 from bootseer_slurm.config import Config
 from bootseer_slurm.errors import BootseerError
 from bootseer_slurm.units import format_duration
@@ -45,11 +48,22 @@ class Finding:
     meaning: str
 
 
-def doctor() -> None:
-    """Show what this node can do. Exit status 0 whatever it is; root sees most."""
-    from bootseer_slurm.cli import settings
+def doctor(
+    nodelist: Annotated[
+        str | None,
+        typer.Option("--peers", metavar="NODELIST", help="Instead: which of these nodes can be reached."),
+    ] = None,
+) -> None:
+    """Show what this node can do. Exit status 0 whatever it is; root sees most.
 
+    With --peers, which needs no root: whether jobs on these nodes can exchange blocks, tried from this one.
+    Exit status 1 where a node is silent or has no address.
+    """
     config = settings.config()
+    if nodelist is not None:
+        if not peers.show_reach(config, nodelist):
+            raise typer.Exit(1)
+        return
     table = Table(show_edge=False, pad_edge=False)
     for title in ("", "", "what it means"):
         table.add_column(title, overflow="fold")
@@ -69,6 +83,7 @@ def findings(config: Config) -> Iterator[Finding]:
     yield _job_namespace()
     by_kernel = list(_kernel_mounts(config))
     yield from by_kernel
+    yield Finding("peers", *peers.state(config))
     yield _packing()
     yield _stand_in()
     for program in ("squashfuse", "squashfuse_ll"):

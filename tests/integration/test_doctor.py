@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bootseer_slurm import config as configuration
-from bootseer_slurm.cli import doctor
+from bootseer_slurm.cli import doctor, peers
 from bootseer_slurm.config import Config
 
 STAND_IN = Path(__file__).resolve().parents[2] / "libexec" / "squashfuse"
@@ -204,3 +209,94 @@ def test_the_machine_that_collects_is_told_from_others_and_late_ones_from_well_o
     os.utime(lock, (1_000_000_000, 1_000_000_000))
     works, meaning = _found(config)["records"]
     assert works is False and "bootseer-collect.timer" in meaning
+
+
+@pytest.fixture
+def ports() -> range:
+    """Three ports side by side that are free."""
+    for first in range(40_000, 60_000, 3):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in range(first, first + 3):
+                stack.enter_context(socket.socket()).bind(("", port))
+            return range(first, first + 3)
+    raise AssertionError("no ports are free")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a site key is root's")
+def test_what_a_node_needs_to_be_a_peer(
+    config: Config, ports: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bootseer_slurm.image.signing import make_key
+
+    address = "127.0.0.1"
+    # An address of this machine that is not loopback, where it has one.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked, contextlib.suppress(OSError):
+        asked.connect(("192.0.2.1", 9))
+        address = asked.getsockname()[0]
+
+    def state(**changes: object) -> tuple[bool | None, str]:
+        named = replace(config.peers, **{"ports": tuple(ports), "address": address, **changes})  # type: ignore[arg-type]
+        return peers.state(replace(config, peers=named))
+
+    assert "bootseer image make-key" in state()[1] and state()[0] is False
+    assert state(mode="off") == (False, "off by configuration: [peers] mode")
+    make_key(config.image.site_key)
+    shown = f"{ports[0]}-{ports[-1]}"
+    if address != "127.0.0.1":
+        assert state() == (True, f"on: {address} is {address}; 3 of ports {shown} are free")
+        with socket.create_server((address, ports[1])):
+            assert state() == (True, f"on: {address} is {address}; 2 of ports {shown} are free")
+            works, meaning = state(ports=(ports[1],))
+            assert works is None and f"; 0 of ports {ports[1]} are free; nodes" in meaning
+    works, meaning = state(address="127.0.0.1")
+    assert works is None and "on another node" in meaning
+    assert state(address="192.0.2.77")[1].endswith("is no address of this node: others cannot connect to it")
+    works, meaning = state(address="{node}.invalid")
+    assert works is False and f"{peers.own_name()}.invalid has no address" in meaning
+    # The process has its user's rights.
+    (tmp_path / "start").write_text(f"{ports[2]}\n")
+    monkeypatch.setattr(peers, "_PORT_START", tmp_path / "start")
+    assert f"1 of ports {shown} are free" in state(address="127.0.0.1")[1]
+
+
+@pytest.mark.usefixtures("bins")
+def test_peers_are_one_line_of_the_table(config: Config) -> None:
+    found = _found(replace(config, peers=replace(config.peers, mode="off")))
+    assert found["peers"] == (False, "off by configuration: [peers] mode")
+
+
+def _reach(tmp_path: Path, ports: range, nodelist: str) -> tuple[int, list[str]]:
+    """Exit status and lines of `bootseer doctor --peers`."""
+    file = tmp_path / "peers.toml"
+    file.write_text(f'[peers]\naddress = "127.0.{{node}}"\nports = "{ports[0]}-{ports[-1]}"\n')
+    command = [sys.executable, "-m", "bootseer_slurm", "--config", file, "doctor", "--peers", nodelist]
+    environ = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    return done.returncode, [line.strip() for line in (done.stdout or done.stderr).splitlines()]
+
+
+def test_nodes_of_a_list_are_reached_or_not(tmp_path: Path, ports: range) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(socket.create_server(("127.0.3.1", ports[1])))
+        status, lines = _reach(tmp_path, ports, "3.[1-2],3.1")
+        assert status == 0
+        assert lines[-1] == "nodes: 1 accepted, 1 refused"
+        assert lines[-3].startswith("3.1") and lines[-3].endswith(f"listens on {ports[1]}")
+        assert lines[-2].startswith("3.2") and lines[-2].endswith("fine while no job with peers runs")
+
+        stack.enter_context(socket.create_server(("127.0.3.1", ports[2]), backlog=0))
+        for _ in range(4):
+            caller = stack.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(("127.0.3.1", ports[2]))
+        status, lines = _reach(tmp_path, ports, "3.[1-2],x.invalid")
+        assert status == 1
+        assert lines[-1] == "nodes: 1 refused, 1 silent, 1 no address"
+        assert f"no answer of {ports[2]} in 0.5 s" in lines[-3]
+        assert "127.0.x.invalid is not known here" in lines[-2]
+
+
+@pytest.mark.parametrize("nodelist", ["", "n[1-"])
+def test_what_is_no_nodelist_is_an_input_error(tmp_path: Path, ports: range, nodelist: str) -> None:
+    status, lines = _reach(tmp_path, ports, nodelist)
+    assert status == 2 and "nodelist" in lines[0]

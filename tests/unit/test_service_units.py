@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bootseer_slurm.peers.child import links
 from bootseer_slurm.report import answer
 
 UNITS = Path(__file__).resolve().parents[2] / "conf" / "systemd"
@@ -27,6 +28,24 @@ def test_a_flood_of_connections_cannot_stop_the_answer_socket() -> None:
     assert settings("bootseer-answer@.service")["RuntimeDirectory"], (
         "where older systemd's connections are counted"
     )
+
+
+def test_the_agents_unit_leaves_peers_the_network_and_their_files() -> None:
+    """A job's peer process listens on TCP, and inherits what the unit allows."""
+    unit = settings("bootseer-agent.service")
+    forbid = {
+        "IPAddressDeny",
+        "IPAddressAllow",
+        "SocketBindDeny",
+        "SystemCallFilter",
+        "RestrictNetworkInterfaces",
+    }
+    assert not forbid & unit.keys()
+    assert unit.get("PrivateNetwork", "no") == "no"
+    families = unit.get("RestrictAddressFamilies", "AF_UNIX AF_INET AF_INET6").split()
+    assert {"AF_UNIX", "AF_INET", "AF_INET6"} <= set(families)
+    assert int(unit["LimitNOFILE"]) >= links._MOST_LINKS + links._SPARE_FILES
+    assert unit["TasksMax"] == "infinity", "each job has a process more"
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")

@@ -20,7 +20,7 @@ def addresses_of(names: Sequence[str], pattern: str, own: int) -> tuple[str, ...
     """
     hosts = [pattern.replace("{node}", name) for name in names]
     with ThreadPoolExecutor(min(_LOOK_UPS, len(hosts))) as pool:
-        found = list(pool.map(_addresses, hosts))
+        found = list(pool.map(look_up, hosts))
     for family in (socket.AF_INET, socket.AF_INET6):
         if all(each.get(family) for index, each in enumerate(found) if index != own):
             addresses = [each.get(family, "") for each in found]
@@ -32,8 +32,8 @@ def addresses_of(names: Sequence[str], pattern: str, own: int) -> tuple[str, ...
     raise InputError(f"{without} has no address of the family that the others have")
 
 
-def _addresses(host: str) -> dict[int, str]:
-    """The first address of each family."""
+def look_up(host: str) -> dict[int, str]:
+    """The first address of each family that a name has; {} where it has none. May take long."""
     addresses: dict[int, str] = {}
     try:
         for family, _, _, _, place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):

@@ -1,18 +1,21 @@
-"""The chunks that a node has, told to the directory that took over from a dead one.
+"""The chunks that a node has, told to directories that do not know it: with a WANT that asks for nothing.
 
+What a node had before the job, or got without asking, is in no list: it offers that, some chunks at a time.
 The lists of a directory die with its node. The next on the ring begins with empty ones. So each node that has
-chunks of them, or reads them from the store, lists itself there with a WANT that asks for nothing. Pure; not
-thread-safe.
+chunks of them, or reads them from the store, lists itself there. Pure; not thread-safe.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from bootseer_slurm.peers.directory import Answer, Moved, Want
 from bootseer_slurm.peers.fetch import AskDirectory, Viewpoint
 from bootseer_slurm.peers.groups import Chunk
+
+_OFFERS = 128  # at a time: each costs its directory 50 µs
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class Listing:
         self._here = here
         self._levels: dict[Chunk, int] = {}
         self._asked: dict[Chunk, _Asked] = {}
+        self._offers: deque[Chunk] = deque()
 
     def __contains__(self, chunk: Chunk) -> bool:
         return chunk in self._levels
@@ -37,6 +41,24 @@ class Listing:
     def add(self, chunk: Chunk, level: int) -> None:
         """The node has it. level: of the last directory that was asked for it."""
         self._levels[chunk] = level
+
+    def offer(self, chunks: Iterable[Chunk]) -> None:
+        """The node has these, and no directory knows it."""
+        new = [chunk for chunk in chunks if chunk not in self._levels]
+        self._levels |= dict.fromkeys(new, 0)
+        self._offers.extend(new)
+
+    @property
+    def has_offers(self) -> bool:
+        """Whether some are not told yet."""
+        return bool(self._offers)
+
+    def tell_offers(self, now_s: float) -> list[AskDirectory]:
+        """The next of them."""
+        chunks = [self._offers.popleft() for _ in range(min(_OFFERS, len(self._offers)))]
+        return [
+            self._ask(chunk, 0, self._owner(chunk, now_s), now_s) for chunk in chunks if chunk in self._levels
+        ]
 
     def forget(self, is_gone: Callable[[Chunk], bool]) -> None:
         """The node has no chunks any more that are so."""
@@ -76,6 +98,12 @@ class Listing:
         here = self._here
         want = Want(chunk, here.node, here.serves, missing=here.liveness.missing(now_s), has=True)
         return AskDirectory(owner, level, want)
+
+    def _owner(self, chunk: Chunk, now_s: float) -> int:
+        """Who keeps a chunk's list, as far as this node knows: itself, where it misses all before it."""
+        here = self._here
+        owners = here.rings[0].owners(chunk)
+        return next(node for node in owners if node == here.node or not here.liveness.is_absent(node, now_s))
 
     def _heir(self, missing: int, chunk: Chunk, level: int, now_s: float) -> int | None:
         """Who keeps a chunk's list after a node that is missing now; None where that one did not keep it."""

@@ -89,6 +89,8 @@ class Peer:
             if now_s >= overdue_s:
                 overdue_s = now_s + OVERDUE_S
                 self._reading.overdue(now_s)
+                if self._ways.lists.ready:
+                    self._reading.tell_offers(now_s)
             if now_s >= pending_s:
                 pending_s = now_s + PENDING_S
                 self._serving.say_pending(now_s)
@@ -109,7 +111,7 @@ class Peer:
         """Wait until a socket is ready, or something is to be done."""
         self._clock.waits()
         links, now_s = self._ways.links, self._clock.now_s()
-        until_s = now_s + (OVERDUE_S if self._ways.blobs.wants or self._serving.is_busy else _COUNTED_S)
+        until_s = now_s + (OVERDUE_S if self._is_busy else _COUNTED_S)
         for other_s in (links.proving.until_s(), self._ways.lists.until_s(), self._serving.until_s()):
             until_s = until_s if other_s is None else min(until_s, other_s)
         timeout_s = max(0.0, until_s - now_s)
@@ -117,6 +119,10 @@ class Peer:
         self._clock.woke(max(until_s, now_s))
         for key, mask in ready:
             key.data(mask, self._clock.now_s())
+
+    @property
+    def _is_busy(self) -> bool:
+        return self._ways.blobs.wants or self._serving.is_busy or self._reading.has_offers
 
     def _begin(self, now_s: float) -> None:
         """Get what is wanted, once this node's part of the directory is there."""
@@ -136,7 +142,7 @@ class Peer:
     def _order(self, message: FromOwner, fd: int, now_s: float) -> None:
         """What the owner says. What it says of a blob that is not open is of one that it has closed."""
         if isinstance(message, OpenBlob):
-            self._ways.blobs.open(message, fd)
+            self._reading.has(self._ways.blobs.open(message, fd))
         elif isinstance(message, Want):
             self._wants.append(message)
         elif isinstance(message, CloseBlob):

@@ -51,12 +51,14 @@ class Blobs:
         self._by_number: dict[int, Blob] = {}
         self._by_name: dict[str, Blob] = {}
 
-    def open(self, order: OpenBlob, fd: int) -> None:
+    def open(self, order: OpenBlob, fd: int) -> list[Chunk]:
+        """Have a blob known; gives the chunks that are here."""
         bits = int.from_bytes(order.here, "little")
         count = min(bits.bit_length(), -(-order.size_bytes // order.chunk_bytes))
         here = {number for number in range(count) if bits >> number & 1}
         blob = Blob(order, DataFile(fd), here)
         self._by_number[order.blob] = self._by_name[order.name] = blob
+        return [Chunk(order.name, number) for number in sorted(here)]
 
     def close(self, number: int) -> str | None:
         """What the owner calls so is open no more. Gives its name where no other number has that."""

@@ -143,6 +143,19 @@ class Reading:
                 self._ways.read_store(chunk, demand=True)
             self._do(self._policy.demand(chunk, now_s), now_s)
 
+    def has(self, chunks: Iterable[Chunk]) -> None:
+        """These are in the data file of a blob that is opened."""
+        self._policy.has(chunks)
+
+    @property
+    def has_offers(self) -> bool:
+        """Whether directories are to be told what is here."""
+        return self._policy.has_offers
+
+    def tell_offers(self, now_s: float) -> None:
+        """Tell directories what is here, some of it."""
+        self._do(self._policy.tell_offers(now_s), now_s)
+
     def have(self, chunk: Chunk, now_s: float) -> None:
         """A chunk is in the data file."""
         blob = self._ways.blobs.of(chunk)

@@ -185,7 +185,9 @@ _TARGET = Field(
 _WHAT = Field("what", "text", "", "`image`, `environment`, `checkpoint`", _text(_WORD))
 _BYTES = Field("bytes", "integer", "bytes", "see the events", _integer(MAX_INTEGER))
 _DUR_S = Field("dur_s", "number", "s", "how long it took", _duration)
-_SOURCE = Field("source", "text", "", "`store`, or `origin`: where the bytes came from", _text(_WORD))
+_SOURCE = Field(
+    "source", "text", "", "`store`, `origin` or `peers`: the first of these that gave bytes", _text(_WORD)
+)
 _MESSAGE = Field("message", "text", "", "one line for a person", _prose(_MAX_MESSAGE))
 
 _UID = _count("uid", "the job's user")
@@ -198,7 +200,8 @@ _PARTITION = _words("partition", "as Slurm has it")
 _JOB_NAME = _words("job_name", "as Slurm has it")
 
 _BYTES_CACHED = _bytes("bytes_cached", "in the node's cache before")
-_BYTES_ORIGIN = _bytes("bytes_origin", "of those fetched: not from the store")
+_BYTES_ORIGIN = _bytes("bytes_origin", "of those fetched: from the original")
+_BYTES_PEERS = _bytes("bytes_peers", "of those fetched: from other nodes of the job")
 _BLOCKS = _count("blocks", "blocks that the plan names")
 
 _ACCESS = (
@@ -225,7 +228,9 @@ _ACCESS = (
 
 _SUBJECT = (_TARGET, _WHAT)
 _SAID = (*_SUBJECT, _MESSAGE)
-_BROUGHT = (*_SUBJECT, _BYTES.meaning_here("fetched"), _BYTES_CACHED, _BYTES_ORIGIN, _DUR_S, _SOURCE)
+_BROUGHT = (
+    *_SUBJECT, _BYTES.meaning_here("fetched"), _BYTES_CACHED, _BYTES_ORIGIN, _BYTES_PEERS, _DUR_S, _SOURCE,
+)  # fmt: skip
 _SNAPSHOT = (*_SUBJECT, _DUR_S, _LEVEL, _MESSAGE)
 _SHADOW = (*_SUBJECT, _LEVEL, _MESSAGE)
 

@@ -75,6 +75,29 @@ def transfers(sent: NodeEvents, start_s: float | None) -> list[Transfer]:
     ]
 
 
+def store_copies(rows: Sequence[Transfer]) -> float | None:
+    """The number of copies that all nodes together read from the store; None where nobody can say.
+
+    A copy of a target is the most that one node fetched of it. The nodes together may have lacked more than
+    that, if their caches held different parts. Then the number is too high.
+    """
+    if len({row.node for row in rows}) < 2:
+        return None
+    groups: dict[tuple[str, str], list[Transfer]] = defaultdict(list)
+    for row in rows:
+        groups[(row.what, row.target)].append(row)
+    copy_bytes = from_store = 0
+    for group in groups.values():
+        told = [row.fetched_bytes for row in group if row.fetched_bytes is not None]
+        if told and len(told) < len(group):
+            return None
+        if not told or any(row.origin_bytes for row in group):
+            continue  # what came from the original is a part of a copy, too
+        copy_bytes += max(told)
+        from_store += sum(row.store_bytes or 0 for row in group)
+    return from_store / copy_bytes if copy_bytes else None
+
+
 class _Waits(NamedTuple):
     """How long reads of the start waited; None: not known."""
 

@@ -126,6 +126,23 @@ def test_bytes_of_other_nodes_have_a_column_where_there_are_some(width: int) -> 
         assert "peers" not in shown(report, width)
 
 
+@pytest.mark.parametrize("width", [80, 100])
+def test_all_sources_and_a_long_wait_fit(width: int) -> None:
+    report = make_with_peers(0, 1000 << 20)
+    rows = tuple(
+        replace(row, what="environment", fetched_bytes=1533 << 20, cached_bytes=511 << 20,
+                origin_bytes=511 << 20, peer_bytes=511 << 20, miss_bytes=0, waited_s=1219.0, start_s=1220.0)
+        for row in report.transfers
+    )  # fmt: skip
+    lines = shown(replace(report, transfers=rows), width).splitlines()
+    heading = next(line for line in lines if line.startswith("transfer"))
+    first = lines[lines.index(heading) + 1]
+    assert max(len(heading), len(first)) <= width
+    for part in ("cache", "peers", "store", "original", "ready", "waited"):
+        assert part in heading
+    assert first.endswith("(100 %)")
+
+
 def test_start_not_marked_is_said() -> None:
     text = shown(make(marked=False), 80)
     assert "start not marked" in text

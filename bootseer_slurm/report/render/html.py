@@ -150,9 +150,12 @@ def _stage_cells(row: StageRow, longest_s: float | None) -> _StageCells:
 
 
 def _sources(report: Report) -> list[str]:
-    """The sources that have a column: other nodes only where they gave something."""
-    have_peers = any(row.peer_bytes for row in report.transfers)
-    return [name for name in _SOURCES if have_peers or name != "peer_bytes"]
+    """The sources that have a column: other nodes and originals only where they gave something."""
+    return [
+        name
+        for name in _SOURCES
+        if name in ("cached_bytes", "store_bytes") or any(getattr(row, name) for row in report.transfers)
+    ]
 
 
 def _transfers(report: Report, sources: Sequence[str]) -> list[tuple[str, str, list[str]]]:

@@ -27,7 +27,7 @@ from bootseer_slurm.units import format_bytes, format_duration
 _VERY_SLOW = 2.0
 _SHOWN_STRAGGLERS = 5
 _SHOWN_ROWS = 50  # of transfers and problems: a user's own events could have any number
-_DISPENSABLE = ("missed", "rate")  # columns that a narrow terminal does without, the first one first
+_DISPENSABLE = ("missed", "rate", "hits")  # columns that a narrow terminal does without, the first one first
 _SOURCES = ("cached_bytes", "peer_bytes", "store_bytes", "origin_bytes")
 _LEVEL_STYLE = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 

@@ -59,8 +59,8 @@ def _count(value: object) -> int:
 def _ports(value: object) -> tuple[int, ...]:
     first, _, last = str(value).partition("-")
     ports = tuple(range(int(first), int(last or first) + 1))
-    if not ports or not 1 <= ports[0] <= ports[-1] <= 65535 or len(ports) > 256:
-        raise ValueError('must be a port or a range of at most 256 ports, such as "7070-7085"')
+    if not ports or not 1024 <= ports[0] <= ports[-1] <= 65535 or len(ports) > 256:
+        raise ValueError('must be a port or a range of at most 256 ports from 1024 on, such as "7070-7085"')
     return ports
 
 

@@ -21,10 +21,10 @@ from bootseer_slurm.errors import InputError
 Scalar = str | int | float
 
 MAX_INTEGER = (1 << 63) - 1
+MAX_MESSAGE = 1000  # characters; the rest is cut off
 NODE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,255}")
 ANY = "*"  # the name of an event that is not one of a few
 _MAX_TEXT = 16 * 1024
-_MAX_MESSAGE = 1000
 _MAX_PATH = 4096
 _MAX_DURATION_S = 1e9
 _KIND = re.compile(r"[a-z_]{1,32}")
@@ -185,8 +185,10 @@ _TARGET = Field(
 _WHAT = Field("what", "text", "", "`image`, `environment`, `checkpoint`", _text(_WORD))
 _BYTES = Field("bytes", "integer", "bytes", "see the events", _integer(MAX_INTEGER))
 _DUR_S = Field("dur_s", "number", "s", "how long it took", _duration)
-_SOURCE = Field("source", "text", "", "`store`, or `origin`: where the bytes came from", _text(_WORD))
-_MESSAGE = Field("message", "text", "", "one line for a person", _prose(_MAX_MESSAGE))
+_SOURCE = Field(
+    "source", "text", "", "`store`, `origin` or `peers`: the first of these that gave bytes", _text(_WORD)
+)
+_MESSAGE = Field("message", "text", "", "one line for a person", _prose(MAX_MESSAGE))
 
 _UID = _count("uid", "the job's user")
 # Each node writes it: of a job with many nodes, accounting has a long one.
@@ -198,7 +200,8 @@ _PARTITION = _words("partition", "as Slurm has it")
 _JOB_NAME = _words("job_name", "as Slurm has it")
 
 _BYTES_CACHED = _bytes("bytes_cached", "in the node's cache before")
-_BYTES_ORIGIN = _bytes("bytes_origin", "of those fetched: not from the store")
+_BYTES_ORIGIN = _bytes("bytes_origin", "of those fetched: from the original")
+_BYTES_PEERS = _bytes("bytes_peers", "of those fetched: from other nodes of the job")
 _BLOCKS = _count("blocks", "blocks that the plan names")
 
 _ACCESS = (
@@ -225,7 +228,9 @@ _ACCESS = (
 
 _SUBJECT = (_TARGET, _WHAT)
 _SAID = (*_SUBJECT, _MESSAGE)
-_BROUGHT = (*_SUBJECT, _BYTES.meaning_here("fetched"), _BYTES_CACHED, _BYTES_ORIGIN, _DUR_S, _SOURCE)
+_BROUGHT = (
+    *_SUBJECT, _BYTES.meaning_here("fetched"), _BYTES_CACHED, _BYTES_ORIGIN, _BYTES_PEERS, _DUR_S, _SOURCE,
+)  # fmt: skip
 _SNAPSHOT = (*_SUBJECT, _DUR_S, _LEVEL, _MESSAGE)
 _SHADOW = (*_SUBJECT, _LEVEL, _MESSAGE)
 
@@ -266,8 +271,8 @@ _ROWS = (
     EventType("peers", "summary", "the job's exchange between its nodes, on this one",
               (_bytes("received_bytes", "from other nodes"), _bytes("sent_bytes", "to other nodes"),
                _count("fallbacks", "units that were read from the store because peers failed"),
-               Field("slow", "text", "", "nodes that were slow", _prose(_MAX_MESSAGE)),
-               Field("banned", "text", "", "nodes that sent wrong bytes", _prose(_MAX_MESSAGE)))),
+               Field("slow", "text", "", "nodes that were slow", _prose(MAX_MESSAGE)),
+               Field("banned", "text", "", "nodes that sent wrong bytes", _prose(MAX_MESSAGE)))),
     EventType("load", "start", "in how much of the start some task of the node waited (`some` of "
               "`/proc/pressure`)",
               (_DUR_S.meaning_here("of the start"), _seconds("cpu_s", "waiting for a CPU"),

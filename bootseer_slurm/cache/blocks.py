@@ -37,10 +37,14 @@ class Blocks:
         """Whether blocks first to last are all present."""
         return self.states[first : last + 1].count(PRESENT) == last + 1 - first
 
-    def next_missing(self) -> int:
-        """The first block that nobody has or fetches, or that is unchecked; -1 when there is none."""
-        missing = self.states.find(bytes([MISSING]))
-        unchecked = self.states.find(bytes([UNCHECKED]))
+    def next_missing(self, first: int = 0, end: int | None = None) -> int:
+        """The first block from `first` on that nobody has or fetches, or that is unchecked; -1 without one.
+
+        end: the block behind those that count; without it all do.
+        """
+        end = len(self.states) if end is None else end
+        missing = self.states.find(bytes([MISSING]), first, end)
+        unchecked = self.states.find(bytes([UNCHECKED]), first, end)
         return max(missing, unchecked) if missing < 0 or unchecked < 0 else min(missing, unchecked)
 
     def claim(self, first: int, last: int) -> tuple[int, bool]:

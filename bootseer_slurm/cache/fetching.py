@@ -91,6 +91,18 @@ class Claims:
             last = min(last, end - 1)
         return self.run(block, last)
 
+    def next_in_turn(self) -> int:
+        """The next block that nobody has or fetches, in the order in which this node gets units; -1: none."""
+        blocks, unit = self._blob.blocks, self._sources.unit_blocks
+        first = blocks.next_missing()
+        if first < 0 or not unit:
+            return first
+        turn = self._sources.turn
+        window_blocks = turn.window * unit
+        begin = first // window_blocks * window_blocks
+        in_turn = blocks.next_missing(begin + turn.first * unit, begin + window_blocks)
+        return in_turn if in_turn >= 0 else first
+
     def run(self, block: int, last: int, limit_bytes: int | None = None) -> Claim | None:
         """A block and those behind it up to `last`, within its chunk and `limit_bytes`; None as of `unit`."""
         layout = self._blob.layout

@@ -137,13 +137,13 @@ class Reader:
         block that was fetched, and the one behind; twice the same where there is none.
         Raises BootseerError when no source has them.
         """
-        block = self.blob.blocks.next_missing() if first is None else first
+        block = self._fetching.claims.next_in_turn() if first is None else first
         last = self.blob.layout.blocks - 1 if last is None else last
         while 0 <= block <= last and not self.blob.file.full:
             if claim := self._fetching.claims.unit(block, last):
                 self._fetching.fetch(claim, demand=False, push=push, admit=admit)
                 return claim.first, claim.end
-            block = self.blob.blocks.next_missing() if first is None else block + 1
+            block = self._fetching.claims.next_in_turn() if first is None else block + 1
         return last + 1, last + 1
 
     def _demand(self, block: int, last: int, unkept: dict[int, bytes]) -> int:

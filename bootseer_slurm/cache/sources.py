@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 _log = logging.getLogger(__name__)
 
@@ -14,6 +14,20 @@ OnFault = Callable[[str, str], None]
 
 
 _ORDER = ("peers", "store", "origin")
+
+
+# With more, the last nodes would wait for the first units, and a start for what it reads first.
+_WINDOW_UNITS = 16
+
+
+class Turn(NamedTuple):
+    """All nodes want the same few units, `window` of them, and each another one first.
+
+    So each reads its part of them from the store, and sends it to the others. first: this node's.
+    """
+
+    window: int
+    first: int
 
 
 class NotHere(Exception):
@@ -37,9 +51,13 @@ class Source(Protocol):
 
 @runtime_checkable
 class Exchange(Source, Protocol):
-    """A source that gives other nodes what this one has. Its unit is alike on all nodes."""
+    """A source that gives other nodes what this one has. Its unit is alike on all nodes.
+
+    place: which node this is, and of how many.
+    """
 
     unit_blocks: int
+    place: tuple[int, int]
 
     def kept(self, first: int, count: int) -> None:
         """These blocks are in the cache's file, however they came."""
@@ -89,6 +107,13 @@ class Sources:
     def unit_blocks(self) -> int:
         """How many blocks nodes exchange at a time; 0 where they exchange none."""
         return self._exchanges[0].unit_blocks if self._exchanges else 0
+
+    @property
+    def turn(self) -> Turn:
+        """The order in which this node gets units."""
+        node, nodes = self._exchanges[0].place if self._exchanges else (0, 1)
+        window = min(nodes, _WINDOW_UNITS)
+        return Turn(window, node % window)
 
     def add(self, user: BlobUser) -> None:
         with self._lock:

@@ -33,7 +33,6 @@ class Listing:
         self._here = here
         self._levels: dict[Chunk, int] = {}
         self._asked: dict[Chunk, _Asked] = {}
-        self._offers: deque[Chunk] = deque()
 
     def __contains__(self, chunk: Chunk) -> bool:
         return chunk in self._levels
@@ -41,24 +40,6 @@ class Listing:
     def add(self, chunk: Chunk, level: int) -> None:
         """The node has it. level: of the last directory that was asked for it."""
         self._levels[chunk] = level
-
-    def offer(self, chunks: Iterable[Chunk]) -> None:
-        """The node has these, and no directory knows it."""
-        new = [chunk for chunk in chunks if chunk not in self._levels]
-        self._levels |= dict.fromkeys(new, 0)
-        self._offers.extend(new)
-
-    @property
-    def has_offers(self) -> bool:
-        """Whether some are not told yet."""
-        return bool(self._offers)
-
-    def tell_offers(self, now_s: float) -> list[AskDirectory]:
-        """The next of them."""
-        chunks = [self._offers.popleft() for _ in range(min(_OFFERS, len(self._offers)))]
-        return [
-            self._ask(chunk, 0, self._owner(chunk, now_s), now_s) for chunk in chunks if chunk in self._levels
-        ]
 
     def forget(self, is_gone: Callable[[Chunk], bool]) -> None:
         """The node has no chunks any more that are so."""
@@ -75,7 +56,7 @@ class Listing:
             for chunk, level in {**self._levels, **coming}.items():
                 owner = self._heir(node, chunk, level, now_s)
                 if owner is not None:
-                    asks.append(self._ask(chunk, level, owner, now_s))
+                    asks.append(self.ask(chunk, level, owner, now_s))
         return asks
 
     def answered(self, chunk: Chunk, owner: int, answer: Answer, now_s: float) -> list[AskDirectory]:
@@ -85,7 +66,7 @@ class Listing:
             return []
         level = self._asked.pop(chunk).level
         if isinstance(answer, Moved) and self._here.rings[level].is_before(answer.owner, owner, chunk):
-            return [self._ask(chunk, level, answer.owner, now_s)]
+            return [self.ask(chunk, level, answer.owner, now_s)]
         return []
 
     def failed(self, chunk: Chunk, owner: int) -> None:
@@ -93,17 +74,12 @@ class Listing:
         if (asked := self._asked.get(chunk)) and asked.owner == owner:
             del self._asked[chunk]
 
-    def _ask(self, chunk: Chunk, level: int, owner: int, now_s: float) -> AskDirectory:
+    def ask(self, chunk: Chunk, level: int, owner: int, now_s: float) -> AskDirectory:
+        """The WANT by which a directory knows that this node has it."""
         self._asked[chunk] = _Asked(level, owner)
         here = self._here
         want = Want(chunk, here.node, here.serves, missing=here.liveness.missing(now_s), has=True)
         return AskDirectory(owner, level, want)
-
-    def _owner(self, chunk: Chunk, now_s: float) -> int:
-        """Who keeps a chunk's list, as far as this node knows: itself, where it misses all before it."""
-        here = self._here
-        owners = here.rings[0].owners(chunk)
-        return next(node for node in owners if node == here.node or not here.liveness.is_absent(node, now_s))
 
     def _heir(self, missing: int, chunk: Chunk, level: int, now_s: float) -> int | None:
         """Who keeps a chunk's list after a node that is missing now; None where that one did not keep it."""
@@ -114,3 +90,34 @@ class Listing:
             elif node == self._here.node or not self._here.liveness.is_absent(node, now_s):
                 return node if kept else None
         return None
+
+
+class Offers:
+    """The chunks that no directory knows this node to have."""
+
+    def __init__(self, here: Viewpoint, listing: Listing) -> None:
+        self._here = here
+        self._listing = listing
+        self._chunks: deque[Chunk] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._chunks)
+
+    def add(self, chunks: Iterable[Chunk]) -> None:
+        """The node has these, however it got them."""
+        for chunk in chunks:
+            if chunk not in self._listing:
+                self._listing.add(chunk, 0)
+                self._chunks.append(chunk)
+
+    def tell(self, now_s: float) -> list[AskDirectory]:
+        """The next of them."""
+        chunks = [self._chunks.popleft() for _ in range(min(_OFFERS, len(self._chunks)))]
+        listed = [chunk for chunk in chunks if chunk in self._listing]  # others are gone meanwhile
+        return [self._listing.ask(chunk, 0, self._owner(chunk, now_s), now_s) for chunk in listed]
+
+    def _owner(self, chunk: Chunk, now_s: float) -> int:
+        """Who keeps a chunk's list, as far as this node knows: itself, where it misses all before it."""
+        here = self._here
+        owners = here.rings[0].owners(chunk)
+        return next(node for node in owners if node == here.node or not here.liveness.is_absent(node, now_s))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from bootseer_slurm.peers.directory import Answer
 from bootseer_slurm.peers.fetch import Cause, Fetch, Loss, ReadStore, Step, Viewpoint
 from bootseer_slurm.peers.groups import Chunk
-from bootseer_slurm.peers.listing import Listing
+from bootseer_slurm.peers.listing import Listing, Offers
 
 WINDOW = 16  # chunks; a rotation over all of them has the last nodes wait for the first chunks
 OVERDUE_S = 0.05
@@ -79,13 +79,14 @@ class _Fuse:
 
 
 class Policy:
-    """The chunks that one node gets."""
+    """The chunks that one node gets. offers: those that it had before; told some at a time, by the owner."""
 
     def __init__(self, here: Viewpoint) -> None:
         self._here = here
         self._queue: deque[Chunk] = deque()
         self._fetches: dict[Chunk, Fetch] = {}
         self._listing = Listing(here)
+        self.offers = Offers(here, self._listing)
         self._prefetching = 0
         self._fuse = _Fuse(here)
 
@@ -127,7 +128,7 @@ class Policy:
         """A chunk is here and its digests are right. parent: None is the store. dur_s: as of Pace."""
         fetch = self._fetches.pop(chunk, None)
         if fetch is None:
-            self._listing.offer([chunk])  # it came without a question, or was here
+            self.offers.add([chunk])  # it came without a question, or was here
             return []
         if parent is None and fetch.store_since_s is not None:
             self._here.was_read(now_s - fetch.store_since_s)
@@ -136,19 +137,6 @@ class Policy:
         self._fuse.received()
         slow = parent is not None and self._here.liveness.pace.is_slow(parent, dur_s)
         return [*([CallSlow(parent)] if slow and parent is not None else []), *self._fill(now_s)]
-
-    def has(self, chunks: Iterable[Chunk]) -> None:
-        """These were here before anybody asked: other nodes are told, some at a time (`tell_offers`)."""
-        self._listing.offer(chunks)
-
-    @property
-    def has_offers(self) -> bool:
-        """Whether some of them are not told yet."""
-        return self._listing.has_offers
-
-    def tell_offers(self, now_s: float) -> list[Action]:
-        """Tell the next of them, each OVERDUE_S."""
-        return [*self._listing.tell_offers(now_s)]
 
     def failed(self, chunk: Chunk, peer: int, loss: Loss, now_s: float) -> list[Action]:
         """A peer that was asked for this chunk, directory or parent, did something else.

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bootseer_slurm.blob.manifest import Layout
 from bootseer_slurm.blob.trace import Plan
+from bootseer_slurm.cache.sources import Turn
 
 # Blocks of a plan that lie side by side, and are this near each other in it, go by one read: 16 MiB.
 _NEAR_BLOCKS = 256
@@ -37,6 +38,13 @@ def hot_times(
 def _blocks_of(layout: Layout, ranges: Iterable[tuple[int, int]]) -> Iterator[int]:
     for offset, size_bytes in ranges:
         yield from range(offset // layout.block_bytes, (offset + size_bytes - 1) // layout.block_bytes + 1)
+
+
+def in_turn(given: Iterable[tuple[int, int, int]], turn: Turn) -> list[tuple[int, int, int]]:
+    """Runs in the order of one node among those that exchange them."""
+    ordered = list(given)
+    windows = (ordered[at : at + turn.window] for at in range(0, len(ordered), turn.window))
+    return [run for window in windows for run in (*window[turn.first :], *window[: turn.first])]
 
 
 def runs(blocks: Sequence[int], per_chunk: int) -> Iterator[tuple[int, int, int]]:

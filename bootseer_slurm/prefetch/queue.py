@@ -18,6 +18,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
+from bootseer_slurm.cache.fetching import Usage
 from bootseer_slurm.events import EventLog
 from bootseer_slurm.phase import JobPhase
 from bootseer_slurm.prefetch.work import AHEAD_MS, Run, Work
@@ -169,8 +170,16 @@ def tell_bytes(log: EventLog, name: str, work: Work) -> None:
         bytes=usage.fetched_bytes,
         bytes_cached=work.layer.handle.cached_bytes,
         bytes_origin=usage.origin_bytes,
-        source="store" if usage.store_bytes else "origin",
+        bytes_peers=usage.peer_bytes,
+        source=_source(usage),
     )
+
+
+def _source(usage: Usage) -> str:
+    """The one source that the event names: other nodes only where nothing else gave bytes."""
+    if usage.store_bytes:
+        return "store"
+    return "peers" if usage.peer_bytes and not usage.origin_bytes else "origin"
 
 
 def tell(log: EventLog, name: str, work: Work, **figures: Any) -> None:

@@ -19,7 +19,7 @@ from bootseer_slurm.events import EventLog
 from bootseer_slurm.phase import JobPhase
 from bootseer_slurm.prefetch.ahead import Ahead
 from bootseer_slurm.prefetch.budget import MemoryBudget
-from bootseer_slurm.prefetch.order import hot_times, runs
+from bootseer_slurm.prefetch.order import hot_times, in_turn, runs
 from bootseer_slurm.prefetch.queue import Queue, tell_bytes
 from bootseer_slurm.prefetch.streams import Streams
 from bootseer_slurm.prefetch.work import AHEAD_MS, Work
@@ -75,7 +75,11 @@ class Scheduler:
         lacking = work.lacking()
         with self._queue.lock:
             self._queue.add(work)
-            for block, first_block, last_block in runs(lacking, layout.chunk_bytes // layout.block_bytes):
+            unit_blocks = reader.sources.unit_blocks or layout.chunk_bytes // layout.block_bytes
+            wanted = list(runs(lacking, unit_blocks))
+            at_once = [run for run in wanted if times_ms[run[0]] < 0]
+            turned = [*at_once, *in_turn(wanted[len(at_once) :], reader.sources.turn)]
+            for (block, _, _), (_, first_block, last_block) in zip(wanted, turned, strict=True):
                 self._queue.push(work, times_ms[block], first_block, last_block)
             if not lacking:
                 self._queue.end_hot(work, there=True)

@@ -105,7 +105,7 @@ class Metrics:
         usage = self._blobs.usage()
         fetched = CounterMetricFamily(
             "bootseer_fetched_bytes",
-            "Bytes that came from the store, and from the original files.",
+            "Bytes that came from the store, the original files, and other nodes of a job.",
             labels=("source",),
         )
         fetched.add_metric(("store",), usage.store_bytes)

@@ -164,6 +164,16 @@ def test_two_nodes_read_one_copy(job: Job) -> None:
     assert sum(node.reader.usage.peer_bytes for node in job.nodes) == SIZE_BYTES
 
 
+def test_each_node_begins_with_a_unit_of_its_own(job: Job) -> None:
+    unit = job.nodes[0].source.unit_blocks
+    turns = [node.reader.prefetch_unit(admit=admitted)[0] // unit for node in job.nodes]
+    assert turns == [0, 1]
+    turns = [node.reader.prefetch_unit(admit=admitted)[0] // unit for node in job.nodes]
+    assert turns == [1, 0]
+    turns = [node.reader.prefetch_unit(admit=admitted)[0] // unit for node in job.nodes]
+    assert turns == [2, 3]
+
+
 def test_who_waits_gets_a_unit_from_the_node_that_has_it(job: Job) -> None:
     first, second = (node.reader for node in job.nodes)
     assert first.fetch(5_000_000, 10) == job.content[5_000_000:5_000_010]
@@ -205,8 +215,8 @@ def test_what_a_node_had_before_is_given(tmp_path: Path) -> None:
 def test_a_process_that_its_user_ends_or_stops_costs_no_bytes(
     job: Job, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bootseer_slurm.peers.owner.process._SILENT_S", 1.0)
-    monkeypatch.setattr("bootseer_slurm.peers.owner.process._SILENT_DEMAND_S", 0.5)
+    monkeypatch.setattr("bootseer_slurm.peers.owner.asks.SILENT_S", 1.0)
+    monkeypatch.setattr("bootseer_slurm.peers.owner.asks.SILENT_DEMAND_S", 0.5)
     own = job.nodes[0]
     own.started.process.send_signal(how)
     assert own.reader.fetch(5_000_000, 10) == job.content[5_000_000:5_000_010]

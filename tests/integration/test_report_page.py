@@ -14,6 +14,7 @@ import pytest
 from bootseer_slurm.report.render.html import to_html
 from bootseer_slurm.report.startup.analyse import analyse
 from scripts.lib.bench.made_start import made_report, made_run
+from tests.unit.test_report_terminal import make_with_peers
 
 BROWSER = shutil.which("chromium-headless-shell")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not BROWSER, reason="no chromium-headless-shell")]
@@ -105,6 +106,24 @@ def test_pointing_at_a_row_shows_the_nodes_figures(page: Page) -> None:
         assert part in told
     page.tab.mouse.move(box["x"] + 400, box["y"] - 60)
     assert not page.tab.locator("#hover").is_visible()
+
+
+def test_no_kind_is_broken_where_other_nodes_gave_bytes(browser: Any, tmp_path: Path) -> None:
+    """The widest table: a path takes whatever room it can get."""
+    text = to_html(make_with_peers(0, 3 << 30))
+    page = Page(browser, tmp_path, text)
+    page.tab.set_viewport_size({"width": 1000, "height": 900})
+    assert "from peers" in page.tab.inner_text("main")
+    lines = page.tab.eval_on_selector_all(
+        "td.what",
+        """cells => cells.map(cell => {
+            const range = document.createRange();
+            range.selectNodeContents(cell);
+            return range.getClientRects().length;
+        })""",
+    )
+    assert lines == [1, 1]
+    page.tab.close()
 
 
 def test_order_search_and_zoom(browser: Any, tmp_path: Path) -> None:

@@ -85,9 +85,8 @@ class Class:
 def fetched(events: list[dict[str, object]], what: str = "checkpoint") -> int:
     """Bytes that were brought of a kind, by prefetch and for readers."""
     rows = [event for event in events if event["kind"] == "access" and event["name"] == "summary"]
-    return sum(
-        int(str(row["store_bytes"])) + int(str(row["origin_bytes"])) for row in rows if row["what"] == what
-    )
+    sources = ("store_bytes", "origin_bytes", "peer_bytes")
+    return sum(int(str(row[source])) for row in rows if row["what"] == what for source in sources)
 
 
 def told(events: list[dict[str, object]], name: str) -> list[str]:

@@ -217,13 +217,42 @@ def test_transfers_join_prefetch_and_reads() -> None:
     node.at(22, "access", "start", waited_s=0.2, longest_wait_s=0.1, blocked_s=0.4, **about)
     image, checkpoint, environment = report_of(node).transfers
     assert image == Transfer(
-        "n1", "image", "/img/a.sqsh", 1000, 600, 400, 4.0, True, 10, 160, 120, 40, 1.0, 0, 0.2, 0.1, 20
+        "n1", "image", "/img/a.sqsh", 1000, 600, 400, 4.0, True, 10, 160, 120, 40, 1.0, 0, 0, 0.2, 0.1, 20
     )
     assert image.rate == 150
     assert image.waited_share == pytest.approx(0.01)
     assert (checkpoint.in_time, checkpoint.cached_bytes, checkpoint.reads) == (None, 0, None)
     assert environment.in_time is None
     assert (environment.fetched_bytes, environment.dur_s, environment.rate) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("told", "from_store", "from_origin", "from_peers"),
+    [
+        ({}, 600, 0, 0),
+        ({"source": "store"}, 600, 0, 0),
+        ({"source": "origin"}, 0, 600, 0),
+        ({"source": "store", "bytes_origin": 200}, 400, 200, 0),
+        ({"source": "store", "bytes_origin": 200, "bytes_peers": 390}, 10, 200, 390),
+        ({"source": "peers", "bytes_origin": 0, "bytes_peers": 600}, 0, 0, 600),
+        ({"bytes_origin": -900, "bytes_peers": -900}, 600, 0, 0),
+        ({"bytes_origin": 9000, "bytes_peers": 9000}, 0, 9000, 9000),
+    ],
+    ids=["no source", "old: store", "old: origin", "no peers", "all three", "peers", "below 0", "too many"],
+)
+def test_fetched_bytes_are_those_of_store_original_and_peers(
+    told: dict[str, str | int], from_store: int, from_origin: int, from_peers: int
+) -> None:
+    """Agents before peers did not tell bytes of them, and the first ones only the source of all bytes."""
+    node = Node("n1").at(19, "prefetch", "end", bytes=600, dur_s=1.0, what="image", target="/a", **told)
+    (image,) = report_of(node).transfers
+    assert image.fetched_bytes == 600
+    assert (image.store_bytes, image.origin_bytes, image.peer_bytes) == (from_store, from_origin, from_peers)
+
+
+def test_where_nothing_was_brought_no_source_has_bytes() -> None:
+    (image,) = report_of(Node("n1").at(2, "prefetch", "begin", bytes=7, what="image", target="/a")).transfers
+    assert (image.store_bytes, image.origin_bytes, image.peer_bytes) == (None, None, None)
 
 
 def test_the_bytes_of_a_prefetch_that_was_stopped_count() -> None:

@@ -15,7 +15,7 @@ from bootseer_slurm.report.gather.run import Run
 from bootseer_slurm.report.render.html import to_html
 from bootseer_slurm.report.startup.analyse import analyse
 from bootseer_slurm.report.startup.figures import PlainStarts
-from tests.unit.test_report_terminal import RECORD, make, node_events
+from tests.unit.test_report_terminal import RECORD, make, make_with_peers, node_events
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{data}}{{script}}\u202e"
 
@@ -69,6 +69,31 @@ def test_the_page_says_what_a_manager_asks() -> None:
     ):  # fmt: skip
         assert text in page, text
     assert "no plain start of this job was observed" in to_html(make())
+
+
+def transfer_table(page: str) -> list[list[str]]:
+    """The cells of the table of transfers, its heading first."""
+    table = page.split("<h2>What was brought to the nodes</h2>")[1].split("</table>")[0]
+    return [
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)
+        for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    ]
+
+
+def test_bytes_of_other_nodes_have_a_column_where_there_are_some() -> None:
+    heading, image, _ = transfer_table(to_html(make_with_peers(0, 3 << 30, 2 << 30)))
+    assert heading[2:6] == ["from cache", "from peers", "from store", "rate"]
+    assert image[2:5] == ["3.0 GiB", "5.0 GiB", "4.0 GiB"]
+    assert len(image) == len(heading)
+    report = make(nodes=3)
+    heading, image, _ = transfer_table(to_html(report))
+    assert heading[2:5] == ["from cache", "from store", "rate"]
+    assert image[2:4] == ["3.0 GiB", "9.0 GiB"]
+    assert len(image) == len(heading)
+    rows = tuple(replace(row, origin_bytes=row.fetched_bytes) for row in report.transfers)
+    heading, image, _ = transfer_table(to_html(replace(report, transfers=rows)))
+    assert heading[2:6] == ["from cache", "from store", "from original", "rate"]
+    assert image[2:5] == ["3.0 GiB", "0 B", "9.0 GiB"]
 
 
 def test_the_data_has_every_node_and_its_spans() -> None:

@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 def node(
     name: str, checkpoint_s: float = 10, *, trains_s: float | None = None, fetched: int = 1000 * MIB,
-    cached: int = 0, fetch_s: float = 40, disk_s: float = 2, cpu_s: float = 1, hook_s: float = 0.5, told: bool = True,
+    cached: int = 0, fetch_s: float = 40, disk_s: float = 2, cpu_s: float = 1, hook_s: float = 0.5, told: bool = True, peers: int = 0,
 ) -> NodeEvents:  # fmt: skip
     """A start whose checkpoint takes so long, and what its agent tells of it."""
     log = EventLog(5, 0, name)
@@ -32,7 +32,7 @@ def node(
     if told:
         at(
             100, "access", "start", what="checkpoint", target="/c", store_bytes=fetched, origin_bytes=0,
-            cached_bytes=cached, fetch_s=fetch_s, disk_s=disk_s,
+            peer_bytes=peers, cached_bytes=cached, fetch_s=fetch_s, disk_s=disk_s,
         )  # fmt: skip
         at(100, "load", "start", dur_s=loaded_s, cpu_s=cpu_s)
     return NodeEvents(name, tuple(sorted(log.events(), key=lambda event: event.t_ns)), 0)
@@ -61,6 +61,15 @@ def test_the_cause_is_what_the_nodes_own_figures_tell(slow: dict[str, float], ca
     assert (straggler.node, straggler.cause) == ("n3", cause), straggler
     assert straggler.lost_s == pytest.approx(19.5 if cause == "late allocation" else 20)
     assert straggler.detail
+
+
+def test_bytes_of_other_nodes_are_fetched_bytes_too() -> None:
+    """The node that reads its copy from the store fetches no more than those that have it from there."""
+    others = [node(name, fetched=0, peers=1000 * MIB) for name in ("n1", "n2")]
+    (straggler,) = report_of(*others, node("n3", 30)).stragglers
+    assert (straggler.node, straggler.cause) == ("n3", "not known")
+    (straggler,) = report_of(*others, node("n3", 30, fetched=0, peers=1000 * MIB, fetch_s=160)).stragglers
+    assert (straggler.node, straggler.cause) == ("n3", "slow link")
 
 
 def test_a_cold_cache_among_warm_ones() -> None:

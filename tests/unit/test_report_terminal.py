@@ -32,8 +32,11 @@ RECORD = replace(
 )
 
 
-def node_events(number: int, *, marked: bool = True) -> NodeEvents:
-    """A start of some 40 s; each node is slower than the one before."""
+def node_events(number: int, *, marked: bool = True, peer_bytes: int | None = None) -> NodeEvents:
+    """A start of some 40 s; each node is slower than the one before.
+
+    peer_bytes: of the image's 3 GiB; None: an agent before peers.
+    """
     log = EventLog(1234, 0, f"gpu-{number:02d}")
 
     def at(t_s: float, kind: str, name: str, **fields: str | int | float | None) -> None:
@@ -46,7 +49,8 @@ def node_events(number: int, *, marked: bool = True) -> NodeEvents:
     at(0.7, "prefetch", "begin", bytes=30 << 30, **ABOUT_CHECKPOINT)
     at(1.6, "step", "attach", step="0")
     at(2.5, "step", "task_start", step="0", task=0)
-    at(9 + number, "prefetch", "end", bytes=3 << 30, bytes_cached=1 << 30, dur_s=8.4 + number, **ABOUT_IMAGE)
+    at(9 + number, "prefetch", "end", bytes=3 << 30, bytes_cached=1 << 30, bytes_peers=peer_bytes,
+       dur_s=8.4 + number, **ABOUT_IMAGE)  # fmt: skip
     at(6 + 3 * number, "mark", "image_loaded", step="0", task=0)
     at(10 + 5 * number, "mark", "environment_loaded", step="0", task=0)
     if marked:
@@ -65,6 +69,12 @@ def make(*, nodes: int = 2, marked: bool = True, record: JobRecord | None = RECO
     sent = tuple(node_events(number, marked=marked) for number in range(1, nodes + 1))
     silent = tuple(node for node in RECORD.nodes if node not in {one.node for one in sent})
     return analyse(Run(1234, 0, (0,), 1000, record, sent, silent, ()))
+
+
+def make_with_peers(*peer_bytes: int) -> Report:
+    """A start on so many nodes; of the image's 3 GiB each had so much from the others."""
+    sent = tuple(node_events(number, peer_bytes=size) for number, size in enumerate(peer_bytes, start=1))
+    return analyse(Run(1234, 0, (0,), 1000, replace(RECORD, nodes=tuple(n.node for n in sent)), sent, (), ()))
 
 
 def shown(report: Report, width: int, encoding: str = "utf-8") -> str:
@@ -102,6 +112,35 @@ def test_the_slowest_node_is_set_against_the_median() -> None:
     bars = {line.split()[0]: line.count("█") for line in lines if "█" in line}
     assert bars["program"] == max(bars.values())
     assert bars["prolog"] >= 1
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_bytes_of_other_nodes_have_a_column_where_there_are_some(width: int) -> None:
+    lines = shown(make_with_peers(0, 3 << 30, 2 << 30), width).splitlines()
+    heading = next(line for line in lines if line.startswith("transfer"))
+    image = lines[lines.index(heading) + 1]
+    assert heading.split()[:4] == ["transfer", "cache", "peers", "store"]
+    assert image.split()[:7] == ["image", "3.0", "GiB", "5.0", "GiB", "4.0", "GiB"]
+    assert max(len(line) for line in lines) <= width
+    for report in (make(nodes=3), make_with_peers(0, 0, 0)):
+        assert "peers" not in shown(report, width)
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_all_sources_and_a_long_wait_fit(width: int) -> None:
+    report = make_with_peers(0, 1000 << 20)
+    rows = tuple(
+        replace(row, what="environment", fetched_bytes=1533 << 20, cached_bytes=511 << 20,
+                origin_bytes=511 << 20, peer_bytes=511 << 20, miss_bytes=0, waited_s=1219.0, start_s=1220.0)
+        for row in report.transfers
+    )  # fmt: skip
+    lines = shown(replace(report, transfers=rows), width).splitlines()
+    heading = next(line for line in lines if line.startswith("transfer"))
+    first = lines[lines.index(heading) + 1]
+    assert max(len(heading), len(first)) <= width
+    for part in ("cache", "peers", "store", "original", "ready", "waited"):
+        assert part in heading
+    assert first.endswith("(100 %)")
 
 
 def test_start_not_marked_is_said() -> None:
@@ -198,6 +237,15 @@ def test_json_has_the_documented_schema() -> None:
         "text": "held up by the checkpoint /ckpt/step_9000: gpu-02 waited 4.00 s for it (8 % of its start)",
     }
     assert content["problems"][0]["name"] == "cache_full"
+
+
+def test_json_has_the_bytes_of_each_source() -> None:
+    first, second = (
+        row for row in json.loads(to_json(make_with_peers(0, 2 << 30)))["transfers"] if row["what"] == "image"
+    )
+    keys = ("fetched_bytes", "store_bytes", "origin_bytes", "peer_bytes")
+    assert [first[key] for key in keys] == [3 << 30, 3 << 30, 0, 0]
+    assert [second[key] for key in keys] == [3 << 30, 1 << 30, 0, 2 << 30]
 
 
 def test_json_of_an_empty_run_is_valid() -> None:

@@ -89,8 +89,6 @@ class Peer:
             if now_s >= overdue_s:
                 overdue_s = now_s + OVERDUE_S
                 self._reading.overdue(now_s)
-                if self._ways.lists.ready:
-                    self._reading.tell_offers(now_s)
             if now_s >= pending_s:
                 pending_s = now_s + PENDING_S
                 self._serving.say_pending(now_s)
@@ -122,7 +120,7 @@ class Peer:
 
     @property
     def _is_busy(self) -> bool:
-        return self._ways.blobs.wants or self._serving.is_busy or self._reading.has_offers
+        return self._ways.blobs.wants or self._serving.is_busy or bool(self._policy.offers)
 
     def _begin(self, now_s: float) -> None:
         """Get what is wanted, once this node's part of the directory is there."""
@@ -142,7 +140,7 @@ class Peer:
     def _order(self, message: FromOwner, fd: int, now_s: float) -> None:
         """What the owner says. What it says of a blob that is not open is of one that it has closed."""
         if isinstance(message, OpenBlob):
-            self._reading.has(self._ways.blobs.open(message, fd))
+            self._policy.offers.add(self._ways.blobs.open(message, fd))
         elif isinstance(message, Want):
             self._wants.append(message)
         elif isinstance(message, CloseBlob):

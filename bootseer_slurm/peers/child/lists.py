@@ -3,7 +3,7 @@
 JOIN goes to the nodes behind this one, eight at a time, until one of them answers; the answers of those
 before that one have 25 ms. They have up to 1 s where their kernels have taken a hello or JOIN, and only their
 processes have not had their turn: for without their lists chunks are read once more. What others want
-meanwhile waits. Where eight nodes are silent and nobody was heard, something is in between, and this node
+meanwhile waits. Where two nodes are silent and nobody was heard, something is in between, and this node
 goes on alone.
 """
 

@@ -143,19 +143,6 @@ class Reading:
                 self._ways.read_store(chunk, demand=True)
             self._do(self._policy.demand(chunk, now_s), now_s)
 
-    def has(self, chunks: Iterable[Chunk]) -> None:
-        """These are in the data file of a blob that is opened."""
-        self._policy.has(chunks)
-
-    @property
-    def has_offers(self) -> bool:
-        """Whether directories are to be told what is here."""
-        return self._policy.has_offers
-
-    def tell_offers(self, now_s: float) -> None:
-        """Tell directories what is here, some of it."""
-        self._do(self._policy.tell_offers(now_s), now_s)
-
     def have(self, chunk: Chunk, now_s: float) -> None:
         """A chunk is in the data file."""
         blob = self._ways.blobs.of(chunk)
@@ -241,6 +228,8 @@ class Reading:
             self._policy.pending(chunk, parent, 0, now_s)  # it is the owner who takes his time
         reached = self._ways.reach.among(self._asked.nodes(), now_s)
         self._do(self._policy.overdue(now_s, reached), now_s)
+        if self._ways.lists.ready:
+            self._do(self._policy.offers.tell(now_s), now_s)
 
     def _do(self, actions: Iterable[Action], now_s: float) -> None:
         ways = self._ways

@@ -8,12 +8,14 @@ its own, which takes what the process says; any number may call at once.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import mmap
 import os
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -24,9 +26,8 @@ from bootseer_slurm.peers.owner.asks import Ask, Asks
 
 _log = logging.getLogger(__name__)
 
-# The process itself gives a chunk up after 10 s, or 3 s, unless its own reads of the store take longer.
-_SILENT_S, _SILENT_DEMAND_S = 20.0, 5.0
 _SEND_BYTES = 2**20  # messages that the process has not taken yet
+_LOOK_S = 0.5
 _END_S = 5.0
 
 
@@ -36,6 +37,7 @@ class PeerProcess:
     def __init__(self, process: subprocess.Popen[bytes], link: socket.socket, order: local.Order) -> None:
         """link: the agent's end of the process's socket. Raises OSError."""
         self.counted = local.Counted({}, {}, {}, (), ())
+        self.place = order.node, len(order.addresses)
         self.port: int | None = None  # where it listens, once it does; 0: nowhere
         self._process = process
         self._link = link
@@ -44,9 +46,11 @@ class PeerProcess:
         self._over = threading.Event()
         self._lock = threading.Lock()
         link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
-        ring_fd = os.memfd_create("bootseer-peers-ring", os.MFD_CLOEXEC)
+        ring_fd = os.memfd_create("bootseer-peers-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(ring_fd, order.slots * CHUNK_BYTES)
+            # Who reads what the process has cut off would be killed (SIGBUS).
+            fcntl.fcntl(ring_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
             self._ring = mmap.mmap(ring_fd, 0)
             local.send_order(link, order, ring_fd)
         finally:
@@ -121,7 +125,9 @@ class PeerProcess:
 
     def _wait(self, ask: Ask) -> None:
         """Wait for the answer. A process that gives none in time is ended."""
-        if not ask.answered.wait(_SILENT_DEMAND_S if ask.demand else _SILENT_S) and not self.is_over:
+        while not ask.answered.wait(_LOOK_S) and time.monotonic() < ask.until_s:  # it may be hurried
+            pass
+        if not (ask.answered.is_set() or self.is_over):
             _log.warning("process %d of peers is silent: this job goes on without", self._process.pid)
             self._end()
 

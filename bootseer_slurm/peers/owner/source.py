@@ -15,10 +15,12 @@ from bootseer_slurm.cache.blob import CachedBlob
 from bootseer_slurm.cache.sources import NotHere
 from bootseer_slurm.errors import InputError, IntegrityError
 from bootseer_slurm.peers import local
+from bootseer_slurm.peers.local import MESSAGE_BYTES
 from bootseer_slurm.peers.owner.process import PeerProcess
 
 # What is read in parts goes in smaller units: a start touches some of its blocks, often side by side.
 _PARTS_BYTES = 2**20
+_MOST_UNITS = 8 * (MESSAGE_BYTES - 1024)  # a bit for each goes in one message
 
 
 def unit_bytes_of(kind: str) -> int:
@@ -41,14 +43,21 @@ class PeerSource:
     name = "peers"
 
     def __init__(self, process: PeerProcess, blob: CachedBlob, kind: str) -> None:
-        """Let the other nodes have what is here. Raises OSError, InputError where its user owns the file."""
+        """Let the other nodes have what is here. Raises OSError, InputError.
+
+        So where its user owns the file, or where it is too large.
+        """
         layout = blob.layout
         self._process = process
         self._blob = blob
+        self.place = process.place
         self._unit_bytes = max(unit_bytes_of(kind), layout.block_bytes)
         self.unit_blocks = self._unit_bytes // layout.block_bytes
+        units = -(-layout.blocks // self.unit_blocks)
+        if units > _MOST_UNITS:
+            raise InputError(f"{layout.size_bytes} bytes are more than nodes exchange of one blob")
         here = 0
-        for unit in range(-(-layout.blocks // self.unit_blocks)):
+        for unit in range(units):
             here |= self._is_here(unit) << unit
         fd = _open_for_reading(blob)
         try:

@@ -53,3 +53,10 @@ class Run:
     silent_nodes: tuple[str, ...]  # belong to the job, but sent nothing
     notes: tuple[str, ...]  # what a reader must know to trust the figures
     reader_clock: Offset | None = None  # of the machine that gathers this
+
+    @property
+    def node_names(self) -> tuple[str, ...]:
+        """All nodes of the job, also those that sent nothing."""
+        if self.record and self.record.nodes:
+            return tuple(self.record.nodes)
+        return (*(sent.node for sent in self.nodes), *self.silent_nodes)

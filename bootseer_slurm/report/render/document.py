@@ -67,10 +67,7 @@ def document(report: Report) -> dict[str, Any]:
 
 def node_names(report: Report) -> list[str]:
     """All nodes of the job, also those that sent nothing."""
-    record = report.run.record
-    if record and record.nodes:
-        return list(record.nodes)
-    return [*(sent.node for sent in report.run.nodes), *report.run.silent_nodes]
+    return list(report.run.node_names)
 
 
 def _stage(row: StageRow) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from bootseer_slurm.errors import InputError
 from bootseer_slurm.report.render.document import node_names
 from bootseer_slurm.report.startup.figures import Report
-from bootseer_slurm.report.startup.transfers import Transfer
+from bootseer_slurm.report.startup.transfers import Transfer, store_copies
 from bootseer_slurm.slurm.hostlist import fold
 from bootseer_slurm.units import format_bytes, format_duration, format_share
 
@@ -130,13 +130,19 @@ def _plain(report: Report) -> Figure:
 
 def _bytes(report: Report) -> Figure:
     """Where the bytes came from."""
-    cached, store, origin = (
+    cached, store, origin, peers = (
         sum(getattr(row, name) or 0 for row in report.transfers)
-        for name in ("cached_bytes", "store_bytes", "origin_bytes")
+        for name in ("cached_bytes", "store_bytes", "origin_bytes", "peer_bytes")
     )
     hit = sum(row.hit_bytes for row in report.transfers)
     miss = sum(row.miss_bytes for row in report.transfers)
-    parts = [f"{format_bytes(cached)} cached"]
+    parts = []
+    if peers:
+        # A node that told nothing may have read more from the store.
+        copies = None if report.run.silent_nodes else store_copies(report.transfers)
+        parts += [] if copies is None else [f"{copies:.2f} copies"]
+        parts.append(f"{format_bytes(peers)} from other nodes")
+    parts.append(f"{format_bytes(cached)} cached")
     if origin:
         parts.append(f"{format_bytes(origin)} from originals")
     if hit + miss:

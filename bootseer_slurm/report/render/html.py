@@ -31,6 +31,12 @@ from bootseer_slurm.units import format_bytes, format_duration
 _VERY_SLOW = 2.0
 _ROWS = 50  # of stragglers, transfers and problems
 _BAR = 1000  # units of the bars' coordinates
+_SOURCES = {
+    "cached_bytes": "from cache",
+    "peer_bytes": "from peers",
+    "store_bytes": "from store",
+    "origin_bytes": "from original",
+}
 
 
 class _StageCells(NamedTuple):
@@ -50,6 +56,7 @@ def to_html(report: Report) -> str:
     """The report as one self-contained HTML page."""
     css, script = _file("page.css"), _file("page.js")
     title, lead = headline(report)
+    sources = _sources(report)
     data = json.dumps(timeline(report), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     policy = f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(css)}; "
     page = _environment().get_template("page.html")
@@ -68,7 +75,8 @@ def to_html(report: Report) -> str:
         started=bool(report.starts),
         legend=[(STAGES.index(row.stage), row.stage) for row in report.stages],
         stragglers=report.stragglers,
-        transfers=_transfers(report),
+        transfers=_transfers(report, sources),
+        sources=[_SOURCES[name] for name in sources],
         remarks=_remarks(report),
         problem_count=len(report.problems),
         limit=_ROWS,
@@ -141,23 +149,29 @@ def _stage_cells(row: StageRow, longest_s: float | None) -> _StageCells:
     )
 
 
-def _transfers(report: Report) -> list[tuple[str, str, list[str]]]:
+def _sources(report: Report) -> list[str]:
+    """The sources that have a column: other nodes and originals only where they gave something."""
+    return [
+        name
+        for name in _SOURCES
+        if name in ("cached_bytes", "store_bytes") or any(getattr(row, name) for row in report.transfers)
+    ]
+
+
+def _transfers(report: Report, sources: Sequence[str]) -> list[tuple[str, str, list[str]]]:
     """One row for each thing, over all nodes: its kind, its path, and the cells."""
     groups: dict[tuple[str, str], list[Transfer]] = {}
     for row in report.transfers:
         groups.setdefault((row.what, row.target), []).append(row)
-    return [(what, target, _transfer_cells(rows)) for (what, target), rows in groups.items()]
+    return [(what, target, _transfer_cells(rows, sources)) for (what, target), rows in groups.items()]
 
 
-def _transfer_cells(rows: Sequence[Transfer]) -> list[str]:
+def _transfer_cells(rows: Sequence[Transfer], sources: Sequence[str]) -> list[str]:
     rates = [row.rate for row in rows if row.rate]
     hit, miss = sum(row.hit_bytes for row in rows), sum(row.miss_bytes for row in rows)
     in_time = [row.in_time for row in rows if row.in_time is not None]
     return [
-        *(
-            format_bytes(sum(getattr(row, name) or 0 for row in rows))
-            for name in ("cached_bytes", "store_bytes", "origin_bytes")
-        ),
+        *(format_bytes(sum(getattr(row, name) or 0 for row in rows)) for name in sources),
         f"{format_bytes(median(rates))}/s" if rates else "-",
         f"{sum(in_time):,} of {len(in_time):,}" if in_time else "-",
         f"{100 * hit / (hit + miss):.1f} %" if hit + miss else "-",

@@ -27,8 +27,8 @@ from bootseer_slurm.units import format_bytes, format_duration
 _VERY_SLOW = 2.0
 _SHOWN_STRAGGLERS = 5
 _SHOWN_ROWS = 50  # of transfers and problems: a user's own events could have any number
-_DISPENSABLE = ("missed", "rate")  # columns that a narrow terminal does without, the first one first
-_SOURCES = ("cached_bytes", "store_bytes", "origin_bytes")
+_DISPENSABLE = ("missed", "rate", "hits")  # columns that a narrow terminal does without, the first one first
+_SOURCES = ("cached_bytes", "peer_bytes", "store_bytes", "origin_bytes")
 _LEVEL_STYLE = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
@@ -212,11 +212,12 @@ def _transfer_lines(report: Report, width: int) -> Text:
         groups[(transfer.what, transfer.target)].append(transfer)
     more = len(groups) - _SHOWN_ROWS
     groups = dict(list(groups.items())[:_SHOWN_ROWS])
-    heading = ("transfer", "cache", "store", "original", "rate", "ready", "hits", "missed", "waited")
+    heading = ("transfer", "cache", "peers", "store", "original", "rate", "ready", "hits", "missed", "waited")
     rows = [_transfer_cells(what, transfers) for (what, _), transfers in groups.items()]
     columns = dict(zip(heading, zip(heading, *rows, strict=True), strict=True))
-    if not any(row.origin_bytes for row in report.transfers):
-        del columns["original"]
+    for name, source in (("peers", "peer_bytes"), ("original", "origin_bytes")):
+        if not any(getattr(row, source) for row in report.transfers):
+            del columns[name]
     for name in _DISPENSABLE:
         if sum(max(map(len, column)) + 1 for column in columns.values()) > width + 1:
             del columns[name]

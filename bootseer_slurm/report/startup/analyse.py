@@ -67,7 +67,7 @@ def analyse(run: Run, *, plain: PlainStarts | None = None) -> Report:
         gpus=record.gpus if record else 0,
         cpus=record.cpus if record else 0,
         transfers=rows,
-        problems=find_problems(nodes),
+        problems=find_problems(nodes, run.node_names),
         notes=(
             *run.notes,
             *notes(run, nodes, starts, training_from, len(stamps)),

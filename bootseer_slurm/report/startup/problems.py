@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from bootseer_slurm.event_table import MAX_MESSAGE
+from bootseer_slurm.events import Event
 from bootseer_slurm.report.gather.run import NodeEvents, Run
 from bootseer_slurm.report.startup.clock import Clock
 from bootseer_slurm.report.startup.figures import Problem
 from bootseer_slurm.report.startup.stages import NodeStart, first
 
 _SKEW_NS = 1_000_000_000
+_LEVELS = ("error", "warning", "info")
 
 
-def find_problems(nodes: Sequence[NodeEvents]) -> tuple[Problem, ...]:
-    """Faults, and shadows that were not shown; the same one on several nodes is one problem."""
+def find_problems(nodes: Sequence[NodeEvents], job_nodes: Collection[str]) -> tuple[Problem, ...]:
+    """Faults, and shadows that were not shown; the same one on several nodes is one problem.
+
+    job_nodes: the names of all nodes of the job.
+    """
     found: dict[tuple[str, str, str | None, str | None, str], dict[str, None]] = defaultdict(dict)
     for sent in nodes:
         for event in sent.events:
@@ -33,11 +39,49 @@ def find_problems(nodes: Sequence[NodeEvents]) -> tuple[Problem, ...]:
             else:
                 continue
             found[key][sent.node] = None
-    order = ("error", "warning", "info")
-    return tuple(
-        Problem(*key, nodes=tuple(where))
-        for key, where in sorted(found.items(), key=lambda item: order.index(item[0][0]))
-    )
+    problems = [Problem(*key, nodes=tuple(where)) for key, where in found.items()]
+    problems += _of_peers(nodes, frozenset(job_nodes))
+    return tuple(sorted(problems, key=lambda problem: _LEVELS.index(problem.level)))
+
+
+def _of_peers(nodes: Sequence[NodeEvents], job_nodes: frozenset[str]) -> list[Problem]:
+    """The trouble that nodes had with one another.
+
+    Of a thousand nodes many may be slow, or fail at times: one line is for all of these.
+    """
+    banned: dict[str, dict[str, None]] = defaultdict(dict)
+    slow: dict[str, None] = {}
+    failed: dict[str, int] = defaultdict(int)
+    for sent in nodes:
+        for event in sent.events:
+            if (event.kind, event.name) != ("peers", "summary"):
+                continue
+            for name in _named(event, "banned", job_nodes):
+                banned[name][sent.node] = None
+            slow |= dict.fromkeys(_named(event, "slow", job_nodes))
+            failed[sent.node] += max(0, int(event.number("fallbacks")))
+    chunks = sum(failed.values())
+    ban, again = "sent wrong bytes, and is banned for this job", "from the store because other nodes failed"
+    rows = [("warning", "peers_banned", f"{name} {ban}", tuple(where)) for name, where in banned.items()]
+    rows += [
+        ("info", "peers_slow", "sent blocks to other nodes slowly", tuple(slow)),
+        (
+            "info",
+            "peers_failed",
+            f"read {chunks:,} {'chunk' if chunks == 1 else 'chunks'} {again}",
+            tuple(node for node, count in failed.items() if count),
+        ),
+    ]
+    return [Problem(level, name, None, None, text, where) for level, name, text, where in rows if where]
+
+
+def _named(event: Event, key: str, job_nodes: frozenset[str]) -> list[str]:
+    """The nodes of the job that a field names; its user may have written it, with any other names."""
+    text = str(event.extra.get(key, ""))
+    names = text.split(",")
+    if len(text) >= MAX_MESSAGE:
+        del names[-1]  # it may be cut, and read as the name of another node
+    return [name for name in names if name in job_nodes]
 
 
 def notes(

@@ -66,7 +66,7 @@ def work_of(sent: NodeEvents) -> NodeWork:
 
     lasted_s = load[0].dur_s if load else None
     return NodeWork(
-        fetched_bytes=total("store_bytes", "origin_bytes"),
+        fetched_bytes=total("store_bytes", "origin_bytes", "peer_bytes"),
         cached_bytes=total("cached_bytes"),
         fetch_s=total("fetch_s"),
         disk_s=total("disk_s"),

@@ -33,7 +33,8 @@ class Transfer:  # size: a row of the report, as docs/report.md lists it
     hit_bytes: int
     miss_bytes: int
     blocked_s: float  # in the whole job, added up over reads that waited side by side
-    origin_bytes: int | None = None  # of what was fetched: from the original, not from the store
+    origin_bytes: int | None = None  # of what was fetched: from the original
+    peer_bytes: int | None = None  # of what was fetched: from other nodes of the job
     waited_s: float | None = None  # in the start: the time in which at least one read waited
     longest_wait_s: float | None = None  # in the start: of a single read
     start_s: float | None = None  # of this node
@@ -41,7 +42,9 @@ class Transfer:  # size: a row of the report, as docs/report.md lists it
     @property
     def store_bytes(self) -> int | None:
         """Of what was fetched: from the store."""
-        return None if self.fetched_bytes is None else max(0, self.fetched_bytes - (self.origin_bytes or 0))
+        if self.fetched_bytes is None:
+            return None
+        return max(0, self.fetched_bytes - (self.origin_bytes or 0) - (self.peer_bytes or 0))
 
     @property
     def waited_share(self) -> float | None:
@@ -70,6 +73,29 @@ def transfers(sent: NodeEvents, start_s: float | None) -> list[Transfer]:
         _transfer(sent.node, *key, events, start_s, _waits(events, restarted_ns))
         for key, events in groups.items()
     ]
+
+
+def store_copies(rows: Sequence[Transfer]) -> float | None:
+    """The number of copies that all nodes together read from the store; None where nobody can say.
+
+    A copy of a target is the most that one node fetched of it. The nodes together may have lacked more than
+    that, if their caches held different parts. Then the number is too high.
+    """
+    if len({row.node for row in rows}) < 2:
+        return None
+    groups: dict[tuple[str, str], list[Transfer]] = defaultdict(list)
+    for row in rows:
+        groups[(row.what, row.target)].append(row)
+    copy_bytes = from_store = 0
+    for group in groups.values():
+        told = [row.fetched_bytes for row in group if row.fetched_bytes is not None]
+        if told and len(told) < len(group):
+            return None
+        if not told or any(row.origin_bytes for row in group):
+            continue  # what came from the original is a part of a copy, too
+        copy_bytes += max(told)
+        from_store += sum(row.store_bytes or 0 for row in group)
+    return from_store / copy_bytes if copy_bytes else None
 
 
 class _Waits(NamedTuple):
@@ -121,20 +147,21 @@ def _transfer(
         hit_bytes=sum(int(event.number("hit_bytes")) for event in reads),
         miss_bytes=sum(int(event.number("miss_bytes")) for event in reads),
         blocked_s=sum(event.number("blocked_s") for event in reads),
-        origin_bytes=_origin_bytes(ends),
+        origin_bytes=_bytes_from("origin", "bytes_origin", ends),
+        peer_bytes=_bytes_from("peers", "bytes_peers", ends),
         waited_s=waited_s,
         longest_wait_s=longest_s,
         start_s=start_s,
     )
 
 
-def _origin_bytes(ends: Sequence[Event]) -> int | None:
-    """Of what was fetched, how much came from the original."""
+def _bytes_from(source: str, key: str, ends: Sequence[Event]) -> int | None:
+    """Of what was fetched, how much came from this source. Agents before the field told one source of all."""
     if not ends:
         return None
     return sum(
-        int(event.number("bytes_origin"))
-        if "bytes_origin" in event.extra
-        else (event.bytes or 0) * (event.source == "origin")
+        max(0, int(event.number(key)))
+        if key in event.extra
+        else (event.bytes or 0) * (event.source == source)
         for event in ends
     )

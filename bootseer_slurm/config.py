@@ -9,6 +9,7 @@ first problem, and pydantic-settings does not tell where a value came from.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -57,8 +58,8 @@ def _count(value: object) -> int:
 
 
 def _ports(value: object) -> tuple[int, ...]:
-    first, _, last = str(value).partition("-")
-    ports = tuple(range(int(first), int(last or first) + 1))
+    found = re.fullmatch(r"(\d{4,5})(?:-(\d{4,5}))?", str(value))
+    ports = tuple(range(int(found[1]), int(found[2] or found[1]) + 1)) if found else ()
     if not ports or not 1024 <= ports[0] <= ports[-1] <= 65535 or len(ports) > 256:
         raise ValueError('must be a port or a range of at most 256 ports from 1024 on, such as "7070-7085"')
     return ports
@@ -251,6 +252,13 @@ def load(path: Path | None = None, *, environ: Mapping[str, str] = os.environ) -
             "\n".join(loader.problems), hint="`bootseer config template` shows every key with its default"
         )
     return Config(**tables, origins=loader.origins)
+
+
+def shown(value: object) -> str:
+    """A value as a person may write it."""
+    if isinstance(value, tuple) and value and isinstance(value[0], int):
+        return f"{value[0]}-{value[-1]}"  # ports
+    return ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def template() -> str:

@@ -131,8 +131,7 @@ def config_show() -> None:
         values = getattr(config, table)
         field = next(field for field in values.__slots__ if field in (name, f"{name}_s", f"{name}_bytes"))
         value = getattr(values, field)
-        shown = ":".join(map(str, value)) if isinstance(value, tuple) else value
-        print(f"{table}.{field} = {shown}  ({origin})")
+        print(f"{table}.{field} = {configuration.shown(value)}  ({origin})")
 
 
 @config_app.command("template")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,25 @@ def test_quantities_beyond_all_reason_are_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         config.load(path, environ={})
     assert "cache.max" in caught.value.message and "prefetch.start_cap" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("ports", '"80-90"', "from 1024 on"),
+        ("ports", '"7085-7070"', "range"),
+        ("ports", '"x"', "ports"),
+        ("address", '"nodes"', "{node}"),
+        ("mode", '"on"', "auto or off"),
+    ],
+)
+def test_what_peers_cannot_use_is_said(tmp_path: Path, key: str, value: str, why: str) -> None:
+    path = tmp_path / "bootseer.toml"
+    path.write_text(f"[peers]\n{key} = {value}\n")
+    with pytest.raises(ConfigError, match=rf"peers\.{key}: .*{re.escape(why)}"):
+        config.load(path, environ={})
+
+
+def test_ports_are_shown_as_they_are_written() -> None:
+    assert config.shown(config.load(environ={"BOOTSEER_PEERS_PORTS": "7070-7072"}).peers.ports) == "7070-7072"
+    assert config.shown((Path("/a"), Path("/b"))) == "/a:/b"

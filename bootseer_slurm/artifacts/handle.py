@@ -113,7 +113,7 @@ class BlobHandle:
     def exchange(self, source: Exchange) -> None:
         """Have other nodes give and get the blob, until `close`."""
         self.sources = (*self.sources, source)
-        self.reader.sources.also(source)
+        self.reader.sources.look_again()
 
     @property
     def served_path(self) -> Path:

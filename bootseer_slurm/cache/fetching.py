@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 
 from bootseer_slurm.cache.cache import MISSING, PRESENT, CachedBlob
 from bootseer_slurm.cache.sources import NotHere, Source, Sources
@@ -59,11 +60,15 @@ class Usage:  # size: one counter for each figure of a report
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Blocks that this caller alone may fetch now. unchecked: the cache's file may hold them."""
+    """Blocks that this caller alone may fetch now. unchecked: the cache's file may hold them.
+
+    asked: other nodes were asked, and wait for this one.
+    """
 
     first: int
     count: int
-    unchecked: bool
+    unchecked: bool = False
+    asked: bool = False
 
     @property
     def end(self) -> int:
@@ -77,6 +82,34 @@ class Claims:
     def __init__(self, blob: CachedBlob, sources: Sources) -> None:
         self._blob = blob
         self._sources = sources
+        self._parked: list[Claim] = []
+        self._lock = threading.Lock()
+
+    def demand(self, block: int, last: int) -> Claim | None:
+        """As `unit`, for a read that waits: also what the prefetch has claimed, and has not begun to read."""
+        return self.unit(block, last) or self._take_parked(block)
+
+    def park(self, claim: Claim) -> Claim:
+        """Keep a claim whose blocks are to be read from the store, while it waits for its turn there."""
+        claim = replace(claim, asked=True)
+        with self._lock:
+            self._parked.append(claim)
+        return claim
+
+    def take_back(self, claim: Claim) -> bool:
+        """End `park`; False where a read that waits has taken the claim."""
+        with self._lock:
+            if claim not in self._parked:
+                return False
+            self._parked.remove(claim)
+            return True
+
+    def _take_parked(self, block: int) -> Claim | None:
+        with self._lock:
+            claim = next((each for each in self._parked if each.first <= block < each.end), None)
+            if claim is not None:
+                self._parked.remove(claim)
+            return claim
 
     def unit(self, block: int, last: int) -> Claim | None:
         """The whole unit of a block, as nodes exchange it, where all of that is missing; else a run.
@@ -87,7 +120,7 @@ class Claims:
             begin = block // unit * unit
             end = min(begin + unit, self._blob.layout.blocks)
             if self._blob.blocks.claim_all(begin, end - 1):
-                return Claim(begin, end - begin, unchecked=False)
+                return Claim(begin, end - begin)
             last = min(last, end - 1)
         return self.run(block, last)
 
@@ -131,11 +164,6 @@ class _CacheFile:
         yield memoryview(content)
 
 
-@contextlib.contextmanager
-def _at_once(size_bytes: int) -> Iterator[int]:
-    yield size_bytes
-
-
 class Fetching:
     """Fetches blocks of one blob."""
 
@@ -158,74 +186,105 @@ class Fetching:
         demand: bool,
         push: Push | None = None,
         unkept: dict[int, bytes] | None = None,
-        admit: Admit = _at_once,
     ) -> None:
         """Fetch claimed blocks, and end the claim.
 
         demand: a read waits. push: is given the bytes too. unkept: gets those that the full disk has no room
-        for. admit: lets all but peers be read. Raises BootseerError when no source has the right bytes,
-        StoreError where one may have them yet.
+        for. Raises BootseerError when no source has the right bytes, StoreError where one may have them yet.
         """
-        failures: list[BootseerError] = []
-        earlier = (self._cache_file,) if claim.unchecked else ()
-        settled = kept = False
-        try:
-            for source in (*earlier, *self._sources.all):
-                try:
-                    with self._checked(source, claim, admit, demand=demand) as (offset, view, fetch_s):
-                        begin_s = time.monotonic()
-                        kept = source is self._cache_file or self._blob.file.write(offset, view)
-                        disk_s = time.monotonic() - begin_s
-                        if not kept and unkept is not None:
-                            self._put_aside(claim.first, view, unkept)
-                        self._blob.blocks.end_claim(claim.first, claim.count, PRESENT if kept else MISSING)
-                        settled = True
-                        if push and kept:
-                            self._push(push, offset, view)
-                except NotHere:
-                    continue
-                except BootseerError as error:
-                    name = "corrupt_block" if isinstance(error, IntegrityError) else "source_failed"
-                    self._sources.tell(name, f"{source.name}: {error.message}")
-                    failures.append(error)
-                    continue
-                if source is not self._cache_file:
-                    self._usage.fetch_s += fetch_s
-                    self._usage.disk_s += disk_s
-                    self._count(source, claim, demand=demand)
-                if not kept:
-                    why = self._blob.file.why_full
-                    self._sources.tell("cache_full", f"{why}: blocks are served, not kept")
-                return
-            failures = failures or [StoreError("no source is left: its job is over")]
-            raise next((each for each in failures if isinstance(each, StoreError)), failures[-1])
-        finally:
-            if not settled:
-                self._blob.blocks.end_claim(claim.first, claim.count, MISSING)
-            for exchange in self._sources.exchanges:
-                (exchange.kept if kept else exchange.lost)(claim.first, claim.count)
+        peers = () if claim.asked else self._sources.exchanges[:1]
+        with self._ended_if_failed(claim):
+            failures = self._bring(
+                [*peers, *self._sources.all], claim, demand=demand, push=push, unkept=unkept
+            )
+            if failures is not None:
+                failures = failures or [StoreError("no source is left: its job is over")]
+                raise next((each for each in failures if isinstance(each, StoreError)), failures[-1])
+
+    def fetch_of_peers(self, claim: Claim, *, push: Push | None) -> bool:
+        """Fetch claimed blocks without the store, and end the claim; False, and it stays, without them."""
+        with self._ended_if_failed(claim):
+            return (
+                self._bring(self._sources.exchanges[:1], claim, demand=False, push=push, unkept=None) is None
+            )
 
     @contextlib.contextmanager
-    def _checked(
-        self, source: Source, claim: Claim, admit: Admit, *, demand: bool
-    ) -> Iterator[tuple[int, memoryview, float]]:
-        """The blocks' offset, their bytes of a source, and how long it took.
+    def _ended_if_failed(self, claim: Claim) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._tell_lost(claim)
+            self._blob.blocks.end_claim(claim.first, claim.count, MISSING)
+            raise
 
-        Raises NotHere, StoreError, IntegrityError.
+    def _bring(
+        self,
+        sources: Iterable[Source],
+        claim: Claim,
+        *,
+        demand: bool,
+        push: Push | None,
+        unkept: dict[int, bytes] | None,
+    ) -> list[BootseerError] | None:
+        """Bring claimed blocks of the first source that has them, and end the claim. Gives None.
+
+        Else the claim stays; gives why the sources do not have them.
         """
+        failures: list[BootseerError] = []
+        for source in (*([self._cache_file] if claim.unchecked else ()), *sources):
+            begin_s = time.monotonic()
+            try:
+                with self._checked(source, claim, demand=demand) as (offset, view):
+                    fetched_s = time.monotonic()
+                    kept = source is self._cache_file or self._blob.file.write(offset, view)
+                    written_s = time.monotonic()
+                    if not kept and unkept is not None:
+                        self._put_aside(claim.first, view, unkept)
+                    self._settle(claim, kept=kept)
+                    if push and kept:
+                        self._push(push, offset, view)
+            except NotHere:
+                continue
+            except BootseerError as error:
+                name = "corrupt_block" if isinstance(error, IntegrityError) else "source_failed"
+                self._sources.tell(name, f"{source.name}: {error.message}")
+                failures.append(error)
+                continue
+            if source is not self._cache_file:
+                self._usage.fetch_s += fetched_s - begin_s
+                self._usage.disk_s += written_s - fetched_s
+                self._count(source, claim, demand=demand)
+            if not kept:
+                why = self._blob.file.why_full
+                self._sources.tell("cache_full", f"{why}: blocks are served, not kept")
+            return None
+        return failures
+
+    def _settle(self, claim: Claim, *, kept: bool) -> None:
+        """The claim ends. Who waits may ask other nodes at once, so what they cannot have is told before."""
+        if not kept:
+            self._tell_lost(claim)
+        self._blob.blocks.end_claim(claim.first, claim.count, PRESENT if kept else MISSING)
+        if kept:
+            for exchange in self._sources.exchanges:
+                exchange.kept(claim.first, claim.count)
+
+    def _tell_lost(self, claim: Claim) -> None:
+        for exchange in self._sources.exchanges:
+            exchange.lost(claim.first, claim.count)
+
+    @contextlib.contextmanager
+    def _checked(self, source: Source, claim: Claim, *, demand: bool) -> Iterator[tuple[int, memoryview]]:
+        """The blocks' offset, and their bytes of a source. Raises NotHere, StoreError, IntegrityError."""
         offset = claim.first * self._blob.layout.block_bytes
         size_bytes = self.bytes_of(claim.first, claim.first + claim.count)
         # An unmanaged file's bytes agree with no promise: its user brings them, and is shown what he brought.
         # One who changes them meanwhile has a digest kept that is not theirs, and loses the block at a check.
         fixed = not self._blob.unmanaged
-        with contextlib.ExitStack() as stack:
-            if source.name != "peers":
-                stack.enter_context(admit(size_bytes))
-            begin_s = time.monotonic()
-            view = stack.enter_context(source.read(offset, size_bytes, demand=demand, fixed=fixed))
+        with source.read(offset, size_bytes, demand=demand, fixed=fixed) as view:
             learn = self._blob.unmanaged and source is not self._cache_file
             self._blob.blocks.check(claim.first, claim.count, view, learn=learn)
-            yield offset, view, time.monotonic() - begin_s
+            yield offset, view
 
     def _put_aside(self, first: int, view: memoryview, unkept: dict[int, bytes]) -> None:
         block_bytes = self._blob.layout.block_bytes

@@ -137,13 +137,19 @@ class Reader:
         block that was fetched, and the one behind; twice the same where there is none.
         Raises BootseerError when no source has them.
         """
-        block = self._fetching.claims.next_in_turn() if first is None else first
+        claims = self._fetching.claims
         last = self.blob.layout.blocks - 1 if last is None else last
+        block = claims.next_in_turn() if first is None else first
         while 0 <= block <= last and not self.blob.file.full:
-            if claim := self._fetching.claims.unit(block, last):
-                self._fetching.fetch(claim, demand=False, push=push, admit=admit)
+            if claim := claims.unit(block, last):
+                if self._fetching.fetch_of_peers(claim, push=push):
+                    return claim.first, claim.end
+                claim = claims.park(claim)
+                with admit(self._fetching.bytes_of(claim.first, claim.end)):
+                    if claims.take_back(claim):
+                        self._fetching.fetch(claim, demand=False, push=push)
                 return claim.first, claim.end
-            block = self._fetching.claims.next_in_turn() if first is None else block + 1
+            block = claims.next_in_turn() if first is None else block + 1
         return last + 1, last + 1
 
     def _demand(self, block: int, last: int, unkept: dict[int, bytes]) -> int:
@@ -157,7 +163,7 @@ class Reader:
             now_s = time.monotonic()
             is_late = now_s - begin_s > self.patience_s
             is_late |= wrong_since_s is not None and now_s - wrong_since_s > _DAMAGE_PATIENCE_S
-            if claim := self._fetching.claims.unit(block, last):
+            if claim := self._fetching.claims.demand(block, last):
                 try:
                     self._fetching.fetch(claim, demand=True, unkept=unkept)
                     return claim.end - block

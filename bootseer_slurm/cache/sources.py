@@ -13,9 +13,6 @@ _log = logging.getLogger(__name__)
 OnFault = Callable[[str, str], None]
 
 
-_ORDER = ("peers", "store", "origin")
-
-
 # With more, the last nodes would wait for the first units, and a start for what it reads first.
 _WINDOW_UNITS = 16
 
@@ -53,11 +50,15 @@ class Source(Protocol):
 class Exchange(Source, Protocol):
     """A source that gives other nodes what this one has. Its unit is alike on all nodes.
 
-    place: which node this is, and of how many.
+    job_id: the job whose nodes they are. place: which node this is, and of how many.
     """
 
-    unit_blocks: int
+    job_id: int
     place: tuple[int, int]
+
+    @property
+    def unit_blocks(self) -> int:
+        """How many blocks go at a time; 0 while other nodes cannot be reached."""
 
     def kept(self, first: int, count: int) -> None:
         """These blocks are in the cache's file, however they came."""
@@ -85,7 +86,7 @@ class BlobUser(Protocol):
 
 
 class Sources:
-    """All sources of one blob: peers first, then the store, then the original."""
+    """All sources of one blob: those named "store" before those named "origin", and the exchanges."""
 
     def __init__(self, blob_id: str) -> None:
         self._name = blob_id[:12]
@@ -100,7 +101,7 @@ class Sources:
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """Those that other nodes get something of."""
+        """Those that other nodes get something of. The first one is asked: that of the earliest job."""
         return self._exchanges
 
     @property
@@ -118,21 +119,25 @@ class Sources:
     def add(self, user: BlobUser) -> None:
         with self._lock:
             self._told[user] = set()
-            self._take([*self._sources, *user.sources])
+            self._take()
 
-    def also(self, source: Source) -> None:
-        """Take another source of a user who is here already."""
+    def look_again(self) -> None:
+        """A user has other sources now."""
         with self._lock:
-            self._take([*self._sources, source])
+            self._take()
 
     def remove(self, user: BlobUser) -> None:
         with self._lock:
             self._told.pop(user, None)
-            self._take([source for source in self._sources if source not in user.sources])
+            self._take()
 
-    def _take(self, sources: list[Source]) -> None:
-        self._sources = tuple(sorted(sources, key=lambda source: _ORDER.index(source.name)))
-        self._exchanges = tuple(source for source in self._sources if isinstance(source, Exchange))
+    def _take(self) -> None:
+        """Take the sources of all users: peers of the earliest job first, as on all nodes."""
+        sources = dict.fromkeys(source for user in self._told for source in user.sources)
+        others = (source for source in sources if source.name != "peers")
+        self._sources = tuple(sorted(others, key=lambda source: source.name != "store"))
+        found = [source for source in sources if isinstance(source, Exchange)]
+        self._exchanges = tuple(sorted(found, key=lambda exchange: exchange.job_id))
 
     def tell(self, name: str, message: str) -> None:
         """Report a fault to each user, the first of each name only: a lost store fails thousands of reads."""

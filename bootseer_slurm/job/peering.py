@@ -6,10 +6,11 @@ do: of a file that is used as it lies no node knows the digests before.
 
 from __future__ import annotations
 
-import subprocess
 import threading
+import time
 
 from bootseer_slurm.artifacts.handle import BlobHandle
+from bootseer_slurm.cache.cache import CachedBlob
 from bootseer_slurm.errors import BootseerError, InputError
 from bootseer_slurm.identity import User
 from bootseer_slurm.image.signing import read_key
@@ -19,13 +20,15 @@ from bootseer_slurm.peers.key import job_key
 from bootseer_slurm.peers.local import Order
 from bootseer_slurm.peers.owner.addresses import addresses_of
 from bootseer_slurm.peers.owner.process import PeerProcess
-from bootseer_slurm.peers.owner.source import PeerSource
+from bootseer_slurm.peers.owner.source import PeerSource, unit_bytes_of
 from bootseer_slurm.peers.policy import STREAMS
 from bootseer_slurm.slurm.topology import near_nodes, read_topology
 from bootseer_slurm.userproc.spare import Spare
 
-_DEMANDS = 4  # slots of the ring, beside those of the prefetch
-_BEGIN_S = 2.0  # a name server may be slow; then this start has no peers of its first blobs
+# Slots of the ring, beside those of the prefetch; one that is not used takes no memory. One user's reads that
+# wait are fetched 16 at a time (fuse/fetchers.py).
+_DEMANDS = 24
+_BEGIN_S = 1.0  # a name server may be slow; then this start has no peers of its first blobs
 
 
 def _blocks(nodes: list[str]) -> tuple[tuple[int, ...], ...]:
@@ -42,22 +45,28 @@ class Peering:
         self._spare = spare
         self._process: PeerProcess | None = None
         self._nodes: list[str] = []
-        self._is_begun = False
-        self._beginning = threading.Lock()
+        self._shared: dict[tuple[str, int], PeerSource] = {}
+        self._begun: threading.Event | None = None
+        self._wait_until_s = 0.0
         self._lock = threading.Lock()
 
     def begin(self) -> None:
-        """Start the process, where this job has peers. May take long: names are looked up."""
-        if not self._beginning.acquire(timeout=_BEGIN_S):
-            return
+        """Start the process, where this job has peers; returns at once."""
+        with self._lock:
+            if self._begun is not None:
+                return
+            begun = self._begun = threading.Event()
+            self._wait_until_s = time.monotonic() + _BEGIN_S
+        # Not one of the job's threads, whose end is waited for: a name server may take long.
+        threading.Thread(target=self._begin, args=(begun,), name="peers-begin", daemon=True).start()
+
+    def _begin(self, begun: threading.Event) -> None:
         try:
-            if not self._is_begun:
-                self._is_begun = True
-                self._begin()
-        except (BootseerError, OSError, subprocess.SubprocessError) as error:
-            self._context.fault("peers_not_used", str(error))
+            self._start()
+        except Exception as error:  # the job does without
+            self._context.fault("peers_not_used", str(error) or type(error).__name__)
         finally:
-            self._beginning.release()
+            begun.set()
 
     def _nodes_of_job(self) -> list[str]:
         """All nodes of the job; none where the list cannot be used, which is told already."""
@@ -66,7 +75,7 @@ class Peering:
         except InputError:
             return []
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         job, config = self._context.job, self._context.config
         self._nodes = self._nodes_of_job()
         if config.peers.mode == "off" or len(self._nodes) < 2:
@@ -108,13 +117,25 @@ class Peering:
         if blob.unmanaged:
             return
         self.begin()
-        process = self._process
-        if process is None or process.is_over:
-            return
+        assert self._begun
+        self._begun.wait(max(0.0, self._wait_until_s - time.monotonic()))
         try:
-            handle.exchange(PeerSource(process, blob, kind))
+            if source := self._source(blob, unit_bytes_of(kind)):
+                handle.exchange(source)
         except (BootseerError, OSError) as error:
             self._context.fault("peers_not_used", str(error))
+
+    def _source(self, blob: CachedBlob, unit_bytes: int) -> PeerSource | None:
+        """The blob among the job's nodes, which all its handles share; None without a process."""
+        with self._lock:
+            if self._process is None:
+                return None
+            key = blob.id, unit_bytes
+            source = self._shared.get(key)
+            if source is None or not source.share():
+                source = PeerSource(self._process, self._context.job.job_id, blob, unit_bytes)
+                self._shared[key] = source
+            return source
 
     def tell(self) -> None:
         """Write what the process did."""

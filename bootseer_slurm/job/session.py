@@ -128,7 +128,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
 
     def _begin_peers(self, request: Request) -> None:
         if not request.observe:
-            self._threads.start(self._peering.begin)
+            self._peering.begin()
 
     def _usable_nodelist(self) -> str:
         """The job's list of nodes; "" where there is none, or none that can be used, which is told."""

@@ -15,6 +15,7 @@ and from the process:
     Started        it listens, and has its part of the directory
     Read           read this chunk from the store; the same again with demand: somebody waits for it now
     Arrived        a chunk lies in a slot of the ring, until Have, Wrong or Lost is said of it, or CloseBlob
+    Alive          it runs; each 250 ms while chunks are wanted
     Counted        figures since the start
 
 The owner has a slot of 4 MiB for each of eight chunks of the prefetch, and for each that it demands at once.
@@ -34,6 +35,7 @@ MESSAGE_BYTES = 64 * 1024
 MOST_CHUNKS = 8192  # of one Want
 _ORDER_LIMIT_BYTES = 16 * 2**20
 _Natural = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+_Bytes = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 class Order(Struct, frozen=True):
@@ -131,21 +133,27 @@ class Arrived(Struct, frozen=True, tag=True):
     dur_s: float
 
 
+class Alive(Struct, frozen=True, tag=True):
+    """It runs. is_cut_off: no node can be reached."""
+
+    is_cut_off: bool
+
+
 class Counted(Struct, frozen=True, tag=True):
     """Figures since the start. received, sent: bytes, by node. fallbacks: reads of the store, by cause.
 
     slow: nodes that were told so. banned: those that sent wrong bytes.
     """
 
-    received: dict[_Natural, _Natural]
-    sent: dict[_Natural, _Natural]
+    received: dict[_Natural, _Bytes]
+    sent: dict[_Natural, _Bytes]
     fallbacks: dict[Annotated[str, Meta(max_length=32)], _Natural]
     slow: tuple[_Natural, ...]
     banned: tuple[_Natural, ...]
 
 
 FromOwner: TypeAlias = OpenBlob | CloseBlob | Want | Have | Wrong | Lost
-FromChild: TypeAlias = Started | Read | Arrived | Counted
+FromChild: TypeAlias = Started | Read | Arrived | Alive | Counted
 
 _encoder = msgspec.msgpack.Encoder()
 _from_owner: msgspec.msgpack.Decoder[FromOwner] = msgspec.msgpack.Decoder(FromOwner)

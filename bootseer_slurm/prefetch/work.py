@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from bootseer_slurm.artifacts.layer import Layer
 
 AHEAD_MS = -2  # the time of a run behind a read: before all that plans name
+_LEAST_S = 0.1  # a shorter time says nothing of a rate
 _FORECAST_MARGIN = 1.1  # what is late comes as soon as it is asked for: reads go before the prefetch
 
 
 @dataclass(slots=True, eq=False)
-class Work:
+class Work:  # size: all that is known of one layer, most of it flags
     """One layer. times_ms: when a start touches each hot block, in order; -1: at once.
 
     hot_left: runs queued and in flight. hot_over: its hot blocks are there, failed, or were dropped.
@@ -32,6 +33,10 @@ class Work:
     start_s: float = field(default_factory=time.monotonic)
     in_time: bool = False  # as forecast at:
     forecast_s: float = -math.inf
+    fetched_before: int = 0  # bytes, when it began
+
+    def __post_init__(self) -> None:
+        self.fetched_before = self.layer.handle.usage.fetched_bytes
 
     def lacking(self) -> list[int]:
         """The hot blocks that are not there."""
@@ -46,7 +51,8 @@ class Work:
         lacking = self.lacking()
         handle = self.layer.handle
         if handle.reader.sources.unit_blocks:
-            bytes_per_s = max(bytes_per_s, handle.usage.fetched_bytes / (time.monotonic() - self.start_s))
+            since_s = max(_LEAST_S, time.monotonic() - self.start_s)
+            bytes_per_s = max(bytes_per_s, (handle.usage.fetched_bytes - self.fetched_before) / since_s)
         if not lacking:
             return True  # and the stream that brought the last one is about to say so
         if not bytes_per_s or any(self.times_ms[block] < 0 for block in lacking):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -18,10 +19,10 @@ from bootseer_slurm.blob.writer import BlobWriter, Original
 from bootseer_slurm.cache.cache import Cache
 from bootseer_slurm.cache.reader import Reader
 from bootseer_slurm.cache.sources import Source
-from bootseer_slurm.errors import StoreError
-from bootseer_slurm.peers.local import Order
+from bootseer_slurm.errors import InputError, StoreError
+from bootseer_slurm.peers.local import Arrived, Counted, Have, Order, decode_from_child, encode
 from bootseer_slurm.peers.owner.process import PeerProcess
-from bootseer_slurm.peers.owner.source import PeerSource
+from bootseer_slurm.peers.owner.source import PeerSource, unit_bytes_of
 from bootseer_slurm.store import FileStore
 from bootseer_slurm.userproc.spare import start
 
@@ -82,7 +83,7 @@ class Node:
 
     def join(self) -> None:
         """Exchange the blob from now on."""
-        self.source = PeerSource(self.process, self.reader.blob, self.kind)
+        self.source = PeerSource(self.process, 7, self.reader.blob, unit_bytes_of(self.kind))
         self.sources: list[Source] = [self.store, self.source]
         self.reader.sources.add(self)
 
@@ -212,18 +213,14 @@ def test_what_a_node_had_before_is_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_process_that_its_user_ends_or_stops_costs_no_bytes(
-    job: Job, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bootseer_slurm.peers.owner.asks.SILENT_S", 1.0)
-    monkeypatch.setattr("bootseer_slurm.peers.owner.asks.SILENT_DEMAND_S", 0.5)
+def test_a_process_that_its_user_ends_or_stops_costs_no_bytes(job: Job, how: signal.Signals) -> None:
     own = job.nodes[0]
     own.started.process.send_signal(how)
     assert own.reader.fetch(5_000_000, 10) == job.content[5_000_000:5_000_010]
     prefetch_all(job)
     for node in job.nodes:
         assert node.reader.blob.file.path.read_bytes() == job.content
-    assert own.process.is_over
+    assert not own.process.is_used
 
 
 def test_a_store_that_fails_is_told_to_those_who_wait(job: Job) -> None:
@@ -267,3 +264,99 @@ def test_the_process_cannot_write_the_file(job: Job) -> None:
         line for fd in own for line in (folder / fd).read_text().splitlines() if line.startswith("flags")
     ]
     assert all(int(line.split()[1], 8) & os.O_ACCMODE == os.O_RDONLY for line in flags)
+
+
+def test_a_stopped_process_is_used_again_when_it_goes_on(job: Job) -> None:
+    own = job.nodes[0]
+    own.started.process.send_signal(signal.SIGSTOP)
+    begin_s = time.monotonic()
+    assert own.reader.fetch(0, 10) == job.content[:10]
+    assert 0.9 < time.monotonic() - begin_s < 3.0
+    begin_s = time.monotonic()
+    assert own.reader.fetch(5_000_000, 10) == job.content[5_000_000:5_000_010]
+    assert time.monotonic() - begin_s < 0.5, "nobody waits for it a second time"
+    assert own.reader.sources.unit_blocks == 0
+    own.started.process.send_signal(signal.SIGCONT)
+    deadline_s = time.monotonic() + 5
+    while not own.process.is_used:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_nobody_waits_for_a_process_that_does_not_listen(job: Job) -> None:
+    own = job.nodes[0]
+    own.started.process.send_signal(signal.SIGSTOP)
+    begin_s = time.monotonic()
+    for _ in range(10_000):
+        own.process.say(Have(1, 0))
+    assert time.monotonic() - begin_s < 5
+    own.started.process.send_signal(signal.SIGCONT)
+    assert own.reader.fetch(0, 10) == job.content[:10]
+    assert own.process.is_used
+    own.started.process.send_signal(signal.SIGSTOP)
+    for _ in range(40_000):
+        own.process.say(Have(1, 0))
+    assert not own.process.is_used, "what it does not take is bounded"
+    assert own.reader.fetch(5_000_000, 10) == job.content[5_000_000:5_000_010]
+
+
+def test_who_waits_does_not_wait_for_the_prefetch_to_have_its_turn(job: Job) -> None:
+    reader = job.nodes[0].reader
+    is_admitted, is_asked = threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def late(size_bytes: int) -> Iterator[int]:
+        is_asked.set()
+        is_admitted.wait(30)
+        yield size_bytes
+
+    prefetch = threading.Thread(target=lambda: reader.prefetch_unit(admit=late))
+    prefetch.start()
+    assert is_asked.wait(10)
+    begin_s = time.monotonic()
+    assert reader.fetch(0, 10) == job.content[:10]
+    assert time.monotonic() - begin_s < 1
+    read_bytes = job.store.read_bytes
+    is_admitted.set()
+    prefetch.join()
+    assert job.store.read_bytes == read_bytes, "it came already"
+
+
+def test_handles_of_one_job_share_a_blob(job: Job) -> None:
+    own = job.nodes[0]
+    assert own.source.share()
+    own.source.close()
+    own.reader.fetch(0, 10)
+    assert job.nodes[1].reader.fetch(0, 10) == job.content[:10]
+    assert job.nodes[1].reader.usage.peer_bytes
+    own.source.close()
+    assert not own.source.share()
+
+
+def test_a_blob_of_other_chunks_is_not_exchanged(job: Job) -> None:
+    own = job.nodes[0]
+    with pytest.raises(InputError, match="nodes exchange 8388608"):
+        PeerSource(own.process, 7, own.reader.blob, 2 * CHUNK_BYTES)
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"x", b"\x82\xa4type\xa7Started\xa1x" + b"\x91" * 60_000, encode(Arrived(1, 0, 99, 1, 0.0))]
+)
+def test_a_process_that_says_what_it_may_not_is_ended(tmp_path: Path, said: bytes) -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child = subprocess.Popen(["sleep", "60"])
+    order = Order(0, 0, (), bytes(32), 0, ("127.0.0.1", "127.0.0.2"), (7070,), ((0, 1),), 1.0, 12)
+    process = PeerProcess(child, near, order)
+    if said:
+        far.send(said)
+    else:
+        far.close()
+    assert child.wait(10) == -signal.SIGKILL
+    assert not process.is_used
+    process.close()
+    far.close()
+
+
+def test_any_number_of_bytes_is_counted() -> None:
+    counted = Counted({1: 2**40}, {1: 2**62}, {}, (), ())
+    assert decode_from_child(encode(counted)) == counted

@@ -32,6 +32,7 @@ from bootseer_slurm.peers.child.serving import Serving
 from bootseer_slurm.peers.fetch import Viewpoint
 from bootseer_slurm.peers.groups import group_nodes, rings_of
 from bootseer_slurm.peers.local import (
+    Alive,
     CloseBlob,
     Counted,
     FromOwner,
@@ -39,6 +40,7 @@ from bootseer_slurm.peers.local import (
     Lost,
     OpenBlob,
     Order,
+    Read,
     Started,
     Want,
     Wrong,
@@ -52,6 +54,8 @@ from bootseer_slurm.seccomp import forbid_execution
 
 _NICE = 10
 _COUNTED_S = 1.0
+_ALIVE_S = 0.25
+_DEMAND_WAITS_S = 0.15  # for the directory; who waits longer reads the store
 
 
 class Peer:
@@ -73,13 +77,13 @@ class Peer:
         self._ways = Ways(order.node, nodes, self._owner, links, lists, blobs, incoming, reach)
         self._serving = Serving(here, links, blobs, order.upload_bytes_per_s, self._policy.hops)
         self._reading = Reading(self._ways, self._policy)
-        self._wants: list[Want] = []  # until the directory is there
+        self._wants: list[tuple[Want, float]] = []  # until the directory is there, and since when
         self._counted = Counted({}, {}, {}, (), ())
 
     def run(self) -> None:
         """Work until the owner goes away."""
         self._owner.say(Started(self._ways.links.proving.listen()))
-        overdue_s = pending_s = counted_s = 0.0
+        overdue_s = pending_s = counted_s = alive_s = 0.0
         while not self._owner.has_gone:
             now_s = self._clock.now_s()
             self._hear(now_s)  # before anybody is called silent
@@ -92,6 +96,9 @@ class Peer:
             if now_s >= pending_s:
                 pending_s = now_s + PENDING_S
                 self._serving.say_pending(now_s)
+            if now_s >= alive_s and (self._wants or self._ways.blobs.wants):
+                alive_s = now_s + _ALIVE_S
+                self._owner.say(Alive(self._here.liveness.is_cut_off(now_s)))
             if now_s >= counted_s:
                 counted_s = now_s + _COUNTED_S
                 self._count()
@@ -120,7 +127,9 @@ class Peer:
 
     @property
     def _is_busy(self) -> bool:
-        return self._ways.blobs.wants or self._serving.is_busy or bool(self._policy.offers)
+        return (
+            bool(self._wants) or self._ways.blobs.wants or self._serving.is_busy or bool(self._policy.offers)
+        )
 
     def _begin(self, now_s: float) -> None:
         """Get what is wanted, once this node's part of the directory is there."""
@@ -129,8 +138,12 @@ class Peer:
             lists.go_on(now_s)
         if lists.ready and self._wants:
             wants, self._wants = self._wants, []
-            for want in wants:
+            for want, _ in wants:
                 self._want(want, now_s)
+        for late in [each for each in self._wants if each[0].demand and now_s - each[1] >= _DEMAND_WAITS_S]:
+            self._wants.remove(late)
+            for number in late[0].chunks:
+                self._owner.say(Read(late[0].blob, number, demand=True))
 
     def _want(self, want: Want, now_s: float) -> None:
         chunks = (self._ways.blobs.chunk(want.blob, number) for number in want.chunks)
@@ -142,7 +155,7 @@ class Peer:
         if isinstance(message, OpenBlob):
             self._policy.offers.add(self._ways.blobs.open(message, fd))
         elif isinstance(message, Want):
-            self._wants.append(message)
+            self._wants.append((message, now_s))
         elif isinstance(message, CloseBlob):
             self._close(message.blob, now_s)
         elif chunk := self._ways.blobs.chunk(message.blob, message.chunk):

@@ -129,18 +129,19 @@ class Reading:
         self._from_store: set[Chunk] = set()
 
     def want(self, chunks: Sequence[Chunk], *, demand: bool, now_s: float) -> None:
-        """The owner wants these."""
+        """The owner wants these; each gets an answer, whatever was said of it before."""
         blobs = self._ways.blobs
         missing = [chunk for chunk in chunks if blobs.held(chunk) is not Held.HERE]
         for chunk in missing:
             blobs.of(chunk).wanted.add(chunk.number)
+        for chunk in chunks:
+            if chunk in self._from_store or chunk not in missing:
+                self._ways.read_store(chunk, demand=demand)
         if not demand:
             order = in_order(missing, self._ways.node, self._ways.nodes)
             self._do(self._policy.prefetch(order, now_s), now_s)
             return
         for chunk in missing:
-            if chunk in self._from_store:
-                self._ways.read_store(chunk, demand=True)
             self._do(self._policy.demand(chunk, now_s), now_s)
 
     def have(self, chunk: Chunk, now_s: float) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from bootseer_slurm.errors import InputError
 
@@ -19,8 +19,7 @@ def addresses_of(names: Sequence[str], pattern: str, own: int) -> tuple[str, ...
     Raises InputError where a name has none. May take as long as the look-ups of names.
     """
     hosts = [pattern.replace("{node}", name) for name in names]
-    with ThreadPoolExecutor(min(_LOOK_UPS, len(hosts))) as pool:
-        found = list(pool.map(look_up, hosts))
+    found = _look_up_all(hosts)
     for family in (socket.AF_INET, socket.AF_INET6):
         if all(each.get(family) for index, each in enumerate(found) if index != own):
             addresses = [each.get(family, "") for each in found]
@@ -30,6 +29,28 @@ def addresses_of(names: Sequence[str], pattern: str, own: int) -> tuple[str, ...
             return tuple(addresses)
     without = next((host for host, each in zip(hosts, found, strict=True) if not each), hosts[0])
     raise InputError(f"{without} has no address of the family that the others have")
+
+
+def _look_up_all(hosts: Sequence[str]) -> list[dict[int, str]]:
+    """As `look_up`, of each. Nobody waits for these threads when the agent ends, as for an executor's."""
+    found: list[dict[int, str]] = [{} for _ in hosts]
+    places = iter(enumerate(hosts))
+    lock = threading.Lock()
+
+    def look_up_next() -> None:
+        while True:
+            with lock:
+                index, host = next(places, (-1, ""))
+            if index < 0:
+                return
+            found[index] = look_up(host)
+
+    threads = [threading.Thread(target=look_up_next, daemon=True) for _ in hosts[:_LOOK_UPS]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
 
 
 def look_up(host: str) -> dict[int, str]:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bootseer_slurm.peers.local import Arrived
-
-# The process itself gives a chunk up after 10 s, or 3 s, unless its own reads of the store take longer.
-SILENT_S, SILENT_DEMAND_S = 20.0, 5.0
 
 # The owner's number of the blob, and the chunk's own.
 Key = tuple[int, int]
@@ -19,13 +15,9 @@ Key = tuple[int, int]
 
 @dataclass(slots=True)
 class Ask:
-    """A chunk that a thread waits for. arrived: None where it is to be read from the store.
-
-    until_s: by time.monotonic(), when the process has been silent for too long.
-    """
+    """A chunk that a thread waits for. arrived: None where it is to be read from the store."""
 
     demand: bool
-    until_s: float
     answered: threading.Event = field(default_factory=threading.Event)
     arrived: Arrived | None = None
 
@@ -40,14 +32,15 @@ class Asks:
     @contextlib.contextmanager
     def one(self, key: Key, *, demand: bool) -> Iterator[Ask]:
         """This thread asks for a chunk."""
-        ask = Ask(demand, time.monotonic() + (SILENT_DEMAND_S if demand else SILENT_S))
+        ask = Ask(demand)
         with self._lock:
             self._asks[key] = ask
         try:
             yield ask
         finally:
             with self._lock:
-                self._asks.pop(key, None)
+                if self._asks.get(key) is ask:
+                    del self._asks[key]
 
     def answer(self, key: Key, arrived: Arrived | None) -> None:
         """The answer to whoever waits for it; the first one counts."""
@@ -64,7 +57,6 @@ class Asks:
             if ask is None or ask.demand or ask.answered.is_set():
                 return False
             ask.demand = True
-            ask.until_s = min(ask.until_s, time.monotonic() + SILENT_DEMAND_S)
             return True
 
     def end(self, blob: int | None = None) -> None:

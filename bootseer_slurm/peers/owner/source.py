@@ -7,7 +7,9 @@ node is to read it from the store; then the others wait for it here.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import threading
 from collections.abc import Iterator
 
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
@@ -42,30 +44,46 @@ class PeerSource:
 
     name = "peers"
 
-    def __init__(self, process: PeerProcess, blob: CachedBlob, kind: str) -> None:
-        """Let the other nodes have what is here. Raises OSError, InputError.
+    def __init__(self, process: PeerProcess, job_id: int, blob: CachedBlob, unit_bytes: int) -> None:
+        """Let the other nodes have what is here. unit_bytes: of `unit_bytes_of`.
 
-        So where its user owns the file, or where it is too large.
+        Raises OSError, and InputError where nodes cannot exchange it.
         """
         layout = blob.layout
+        self.job_id, self.place = job_id, process.place
         self._process = process
         self._blob = blob
-        self.place = process.place
-        self._unit_bytes = max(unit_bytes_of(kind), layout.block_bytes)
-        self.unit_blocks = self._unit_bytes // layout.block_bytes
-        units = -(-layout.blocks // self.unit_blocks)
+        self._unit_bytes = unit_bytes
+        self._unit_blocks = unit_bytes // layout.block_bytes
+        if not self._unit_blocks or layout.chunk_bytes % unit_bytes:
+            raise InputError(f"its chunks have {layout.chunk_bytes} bytes, and nodes exchange {unit_bytes}")
+        units = -(-layout.blocks // self._unit_blocks)
         if units > _MOST_UNITS:
             raise InputError(f"{layout.size_bytes} bytes are more than nodes exchange of one blob")
+        self._users = 1
+        self._lock = threading.Lock()
         here = 0
         for unit in range(units):
             here |= self._is_here(unit) << unit
         fd = _open_for_reading(blob)
         try:
             bits = here.to_bytes(-(-here.bit_length() // 8), "little")
-            opening = local.OpenBlob(0, blob.id, layout.size_bytes, self._unit_bytes, bits)
+            # Under another name with another unit: a number of a unit must mean one thing on all nodes.
+            name = hashlib.sha256(f"{blob.id} {unit_bytes}".encode()).hexdigest()
+            opening = local.OpenBlob(0, name, layout.size_bytes, unit_bytes, bits)
             self._number = process.open(opening, fd)
         finally:
             os.close(fd)
+
+    @property
+    def unit_blocks(self) -> int:
+        return self._unit_blocks if self._process.is_used else 0
+
+    def share(self) -> bool:
+        """Let one more handle of the job use it; False when it was closed."""
+        with self._lock:
+            self._users += bool(self._users)
+            return bool(self._users)
 
     @contextlib.contextmanager
     def read(self, offset: int, size_bytes: int, *, demand: bool, fixed: bool) -> Iterator[memoryview]:
@@ -91,15 +109,19 @@ class PeerSource:
             self._process.say(local.Lost(self._number, unit))
 
     def hurry(self, block: int) -> None:
-        self._process.hurry(self._number, block // self.unit_blocks)
+        self._process.hurry(self._number, block // self._unit_blocks)
 
     def close(self) -> None:
-        """Exchange it no more."""
+        """Exchange it no more, when the last handle says so."""
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
         self._process.close_blob(self._number)
 
     def _units(self, first: int, count: int) -> range:
-        return range(first // self.unit_blocks, (first + count - 1) // self.unit_blocks + 1)
+        return range(first // self._unit_blocks, (first + count - 1) // self._unit_blocks + 1)
 
     def _is_here(self, unit: int) -> bool:
-        first = unit * self.unit_blocks
-        return self._blob.blocks.has(first, min(first + self.unit_blocks, self._blob.layout.blocks) - 1)
+        first = unit * self._unit_blocks
+        return self._blob.blocks.has(first, min(first + self._unit_blocks, self._blob.layout.blocks) - 1)

@@ -38,7 +38,7 @@ JOB = textwrap.dedent(
     """
 )
 WISHES = ("--bootseer", f"--bootseer-image={HOME}/img.sqsh", f"--bootseer-checkpoint={HOME}/model.bin")
-PROCESS = "peers.child"
+PROCESS = "[p]eers.child"  # not the command itself that looks for it
 
 
 class Inputs:

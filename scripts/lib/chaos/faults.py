@@ -94,6 +94,20 @@ def users_process_stopped(failing: Failing) -> Iterator[None]:
 
 
 @contextmanager
+def peer_process_stopped(failing: Failing) -> Iterator[None]:
+    """The processes by which nodes exchange blocks stop, or end, as a user can have it."""
+    with failing.one_of(failing.cluster.nodes) as node:
+        pattern = ["-u", ",".join(map(str, USERS.values())), "-f", "peers[.]child"]
+        how = failing.chance.choice(["-STOP", "-KILL"])
+        if not poll(lambda: not failing.cluster.exec(node, "pkill", how, *pattern).returncode, LONGEST_S):
+            raise ClusterError("no process exchanges blocks")
+        try:
+            yield
+        finally:
+            failing.cluster.exec(node, "pkill", "-CONT", *pattern)
+
+
+@contextmanager
 def store_stalls(failing: Failing) -> Iterator[None]:
     """The store server answers nothing for a while."""
     with failing.one_of([STORE]):
@@ -195,6 +209,7 @@ FAULTS: dict[str, Callable[[Failing], AbstractContextManager[None]]] = {
     "supervisor killed": supervisor_killed,
     "agent hangs": agent_hangs,
     "user's process stopped": users_process_stopped,
+    "peer process stopped": peer_process_stopped,
     "store stalls": store_stalls,
     "link slow": link_slow,
     "disk full": disk_full,

@@ -59,6 +59,7 @@ class Inputs:
     def make(self) -> None:
         """Make all of them; bob's checkpoint is read as it lies, and alice's is striped."""
         self.cluster.run("login", BOOTSEER, "store", "init")
+        self.cluster.run("login", BOOTSEER, "image", "make-key")  # so that nodes exchange blocks
         for user in USERS:
             self.cluster.run("login", "bash", "-c", MAKE, user=user, timeout_s=180)
             for name in NAMES:

@@ -151,7 +151,8 @@ def result(cluster: Cluster, measured: Measured, store_link: str) -> dict[str, A
     checkpoint_bytes = (cluster.shared / inputs.FOLDER / "model.safetensors").stat().st_size
     # Of starts that have all: in others training may begin before all that the plan holds is there.
     hot_bytes = median(each.hot_bytes for each in measured.local)
-    floor_bytes = hot_bytes + checkpoint_bytes * cluster.node_count
+    # Of one copy: the nodes give it to one another.
+    floor_bytes = hot_bytes / cluster.node_count + checkpoint_bytes
     local_s = median(each.total_s for each in measured.local)
     return {
         "arms": {name: _arm(starts, rate) for name, starts in measured.arms.items()},

@@ -150,7 +150,7 @@ class BlobHandle:
         """Let go of the blob."""
         self.push = None
         self.reader.waits.forget(self._waits_from)
-        self._node.close(self)
         for source in self.sources:
             if isinstance(source, Exchange):
                 source.close()
+        self._node.close(self)

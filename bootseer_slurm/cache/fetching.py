@@ -76,6 +76,14 @@ class Claim:
         return self.first + self.count
 
 
+@dataclass(slots=True)
+class _Ending:
+    """A claim, and whether it has ended."""
+
+    claim: Claim
+    is_over: bool = False
+
+
 class Claims:
     """Claims blocks of one blob. Thread-safe."""
 
@@ -192,35 +200,36 @@ class Fetching:
         demand: a read waits. push: is given the bytes too. unkept: gets those that the full disk has no room
         for. Raises BootseerError when no source has the right bytes, StoreError where one may have them yet.
         """
-        peers = () if claim.asked else self._sources.exchanges[:1]
-        with self._ended_if_failed(claim):
-            failures = self._bring(
-                [*peers, *self._sources.all], claim, demand=demand, push=push, unkept=unkept
-            )
+        peers = () if claim.asked else self._peers()
+        sources = (*peers, *self._sources.all)
+        with self._ended_if_failed(claim) as ending:
+            failures = self._bring(sources, ending, demand=demand, push=push, unkept=unkept)
             if failures is not None:
                 failures = failures or [StoreError("no source is left: its job is over")]
                 raise next((each for each in failures if isinstance(each, StoreError)), failures[-1])
 
     def fetch_of_peers(self, claim: Claim, *, push: Push | None) -> bool:
         """Fetch claimed blocks without the store, and end the claim; False, and it stays, without them."""
-        with self._ended_if_failed(claim):
-            return (
-                self._bring(self._sources.exchanges[:1], claim, demand=False, push=push, unkept=None) is None
-            )
+        with self._ended_if_failed(claim) as ending:
+            return self._bring(self._peers(), ending, demand=False, push=push, unkept=None) is None
 
     @contextlib.contextmanager
-    def _ended_if_failed(self, claim: Claim) -> Iterator[None]:
+    def _ended_if_failed(self, claim: Claim) -> Iterator[_Ending]:
+        ending = _Ending(claim)
         try:
-            yield
+            yield ending
         except BaseException:
-            self._tell_lost(claim)
-            self._blob.blocks.end_claim(claim.first, claim.count, MISSING)
+            if not ending.is_over:
+                self._settle(ending, kept=False)
             raise
+
+    def _peers(self) -> list[Source]:
+        return [self._sources.exchange] if self._sources.exchange else []
 
     def _bring(
         self,
         sources: Iterable[Source],
-        claim: Claim,
+        ending: _Ending,
         *,
         demand: bool,
         push: Push | None,
@@ -230,6 +239,7 @@ class Fetching:
 
         Else the claim stays; gives why the sources do not have them.
         """
+        claim = ending.claim
         failures: list[BootseerError] = []
         for source in (*([self._cache_file] if claim.unchecked else ()), *sources):
             begin_s = time.monotonic()
@@ -240,7 +250,7 @@ class Fetching:
                     written_s = time.monotonic()
                     if not kept and unkept is not None:
                         self._put_aside(claim.first, view, unkept)
-                    self._settle(claim, kept=kept)
+                    self._settle(ending, kept=kept)
                     if push and kept:
                         self._push(push, offset, view)
             except NotHere:
@@ -260,18 +270,19 @@ class Fetching:
             return None
         return failures
 
-    def _settle(self, claim: Claim, *, kept: bool) -> None:
+    def _settle(self, ending: _Ending, *, kept: bool) -> None:
         """The claim ends. Who waits may ask other nodes at once, so what they cannot have is told before."""
-        if not kept:
-            self._tell_lost(claim)
-        self._blob.blocks.end_claim(claim.first, claim.count, PRESENT if kept else MISSING)
+        claim, exchanges = ending.claim, self._sources.exchanges
+        try:
+            if not kept:
+                for exchange in exchanges:
+                    exchange.lost(claim.first, claim.count)
+        finally:
+            ending.is_over = True
+            self._blob.blocks.end_claim(claim.first, claim.count, PRESENT if kept else MISSING)
         if kept:
-            for exchange in self._sources.exchanges:
+            for exchange in exchanges:
                 exchange.kept(claim.first, claim.count)
-
-    def _tell_lost(self, claim: Claim) -> None:
-        for exchange in self._sources.exchanges:
-            exchange.lost(claim.first, claim.count)
 
     @contextlib.contextmanager
     def _checked(self, source: Source, claim: Claim, *, demand: bool) -> Iterator[tuple[int, memoryview]]:

@@ -27,6 +27,7 @@ MOUNTED_PATIENCE_S = 40.0
 # Wrong bytes may be right soon: an object is being replaced, or its server is being mended.
 _DAMAGE_PATIENCE_S = 10.0
 _RETRY_PAUSE_S = 0.5
+_LOOK_S = 0.05
 
 # Is told of each read, by its blocks, first to last, before it is served; must not wait.
 OnRead = Callable[[int, int], None]
@@ -177,7 +178,8 @@ class Reader:
             else:
                 for exchange in self.sources.exchanges:
                     exchange.hurry(block)
-                self.blob.blocks.wait(block, 1.0)
+                # Where other nodes are asked, the claim may come to wait for the link meanwhile.
+                self.blob.blocks.wait(block, _LOOK_S if self.sources.exchanges else 1.0)
         return 1
 
     @contextlib.contextmanager

@@ -101,18 +101,27 @@ class Sources:
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """Those that other nodes get something of. The first one is asked: that of the earliest job."""
+        """Those that other nodes get something of."""
         return self._exchanges
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """The one that is asked: of the earliest job that reaches other nodes. One at a time.
+
+        Of two jobs on the same nodes, each node could wait for the other one.
+        """
+        return next((exchange for exchange in self._exchanges if exchange.unit_blocks), None)
 
     @property
     def unit_blocks(self) -> int:
         """How many blocks nodes exchange at a time; 0 where they exchange none."""
-        return self._exchanges[0].unit_blocks if self._exchanges else 0
+        exchange = self.exchange
+        return exchange.unit_blocks if exchange else 0
 
     @property
     def turn(self) -> Turn:
         """The order in which this node gets units."""
-        node, nodes = self._exchanges[0].place if self._exchanges else (0, 1)
+        node, nodes = self.exchange.place if self.exchange else (0, 1)
         window = min(nodes, _WINDOW_UNITS)
         return Turn(window, node % window)
 

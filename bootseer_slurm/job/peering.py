@@ -11,7 +11,7 @@ import time
 
 from bootseer_slurm.artifacts.handle import BlobHandle
 from bootseer_slurm.cache.cache import CachedBlob
-from bootseer_slurm.errors import BootseerError, InputError
+from bootseer_slurm.errors import InputError
 from bootseer_slurm.identity import User
 from bootseer_slurm.image.signing import read_key
 from bootseer_slurm.job.context import JobContext
@@ -122,8 +122,8 @@ class Peering:
         try:
             if source := self._source(blob, unit_bytes_of(kind)):
                 handle.exchange(source)
-        except (BootseerError, OSError) as error:
-            self._context.fault("peers_not_used", str(error))
+        except Exception as error:  # the blob is the job's all the same
+            self._context.fault("peers_not_used", str(error) or type(error).__name__)
 
     def _source(self, blob: CachedBlob, unit_bytes: int) -> PeerSource | None:
         """The blob among the job's nodes, which all its handles share; None without a process."""
@@ -132,7 +132,8 @@ class Peering:
                 return None
             key = blob.id, unit_bytes
             source = self._shared.get(key)
-            if source is None or not source.share():
+            if source is None or not source.share(blob):
+                self._shared = {key: each for key, each in self._shared.items() if not each.is_closed}
                 source = PeerSource(self._process, self._context.job.job_id, blob, unit_bytes)
                 self._shared[key] = source
             return source

@@ -25,7 +25,7 @@ from bootseer_slurm.peers.groups import Chunk, Ring
 JOIN_AT_ONCE = 8
 JOIN_WAIT_S = 0.025
 FAN_OUT = 2  # children of a node for one chunk: with 4 a node sends too much at once
-_MOST_LISTS = 65_536  # 64 GiB or more of blobs: who asks for more gets no parent
+_MOST_LISTS = 65_536  # 16 GiB of images: who asks for more gets no parent
 _MOST_NAMED = 4  # parents of one reader for a chunk: it leaves three at most
 _REPORTS = 2  # readers that must miss a node: one of them may have a broken link itself
 

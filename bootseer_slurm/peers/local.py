@@ -15,7 +15,7 @@ and from the process:
     Started        it listens, and has its part of the directory
     Read           read this chunk from the store; the same again with demand: somebody waits for it now
     Arrived        a chunk lies in a slot of the ring, until Have, Wrong or Lost is said of it, or CloseBlob
-    Alive          it runs; each 250 ms while chunks are wanted
+    Alive          it runs; each 250 ms while chunks are wanted, else each second
     Counted        figures since the start
 
 The owner has a slot of 4 MiB for each of eight chunks of the prefetch, and for each that it demands at once.

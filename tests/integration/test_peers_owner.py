@@ -16,11 +16,22 @@ import pytest
 
 from bootseer_slurm.blob.manifest import BLOCK_BYTES, CHUNK_BYTES, Manifest, decode
 from bootseer_slurm.blob.writer import BlobWriter, Original
-from bootseer_slurm.cache.cache import Cache
+from bootseer_slurm.cache.cache import IN_FLIGHT, Cache
+from bootseer_slurm.cache.fetching import Claim
 from bootseer_slurm.cache.reader import Reader
 from bootseer_slurm.cache.sources import Source
 from bootseer_slurm.errors import InputError, StoreError
-from bootseer_slurm.peers.local import Arrived, Counted, Have, Order, decode_from_child, encode
+from bootseer_slurm.peers.local import (
+    Arrived,
+    Counted,
+    Have,
+    Lost,
+    Order,
+    Want,
+    decode_from_child,
+    encode,
+)
+from bootseer_slurm.peers.owner.outbox import Outbox
 from bootseer_slurm.peers.owner.process import PeerProcess
 from bootseer_slurm.peers.owner.source import PeerSource, unit_bytes_of
 from bootseer_slurm.store import FileStore
@@ -324,13 +335,13 @@ def test_who_waits_does_not_wait_for_the_prefetch_to_have_its_turn(job: Job) -> 
 
 def test_handles_of_one_job_share_a_blob(job: Job) -> None:
     own = job.nodes[0]
-    assert own.source.share()
+    assert own.source.share(own.reader.blob)
     own.source.close()
     own.reader.fetch(0, 10)
     assert job.nodes[1].reader.fetch(0, 10) == job.content[:10]
     assert job.nodes[1].reader.usage.peer_bytes
     own.source.close()
-    assert not own.source.share()
+    assert not own.source.share(own.reader.blob)
 
 
 def test_a_blob_of_other_chunks_is_not_exchanged(job: Job) -> None:
@@ -360,3 +371,111 @@ def test_a_process_that_says_what_it_may_not_is_ended(tmp_path: Path, said: byte
 def test_any_number_of_bytes_is_counted() -> None:
     counted = Counted({1: 2**40}, {1: 2**62}, {}, (), ())
     assert decode_from_child(encode(counted)) == counted
+
+
+def test_a_process_that_stalled_over_a_question_is_used_again(job: Job) -> None:
+    """It says that it runs, also where it has nothing else to say."""
+    own = job.nodes[0]
+    job.nodes[1].process.close()  # whoever is asked answers late
+    time.sleep(0.3)
+    got: list[bytes] = []
+    own.started.process.send_signal(signal.SIGSTOP)
+    reading = threading.Thread(target=lambda: got.append(bytes(own.reader.fetch(0, 10))))
+    reading.start()
+    reading.join(10)
+    assert got == [job.content[:10]]
+    own.started.process.send_signal(signal.SIGCONT)
+    deadline_s = time.monotonic() + 5
+    while not own.process.is_used:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_what_was_lost_holds_up_nothing(tmp_path: Path) -> None:
+    """Want and Lost of a chunk come together, where the agent did not wait for a process that stalled."""
+    job = Job(tmp_path, "image")
+    own = job.nodes[0]
+    own.started.process.send_signal(signal.SIGSTOP)
+    for unit in range(8):
+        own.process.say(Want(1, (unit,)))
+        own.process.say(Lost(1, unit))
+    own.started.process.send_signal(signal.SIGCONT)
+    time.sleep(1.2)
+    assert own.process.is_used
+    begin_s = time.monotonic()
+    first, end = own.reader.prefetch_unit(20 * own.source.unit_blocks, admit=admitted)
+    job.close()
+    assert end > first
+    assert time.monotonic() - begin_s < 3
+
+
+def test_a_read_finds_a_claim_that_comes_to_wait_while_it_waits(job: Job) -> None:
+    reader = job.nodes[0].reader
+    asked, go_on = threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def late(size_bytes: int) -> Iterator[int]:
+        go_on.wait(30)
+        yield size_bytes
+
+    claims = reader._fetching.claims
+    park = claims.park
+
+    def parked_late(claim: Claim) -> Claim:
+        asked.set()
+        time.sleep(0.3)
+        return park(claim)
+
+    claims.park = parked_late  # type: ignore[method-assign]
+    prefetch = threading.Thread(target=lambda: reader.prefetch_unit(admit=late))
+    prefetch.start()
+    assert asked.wait(10)
+    begin_s = time.monotonic()
+    assert reader.fetch(0, 10) == job.content[:10]
+    assert time.monotonic() - begin_s < 0.8
+    go_on.set()
+    prefetch.join()
+
+
+def test_a_claim_ends_once_whatever_is_raised(job: Job) -> None:
+    own = job.nodes[0]
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no more threads")
+
+    own.source.lost = fails  # type: ignore[method-assign]
+    own.source.kept = fails  # type: ignore[method-assign]
+    job.store.is_wrong = True
+    with pytest.raises(RuntimeError):
+        own.reader.prefetch_unit(admit=admitted)
+    job.store.is_wrong = False
+    with pytest.raises(RuntimeError):
+        own.reader.prefetch_unit(admit=admitted)
+    assert own.reader.blob.blocks.has(0, own.source.unit_blocks - 1), "what is kept stays"
+    assert IN_FLIGHT not in own.reader.blob.blocks.states[:]
+
+
+def test_messages_that_wait_keep_their_order_and_come_once() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    outbox = Outbox(near)
+    count = 15_000
+    heard: list[int] = []
+
+    def hear() -> None:
+        while len(heard) < count:
+            heard.append(int(far.recv(100)))
+            if len(heard) % 500 == 0:
+                time.sleep(0.01)
+
+    listening = threading.Thread(target=hear)
+    listening.start()
+    for number in range(count):
+        fd = os.open("/dev/null", os.O_RDONLY) if number % 50 == 0 else -1
+        assert outbox.put(str(number).encode(), fd)
+        if fd >= 0:
+            os.close(fd)
+    listening.join(30)
+    assert heard == list(range(count))
+    outbox.close()
+    near.close()
+    far.close()

@@ -17,6 +17,7 @@ import resource
 import selectors
 import socket
 import sys
+import time
 
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.identity import User, close_to_tracers, gain_no_rights
@@ -54,7 +55,7 @@ from bootseer_slurm.seccomp import forbid_execution
 
 _NICE = 10
 _COUNTED_S = 1.0
-_ALIVE_S = 0.25
+_ALIVE_S, _IDLE_ALIVE_S = 0.25, 1.0
 _DEMAND_WAITS_S = 0.15  # for the directory; who waits longer reads the store
 
 
@@ -96,8 +97,8 @@ class Peer:
             if now_s >= pending_s:
                 pending_s = now_s + PENDING_S
                 self._serving.say_pending(now_s)
-            if now_s >= alive_s and (self._wants or self._ways.blobs.wants):
-                alive_s = now_s + _ALIVE_S
+            if time.monotonic() >= alive_s:  # by the owner's clock, not the one that stands still with us
+                alive_s = time.monotonic() + (_ALIVE_S if self._is_busy else _IDLE_ALIVE_S)
                 self._owner.say(Alive(self._here.liveness.is_cut_off(now_s)))
             if now_s >= counted_s:
                 counted_s = now_s + _COUNTED_S
@@ -159,6 +160,9 @@ class Peer:
         elif isinstance(message, CloseBlob):
             self._close(message.blob, now_s)
         elif chunk := self._ways.blobs.chunk(message.blob, message.chunk):
+            if not isinstance(message, Wrong):  # what was wanted before is over
+                same = message.blob, (message.chunk,)
+                self._wants = [each for each in self._wants if (each[0].blob, each[0].chunks) != same]
             match message:
                 case Have():
                     self._reading.have(chunk, now_s)

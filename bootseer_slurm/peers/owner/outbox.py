@@ -22,6 +22,7 @@ class Outbox:
         self._link = link
         self._unsent: deque[tuple[bytes, int]] = deque()
         self._lock = threading.Lock()
+        self._has_sender = False  # a thread sends what waits
         self._is_over = False
 
     def put(self, message: bytes, fd: int = -1) -> bool:
@@ -29,14 +30,19 @@ class Outbox:
         with self._lock:
             if self._is_over or len(self._unsent) >= _MOST:
                 return False
-            if not self._unsent:
+            if not self._has_sender:
                 try:
                     self._send(message, fd, socket.MSG_DONTWAIT)
                     return True
                 except BlockingIOError:
-                    threading.Thread(target=self._send_rest, name="peers-outbox", daemon=True).start()
+                    pass
                 except OSError:
                     return False
+                try:
+                    threading.Thread(target=self._send_rest, name="peers-outbox", daemon=True).start()
+                except RuntimeError:  # no more threads may be
+                    return False
+                self._has_sender = True
             self._unsent.append((message, os.dup(fd) if fd >= 0 else -1))
             return True
 
@@ -59,13 +65,10 @@ class Outbox:
         while True:
             with self._lock:
                 if not self._unsent:
+                    self._has_sender = False
                     return
-                message, fd = self._unsent[0]
+                message, fd = self._unsent.popleft()
             with contextlib.suppress(OSError):  # whoever takes what the other end says sees that it is gone
                 self._send(message, fd)
-            with self._lock:
-                if not self._unsent:
-                    return  # it was closed
-                self._unsent.popleft()
-                if fd >= 0:
-                    os.close(fd)
+            if fd >= 0:
+                os.close(fd)

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 _SILENT_S = 1.0
 _LOOK_S = 0.1
 # The process itself gives a chunk up after 10 s, or 3 s on demand, or later where the store is slow.
-_MOST_S = 60.0
+_MOST_S, _MOST_DEMAND_S = 15.0, 6.0
 _CUT_OFF_S = 10.0  # after it nodes are tried again
 _END_S = 5.0
 
@@ -133,7 +133,6 @@ class PeerProcess:
         self._thread.join(_END_S)
         self._outbox.close()
         self._link.close()
-        self._ring.close()
 
     def _end(self, why: str) -> None:
         if why and not self._over.is_set():
@@ -148,7 +147,8 @@ class PeerProcess:
         """Wait for the answer, as long as the process runs."""
         begin_s = time.monotonic()
         while not ask.answered.wait(_LOOK_S):
-            if self._standing.is_silent(begin_s) or time.monotonic() - begin_s > _MOST_S:
+            most_s = _MOST_DEMAND_S if ask.demand else _MOST_S
+            if self._standing.is_silent(begin_s) or time.monotonic() - begin_s > most_s:
                 return
 
     def _take(self) -> None:
@@ -161,6 +161,7 @@ class PeerProcess:
             why = f"says what it may not ({type(error).__name__})"
         finally:
             self._end(why)
+            self._ring.close()
 
     def _hear(self, said: local.FromChild) -> None:
         self._standing.heard(is_cut_off=isinstance(said, local.Alive) and said.is_cut_off)

@@ -18,8 +18,9 @@ class Ring:
         self.fd = os.memfd_create("bootseer-peers-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, slots * CHUNK_BYTES)
-            # Who reads what the process has cut off would be killed (SIGBUS).
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+            # Who reads what the process has cut off would be killed (SIGBUS). What it adds would outlive it.
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
             self._map = mmap.mmap(self.fd, 0)
         except BaseException:
             os.close(self.fd)

@@ -224,7 +224,8 @@ class Fetching:
             raise
 
     def _peers(self) -> list[Source]:
-        return [self._sources.exchange] if self._sources.exchange else []
+        exchange = self._sources.exchange  # which may be of no use a moment later
+        return [exchange] if exchange else []
 
     def _bring(
         self,

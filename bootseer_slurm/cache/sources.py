@@ -121,7 +121,8 @@ class Sources:
     @property
     def turn(self) -> Turn:
         """The order in which this node gets units."""
-        node, nodes = self.exchange.place if self.exchange else (0, 1)
+        exchange = self.exchange
+        node, nodes = exchange.place if exchange else (0, 1)
         window = min(nodes, _WINDOW_UNITS)
         return Turn(window, node % window)
 

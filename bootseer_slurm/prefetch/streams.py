@@ -140,12 +140,12 @@ class Streams:
 
         Only what comes over the link to the store waits for its turn there.
         """
-        reader, push = work.layer.handle.reader, work.layer.handle.push
+        reader, push = work.layer.handle.reader, work.layer.handle.push if urgent else None
         block_bytes = reader.blob.layout.block_bytes
         if push is not None and not self._budget.may_push(reader.sources.unit_blocks * block_bytes):
             push = None
         admit = functools.partial(self._link.prefetch, urgent=urgent)
-        begin, end = reader.prefetch_unit(first, last, admit=admit, push=push if urgent else None)
+        begin, end = reader.prefetch_unit(first, last, admit=admit, push=push)
         self._account(work, begin * block_bytes, (end - begin) * block_bytes)
         return begin, end
 

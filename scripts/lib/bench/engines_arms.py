@@ -35,7 +35,9 @@ _REPO = Path(__file__).resolve().parents[3]
 class Arm:
     """One way to the file. seed: how the store takes part in BitTorrent; web: it is a web seed of it.
 
-    tls: peers prove by certificates of the job that they are its own.
+    tls: peers prove by certificates of the job that they are its own. skew_s: between the first node that
+    begins and the last one. slow: the rate of one node's link; then another one is killed in the middle, and
+    both count no more.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Arm:
     seed: str = ""
     web: bool = False
     tls: bool = False
+    skew_s: float = 0.0
+    slow: str = ""
 
 
 ARMS = (
@@ -132,6 +136,17 @@ class Program:
         self.process.stdout.close()
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One run of an arm, as `run_arm` has it."""
+
+    network: Network
+    arm: Arm
+    inputs: Inputs
+    wait_s: float
+    random: Random
+
+
 def run_arm(network: Network, arm: Arm, inputs: Inputs, wait_s: float, random: Random) -> Result:
     """One run of an arm. wait_s: so long after the start each node wants 256 KiB of its own.
 
@@ -142,7 +157,8 @@ def run_arm(network: Network, arm: Arm, inputs: Inputs, wait_s: float, random: R
         with _store(network, arm, inputs, folder) as task:
             # A super seed shows a node only the pieces that it chose itself.
             quiet_s = None if arm.seed == "super" else _quiet(network, task, folder, random)
-            return replace(_all(network, task, folder, inputs, wait_s, random), first_quiet_s=quiet_s)
+            run = _Run(network, arm, inputs, wait_s, random)
+            return replace(_all(run, task, folder), first_quiet_s=quiet_s)
 
 
 def _quiet(network: Network, task: Task, folder: Path, random: Random) -> float | None:
@@ -151,24 +167,43 @@ def _quiet(network: Network, task: Task, folder: Path, random: Random) -> float 
         return found if isinstance(found, float) else None
 
 
-def _all(network: Network, task: Task, folder: Path, inputs: Inputs, wait_s: float, random: Random) -> Result:
-    with _nodes(network, task, folder / "all", network.nodes) as programs:
+def _all(run: _Run, task: Task, folder: Path) -> Result:
+    network, slow = run.network, run.arm.slow
+    with _nodes(network, task, folder / "all", network.nodes) as programs, _slow(network, slow):
+        counted = programs[:-2] if slow else programs
         before_bytes = network.store_sent_bytes()
         psutil.cpu_percent()
         start_s = time.monotonic()
-        for program in programs:
-            program.write(f"all {_offset(task, random)} {wait_s}")
-        answers = [json.loads(program.read()) for program in programs]
+        for number, program in enumerate(programs):
+            if number and run.arm.skew_s:
+                time.sleep(run.arm.skew_s / (len(programs) - 1))
+            program.write(f"all {_offset(task, run.random)} {run.wait_s}")
+        if slow:
+            time.sleep(2 * run.wait_s)
+            programs[-1].process.kill()
+        answers = [json.loads(program.read()) for program in counted]
         busy = psutil.cpu_percent() / 100
         sent = network.store_sent_bytes() - before_bytes
         done_s = [answer["done_at"] - start_s for answer in answers]
-        cpu_s = sum(float(str(program.ask("cpu")["cpu_s"])) for program in programs)
-        got = _stranger_got(network, task, inputs) if task.torrent else None
-        for program in programs:
-            if program.ask("check")["sha256"] != inputs.sha256:
+        cpu_s = sum(float(str(program.ask("cpu")["cpu_s"])) for program in counted)
+        got = _stranger_got(network, task, run.inputs) if task.torrent else None
+        for program in counted:
+            if program.ask("check")["sha256"] != run.inputs.sha256:
                 raise ClusterError(f"{task.engine}: a node has other bytes than the store")
         firsts_s = [answer["first_s"] for answer in answers]
         return Result(None, firsts_s, min(done_s), max(done_s), sent, cpu_s, busy, got)
+
+
+@contextlib.contextmanager
+def _slow(network: Network, rate: str) -> Iterator[None]:
+    """The last node but one has a slow link, where there is a rate."""
+    if rate:
+        network.limit_node(network.nodes[-2], rate)
+    try:
+        yield
+    finally:
+        if rate:
+            network.limit_node(network.nodes[-2], "")
 
 
 def _stranger_got(network: Network, task: Task, inputs: Inputs) -> bool:

@@ -45,6 +45,14 @@ class Network:
         for machine, device in ((STORE, "eth0"), (SWITCH, STORE)):
             run(*self.enter(machine), "tc", "qdisc", "replace", "dev", device, "root", *tbf(rate))
 
+    def limit_node(self, node: str, rate: str) -> None:
+        """Limit a node's link; "": it is wide again."""
+        for machine, device in ((node, "eth0"), (SWITCH, node)):
+            change = (
+                ["replace", "dev", device, "root", *tbf(rate)] if rate else ["del", "dev", device, "root"]
+            )
+            run(*self.enter(machine), "tc", "qdisc", *change)
+
     def store_sent_bytes(self) -> int:
         """Bytes that the store has sent over its link since it was made."""
         shown = output_of("ip", "-n", PREFIX + STORE, "-json", "-statistics", "link", "show", "eth0")

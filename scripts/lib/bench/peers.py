@@ -24,6 +24,8 @@ from scripts.lib.cluster.network import rate_bits
 
 ROUNDS = 3
 PEERS = Arm("peers", "peers")
+SKEWED = Arm("peers, 2 s apart", "peers", skew_s=2.0)
+DISTURBED = "peers, one killed, one slow"
 # After this part of the floor each node wants 256 KiB that the transfer has most likely not brought yet.
 _DEMAND_AT = 0.25
 _SEED = 15
@@ -31,10 +33,16 @@ _SEED = 15
 
 @dataclass(frozen=True)
 class Setup:
-    """So many nodes, and the store's link."""
+    """So many nodes, and the store's link. copies: that may be read. slow: a tenth of that link.
+
+    with_others: measure what is beside the peers too; 16 nodes alone would take two minutes a round.
+    """
 
     nodes: int
     rate: str
+    slow: str
+    copies: float
+    with_others: bool = True
 
     @property
     def floor_s(self) -> float:
@@ -42,14 +50,18 @@ class Setup:
         return SIZE_BYTES * 8 / rate_bits(self.rate)
 
 
-_SETUPS = {"4": Setup(4, "1gbit"), "8": Setup(8, "500mbit")}
+_SETUPS = {
+    "4": Setup(4, "1gbit", "100mbit", 1.05),
+    "8": Setup(8, "500mbit", "50mbit", 1.05),
+    "16": Setup(16, "250mbit", "25mbit", 1.1, with_others=False),
+}
 PARTS = tuple(_SETUPS)
 
 
 def run(only: str = "") -> list[Row]:
     """All rows, or those of so many nodes. Raises ClusterError."""
     programs, versions = found()
-    arms = [arm for arm in (*ARMS[:2], PEERS) if arm.engine in versions or arm is PEERS]
+    others = [arm for arm in ARMS[:2] if arm.engine in versions]
     # Only our own Python has what the peers need.
     programs = {name: path for name, path in programs.items() if name == "aria2c"}
     before = signal.signal(signal.SIGTERM, _stop)  # so that the namespaces go also then
@@ -62,6 +74,12 @@ def run(only: str = "") -> list[Row]:
             rows = []
             for part in [only] if only else PARTS:
                 setup = _SETUPS[part]
+                arms = [
+                    *(others if setup.with_others else ()),
+                    PEERS,
+                    SKEWED,
+                    Arm(DISTURBED, "peers", slow=setup.slow),
+                ]
                 rows += _rows(setup, arms, _measured(setup, arms, inputs), versions.get("aria2", ""))
             return rows
     finally:
@@ -92,29 +110,49 @@ def _rows(setup: Setup, arms: list[Arm], results: dict[str, list[Result]], aria2
         f"{SIZE_BYTES / 2**20:.0f} MiB, the store's link {setup.rate}, the nodes' wide; the file in the "
         f"store's page cache, the nodes empty; medians of {ROUNDS}, arms in turns; {machine()}"
     ) + (f"; aria2 {aria2}" if aria2 else "")
-    received_gb = setup.nodes * SIZE_BYTES / 1e9
-    figures = {arm.name: _Figures.of(results[arm.name], received_gb) for arm in arms}
-    alone = figures[arms[0].name]
+    figures = {
+        arm.name: _Figures.of(results[arm.name], (setup.nodes - 2 * bool(arm.slow)) * SIZE_BYTES / 1e9)
+        for arm in arms
+    }
+    alone, quiet = figures.get(ARMS[0].name), figures[PEERS.name]
     rows = []
     for arm in arms:
         each = figures[arm.name]
-        is_ours = arm is PEERS
-        sent = max(0.0, 1 - each.copies / setup.nodes)  # of each byte received, the part that a node has sent
+        targets = _targets(arm, setup, each, quiet)
         title = f"{setup.nodes} nodes, {arm.name}"
-        cpu_target = 1.2 + 0.35 * sent
         rows += [
-            Row(
-                f"{title}: last node", each.last_s, "s", 1.1 * floor_s + 1 if is_ours else None, floor_s, how
-            ),
-            Row(f"{title}: last/first", each.spread, "×", 1.15 if is_ours else None, 1.0, how),
-            Row(f"{title}: read from the store", each.copies, "copies", 1.05 if is_ours else None, 1.0, how),
-            Row(f"{title}: CPU", each.cpu, "core-s/GB", cpu_target if is_ours else None, alone.cpu, how),
+            Row(f"{title}: last node", each.last_s, "s", targets.last_s, floor_s + arm.skew_s, how),
+            Row(f"{title}: last/first", each.spread, "×", targets.spread, 1.0, how),
+            Row(f"{title}: read from the store", each.copies, "copies", targets.copies, 1.0, how),
+            Row(f"{title}: CPU", each.cpu, "core-s/GB", targets.cpu, alone.cpu if alone else None, how),
             Row(f"{title}: cores, busy", each.busy * 100, "%", None, None, how),
-            Row(f"{title}: 256 KiB during", each.demand_s, "s", None, alone.demand_s, how),
+            Row(f"{title}: 256 KiB during", each.demand_s, "s", None, alone.demand_s if alone else None, how),
         ]
         if each.quiet_s is not None:
-            rows.append(Row(f"{title}: 256 KiB alone", each.quiet_s, "s", None, alone.quiet_s, how))
+            rows.append(
+                Row(f"{title}: 256 KiB alone", each.quiet_s, "s", None, alone.quiet_s if alone else None, how)
+            )
     return rows
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What an arm's figures may be at most."""
+
+    last_s: float | None = None
+    spread: float | None = None
+    copies: float | None = None
+    cpu: float | None = None
+
+
+def _targets(arm: Arm, setup: Setup, figures: _Figures, quiet: _Figures) -> _Targets:
+    """Those of our arms. quiet: the figures of PEERS."""
+    if arm is PEERS:
+        sent = max(0.0, 1 - figures.copies / setup.nodes)  # of each byte received, what a node has sent
+        return _Targets(1.1 * setup.floor_s + 1, 1.15, setup.copies, 1.2 + 0.35 * sent)
+    if arm is SKEWED:
+        return _Targets(copies=1.1)
+    return _Targets(1.15 * quiet.last_s, copies=1.2) if arm.name == DISTURBED else _Targets()
 
 
 @dataclass(frozen=True)

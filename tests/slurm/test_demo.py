@@ -44,14 +44,19 @@ def test_the_demo_starts_the_job_in_all_ways_and_leaves_nothing(
         link_busy = arm["store_bytes"] / (result["link_bytes_per_s"] * arm["median_s"])
         assert arm["link_busy"] == pytest.approx(link_busy)
         assert 0 < link_busy < 1.2, "the link's rate holds for all nodes together"
-    checkpoints_bytes = result["nodes"] * result["checkpoint_bytes"]
+    one_copy_bytes = result["checkpoint_bytes"]
     assert result["nodes"] == 4
-    assert all(arm["store_bytes"] > checkpoints_bytes for arm in arms.values()), "a start was not cold"
+    assert all(arm["store_bytes"] > one_copy_bytes for arm in arms.values()), "a start was not cold"
+    plain_bytes = arms["plain"]["store_bytes"]
+    assert plain_bytes > 4 * one_copy_bytes, "each node reads the store"
+    assert all(arms[name]["store_bytes"] < plain_bytes / 2 for name in ("first", "again", "spelled")), (
+        "the nodes read about one copy together"
+    )
     assert 26e6 < result["link_bytes_per_s"] < 40e6, "the store's link has 300 Mbit/s"
     for name in ("first", "again"):
         reduction = 1 - arms[name]["median_s"] / arms["plain"]["median_s"]
         assert result[f"reduction_{name}"] == pytest.approx(reduction)
-    assert result["floor_bytes"] > checkpoints_bytes
+    assert result["floor_bytes"] > one_copy_bytes
     floor_s = result["floor_bytes"] / result["link_bytes_per_s"] + result["local_s"]
     assert result["floor_s"] == pytest.approx(floor_s)
 

@@ -47,7 +47,7 @@ class Site(Scene):
         self.store = FileStore(folder / "store")
 
     def session_of(self, uid: int, job_id: int = 7) -> Session:
-        made = Session(Job(job_id, 0, uid, uid), "n1", self.settings, self.blobs, self.journal, self.spare)
+        made = Session(Job(job_id, 0, uid, uid), "n1", self.settings, self.blobs, self.journal, self.spares)
         self.sessions.append(made)
         return made
 
@@ -121,9 +121,7 @@ def site() -> Iterator[Site]:
     folder.chmod(0o755)
     made = Site(folder)
     yield made
-    for session in made.sessions:
-        session.end("the test is over")
-    made.spare.close()
+    made.close()
     shutil.rmtree(folder)
 
 

@@ -62,18 +62,19 @@ class Files:
 class Scene:
     """A node's folders, and the sessions on it."""
 
-    def __init__(self, folder: Path, node: str = "n1") -> None:
-        """folder: has the site's key and the store, which nodes beside it share."""
+    def __init__(self, folder: Path, node: str = "n1", site: Path | None = None) -> None:
+        """site: has the site's key and the store, for several nodes; without it, `folder` has."""
         self.folder = folder
+        site = site or folder
         self.node = node
         settings = folder / "bootseer.toml"
         settings.write_text(
-            f'[store]\nuri = "file://{folder.parent}/store"\n[image]\nsite_key = "{folder.parent}/site.key"\n[cache]\npath = "{folder}/cache"\n'
-            f'[agent]\nmounts = "{folder}/run"\n[shadow]\nroots = ["{folder.parent}"]\n'
+            f'[store]\nuri = "file://{site}/store"\n[image]\nsite_key = "{site}/site.key"\n'
+            f'[cache]\npath = "{folder}/cache"\n[agent]\nmounts = "{folder}/run"\n[shadow]\nroots = ["{site}"]\n'
         )
         self.settings = config.load(settings)
-        for name in ("run", "home", "../store"):
-            (folder / name).mkdir(exist_ok=True)
+        for path in (folder / "run", folder / "home", site / "store"):
+            path.mkdir(exist_ok=True)
         self.files = Files(folder / "fuse")
         cache = Cache(folder / "cache", max_bytes=2**40, min_free_bytes=0, live=folder / "live")
         servers = {name: cast(Server, self.files) for name in ("blobs", "checkpoints")}
@@ -102,8 +103,7 @@ class Scene:
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
-    (tmp_path / "n1").mkdir()
-    made = Scene(tmp_path / "n1")
+    made = Scene(tmp_path)
     yield made
     made.close()
 
@@ -142,7 +142,7 @@ def test_a_job_begins_trains_and_ends(scene: Scene) -> None:
     events = named(session)
     assert events[0] == ("hook", "begin") and events.count(("session", "end")) == 1
     assert ("access", "start") in events and ("access", "summary") in events
-    stored = list((scene.folder.parent / "store").rglob("n1.jsonl"))
+    stored = list((scene.folder / "store").rglob("n1.jsonl"))
     assert len(stored) == 1 and '"name":"end"' in stored[0].read_text()
 
 
@@ -292,7 +292,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Scene]
     scenes = []
     for node in NODES:
         (tmp_path / node).mkdir()
-        scenes.append(Scene(tmp_path / node, node))
+        scenes.append(Scene(tmp_path / node, node, tmp_path))
     yield scenes
     for scene in scenes:
         scene.close()

@@ -121,7 +121,7 @@ def _rows(setup: Setup, arms: list[Arm], results: dict[str, list[Result]], aria2
         targets = _targets(arm, setup, each, quiet)
         title = f"{setup.nodes} nodes, {arm.name}"
         rows += [
-            Row(f"{title}: last node", each.last_s, "s", targets.last_s, floor_s + arm.skew_s, how),
+            Row(f"{title}: last node", each.last_s, "s", targets.last_s, max(floor_s, arm.skew_s), how),
             Row(f"{title}: last/first", each.spread, "×", targets.spread, 1.0, how),
             Row(f"{title}: read from the store", each.copies, "copies", targets.copies, 1.0, how),
             Row(f"{title}: CPU", each.cpu, "core-s/GB", targets.cpu, alone.cpu if alone else None, how),

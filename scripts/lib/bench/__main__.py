@@ -84,7 +84,7 @@ def main(
         typer.Option(
             help="Measure one part of it: of checkpoint disk, node or hdfs; of start paper, warm or demo, "
             "or one cell, paper-1gbit, demo-4-1gbit; of peers-engines one rate, 1gbit or 250mbit; "
-            "of peers 4 or 8 nodes; of peers-sim 3, 16, 100, 1000 or 10000 nodes."
+            "of peers 4, 8 or 16 nodes; of peers-sim 3, 16, 100, 1000 or 10000 nodes."
         ),
     ] = "",
 ) -> None:

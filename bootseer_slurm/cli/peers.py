@@ -29,8 +29,7 @@ _PORT_START = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 def state(config: Config) -> tuple[bool | None, str]:
     """Whether this node can be a peer, None where that is not certain, and what it means."""
     from bootseer_slurm.image.signing import read_key
-    from bootseer_slurm.peers.owner.addresses import look_up
-    from bootseer_slurm.peers.owner.reachability import is_loopback
+    from bootseer_slurm.peers.owner.addresses import is_loopback, look_up
 
     if config.peers.mode == "off":
         return False, "off by configuration: [peers] mode"
@@ -96,7 +95,8 @@ def own_name() -> str:
 
 
 def _meaning(reached: Reached) -> str:
-    from bootseer_slurm.peers.owner.reachability import PATIENCE_S, Answer, is_loopback
+    from bootseer_slurm.peers.owner.addresses import is_loopback
+    from bootseer_slurm.peers.owner.reachability import PATIENCE_S, Answer
 
     ports = _shown(reached.ports)
     match reached.answer:

@@ -13,7 +13,7 @@ from bootseer_slurm.artifacts.handle import BlobHandle
 from bootseer_slurm.cache.cache import CachedBlob
 from bootseer_slurm.errors import InputError
 from bootseer_slurm.identity import User
-from bootseer_slurm.image.signing import read_key
+from bootseer_slurm.image.signing import Key
 from bootseer_slurm.job.context import JobContext
 from bootseer_slurm.peers.groups import GROUP_NODES
 from bootseer_slurm.peers.key import job_key
@@ -39,10 +39,11 @@ def _blocks(nodes: list[str]) -> tuple[tuple[int, ...], ...]:
 class Peering:
     """The job among its nodes. Thread-safe."""
 
-    def __init__(self, context: JobContext, spare: Spare) -> None:
-        """spare: of peer processes."""
+    def __init__(self, context: JobContext, spare: Spare, key: Key) -> None:
+        """spare: of peer processes. key: the site's; without it there are no peers, as doctor tells."""
         self._context = context
         self._spare = spare
+        self._key = key
         self._process: PeerProcess | None = None
         self._nodes: list[str] = []
         self._shared: dict[tuple[str, int], PeerSource] = {}
@@ -78,11 +79,8 @@ class Peering:
     def _start(self) -> None:
         job, config = self._context.job, self._context.config
         self._nodes = self._nodes_of_job()
-        if config.peers.mode == "off" or len(self._nodes) < 2:
+        if config.peers.mode == "off" or not self._key or len(self._nodes) < 2:
             return
-        key = read_key(config.image.site_key)
-        if not key:
-            return  # `bootseer doctor` tells
         own = self._nodes.index(self._context.node)
         addresses = addresses_of(self._nodes, config.peers.address, own)
         user = User.of(job.uid, job.gid)
@@ -92,7 +90,7 @@ class Peering:
             uid=job.uid,
             gid=job.gid,
             user_groups=user.groups,
-            key=job_key(key.secret, job=job.job_id, restart=job.restart, uid=job.uid),
+            key=job_key(self._key.secret, job=job.job_id, restart=job.restart, uid=job.uid),
             node=own,
             addresses=addresses,
             ports=(*ports[first:], *ports[:first]),

@@ -79,7 +79,8 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
         )
         folders = CheckpointFolders(config.agent.mounts / "named" / job.folder_name)
         self._view = StepView(self.artifacts, folders, log)
-        self._peering = Peering(context, spares.peers)
+        key = read_key(config.image.site_key)
+        self._peering = Peering(context, spares.peers, key)
         surroundings = Context(
             self._process,
             blobs,
@@ -88,7 +89,7 @@ class Session:  # size: it holds the parts of a job, which know nothing of it
             job.gid,
             job.rank(node),
             config.store.uri,
-            read_key(config.image.site_key),
+            key,
             self.artifacts.quota.allow_digests,
             self._peering.join,
         )

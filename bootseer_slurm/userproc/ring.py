@@ -1,24 +1,21 @@
 """Memory that the agent shares with a user's process: each read fills a slot of it.
 
-The process is its user's, who can do with the memory what he likes. So it is sealed, for shrunk memory would
-kill the agent (SIGBUS), and its content may change at any time: where bytes are compared with a promise, they
-are copied before. Demand reads never wait for the prefetch, for some slots are kept for them. Thread-safe.
+The process is its user's, who can do with the memory what he likes. So it is sealed (sealed_memory.py), and
+its content may change at any time: where bytes are compared with a promise, they are copied before. Demand
+reads never wait for the prefetch, for some slots are kept for them. Thread-safe.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import mmap
-import os
 import queue
 from collections import defaultdict
 
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
 from bootseer_slurm.errors import StoreError
+from bootseer_slurm.sealed_memory import sealed_memory
 
 DEMAND_SLOTS = 4  # as many blocked readers as are served at once beside the prefetch
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Ring:
@@ -27,10 +24,7 @@ class Ring:
     def __init__(self, streams: int) -> None:
         """Raises OSError. The descriptor `fd` is the caller's to close."""
         self.slots = streams + DEMAND_SLOTS
-        self.fd = os.memfd_create("bootseer-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, self.slots * CHUNK_BYTES)
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-        self._mapped = mmap.mmap(self.fd, 0)
+        self.fd, self._mapped = sealed_memory("bootseer-ring", self.slots * CHUNK_BYTES)
         self._memory = memoryview(self._mapped)
         self._free: dict[bool, queue.LifoQueue[int]] = {True: queue.LifoQueue(), False: queue.LifoQueue()}
         for slot in range(self.slots):

@@ -277,6 +277,13 @@ def test_the_process_cannot_write_the_file(job: Job) -> None:
     assert all(int(line.split()[1], 8) & os.O_ACCMODE == os.O_RDONLY for line in flags)
 
 
+def wait_until_used(node: Node) -> None:
+    deadline_s = time.monotonic() + 5
+    while not node.process.is_used:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
 def test_a_stopped_process_is_used_again_when_it_goes_on(job: Job) -> None:
     own = job.nodes[0]
     own.started.process.send_signal(signal.SIGSTOP)
@@ -288,10 +295,7 @@ def test_a_stopped_process_is_used_again_when_it_goes_on(job: Job) -> None:
     assert time.monotonic() - begin_s < 0.5, "nobody waits for it a second time"
     assert own.reader.sources.unit_blocks == 0
     own.started.process.send_signal(signal.SIGCONT)
-    deadline_s = time.monotonic() + 5
-    while not own.process.is_used:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    wait_until_used(own)
 
 
 def test_nobody_waits_for_a_process_that_does_not_listen(job: Job) -> None:
@@ -385,10 +389,7 @@ def test_a_process_that_stalled_over_a_question_is_used_again(job: Job) -> None:
     reading.join(10)
     assert got == [job.content[:10]]
     own.started.process.send_signal(signal.SIGCONT)
-    deadline_s = time.monotonic() + 5
-    while not own.process.is_used:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    wait_until_used(own)
 
 
 def test_what_was_lost_holds_up_nothing(tmp_path: Path) -> None:

@@ -198,13 +198,19 @@ def test_a_report_ends_when_its_reader_says_so_no_more() -> None:
     assert directory.want(Want(second, 8)) == Parent(5)
 
 
-def test_an_owner_that_two_missed_owns_again_when_it_is_heard() -> None:
+def missed_owner() -> tuple[int, Directory]:
+    """An owner of CHUNK that two nodes miss, and the directory that took over from it."""
     ring = ring_of(8)
     owner = owner_of(ring)
     heir = Directory(next(ring.after(owner)), ring)
     heir.join(owner)
     for reader in (10, 11):
         heir.want(Want(CHUNK, reader, missing=(owner,)))
+    return owner, heir
+
+
+def test_an_owner_that_two_missed_owns_again_when_it_is_heard() -> None:
+    owner, heir = missed_owner()
     assert heir.want(Want(CHUNK, 12)) == Parent(10)
     heir.want(Want(Chunk("blob", 9), owner))
     assert heir.want(Want(CHUNK, 12)) == Moved(owner)
@@ -226,12 +232,7 @@ def test_numbers_that_are_on_no_ring_are_no_owners_and_lists_have_an_end(
 
 
 def test_a_dead_node_is_not_live_because_an_old_owner_says_so() -> None:
-    ring = ring_of(8)
-    owner = owner_of(ring)
-    heir = Directory(next(ring.after(owner)), ring)
-    heir.join(owner)
-    for reader in (10, 11):
-        heir.want(Want(CHUNK, reader, missing=(owner,)))
+    owner, heir = missed_owner()
     heir.take(Handover({}, (owner,)))
     assert heir.owns(CHUNK)
 

@@ -24,7 +24,7 @@ def addresses_of(names: Sequence[str], pattern: str, own: int) -> tuple[str, ...
         if all(each.get(family) for index, each in enumerate(found) if index != own):
             addresses = [each.get(family, "") for each in found]
             other = addresses[own - 1]
-            if not addresses[own] or _is_loopback(addresses[own]) > _is_loopback(other):
+            if not addresses[own] or is_loopback(addresses[own]) > is_loopback(other):
                 addresses[own] = _own_address(family, other)  # Debian has its own name mean 127.0.1.1
             return tuple(addresses)
     without = next((host for host, each in zip(hosts, found, strict=True) if not each), hosts[0])
@@ -64,7 +64,8 @@ def look_up(host: str) -> dict[int, str]:
     return addresses
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether it means whatever machine one is on."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 

@@ -54,8 +54,8 @@ class _Standing:
         elif self._good_from_s == math.inf:
             self._good_from_s = 0.0
 
-    def is_silent(self, since_s: float) -> bool:
-        """Whether somebody who asked then has waited long enough; nobody asks until it is heard again."""
+    def end_wait(self, since_s: float) -> bool:
+        """Whether somebody who asked then has heard nothing for long; nobody asks until it is heard again."""
         if time.monotonic() - max(since_s, self._heard_s) <= _SILENT_S:
             return False
         self._good_from_s = math.inf
@@ -148,7 +148,7 @@ class PeerProcess:
         begin_s = time.monotonic()
         while not ask.answered.wait(_LOOK_S):
             most_s = _MOST_DEMAND_S if ask.demand else _MOST_S
-            if self._standing.is_silent(begin_s) or time.monotonic() - begin_s > most_s:
+            if self._standing.end_wait(begin_s) or time.monotonic() - begin_s > most_s:
                 return
 
     def _take(self) -> None:

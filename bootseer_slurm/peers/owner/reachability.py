@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
-import ipaddress
 import selectors
 import socket
 import time
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from bootseer_slurm.peers.owner.addresses import look_up
+from bootseer_slurm.peers.owner.addresses import is_loopback, look_up
 
 PATIENCE_S = 0.5
 _NODES = 16  # at a time
@@ -104,11 +103,6 @@ def knock(address: str, ports: Sequence[int]) -> tuple[Answer, tuple[int, ...]]:
         if given := tuple(port for port, each in answers.items() if each is answer):
             return answer, given
     return Answer.REFUSED, tuple(ports)
-
-
-def is_loopback(address: str) -> bool:
-    """Whether it means whatever machine one is on."""
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _is_elsewhere(host: str, address: str) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import mmap
 import os
 
 from bootseer_slurm.blob.manifest import CHUNK_BYTES
+from bootseer_slurm.sealed_memory import sealed_memory
 
 
 class Ring:
@@ -15,16 +14,7 @@ class Ring:
     def __init__(self, slots: int) -> None:
         """Raises OSError."""
         self._slots = slots
-        self.fd = os.memfd_create("bootseer-peers-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(self.fd, slots * CHUNK_BYTES)
-            # Who reads what the process has cut off would be killed (SIGBUS). What it adds would outlive it.
-            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
-            self._map = mmap.mmap(self.fd, 0)
-        except BaseException:
-            os.close(self.fd)
-            raise
+        self.fd, self._map = sealed_memory("bootseer-peers-ring", slots * CHUNK_BYTES)
 
     def given(self) -> None:
         """The process has it."""
